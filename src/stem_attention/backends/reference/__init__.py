@@ -1,0 +1,29 @@
+"""The oracle: every equation as the paper states it, to be read beside it. Slow, any device, fp32 or fp64."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stem_attention.backends.base import Request
+from stem_attention.backends.reference.attention import attend
+from stem_attention.backends.reference.select import select
+from stem_attention.config import StemConfig
+from stem_attention.selection import BlockSelection
+
+
+class ReferenceBackend:
+    """See :class:`stem_attention.backends.base.Backend`. Never picked by ``backend="auto"``."""
+
+    name = "reference"
+
+    def supports(self, request: Request) -> str | None:
+        """It runs everything that torch runs."""
+        return None
+
+    def select(self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_len: int) -> BlockSelection:
+        """Choose blocks by scoring every antidiagonal of every block pair."""
+        return select(q, k, v, config, scale, prompt_len)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+        """Masked softmax, one query block at a time."""
+        return attend(q, k, v, selection, scale)

@@ -1,0 +1,31 @@
+"""Section 6, as written: softmax over { j <= i, block(j) kept for block(i) } of scale * q.k, times v."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stem_attention.selection import BlockSelection
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    """Return ``(out, lse)``; fp64 inputs are computed in fp64, all others in fp32."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[2] // k.shape[2]
+    start, size = k.shape[1] - q.shape[1], selection.block_size
+    keys = torch.arange(k.shape[1], device=q.device)
+    mask = selection.to_mask()
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            kh, vh = k[b, :, h // group].to(dtype), v[b, :, h // group].to(dtype)
+            for row in range(selection.rows):
+                block = selection.first_row + row
+                rows = torch.arange(max(block * size, start), min((block + 1) * size, k.shape[1]), device=q.device)
+                kept = keys[mask[b, h, row].repeat_interleave(size)[: k.shape[1]]]
+                scores = scale * (q[b, rows - start, h].to(dtype) @ kh[kept].T)
+                scores = scores.masked_fill(kept > rows[:, None], -torch.inf)
+                out[b, rows - start, h] = (scores.softmax(-1) @ vh[kept]).to(q.dtype)
+                lse[b, h, rows - start] = scores.logsumexp(-1).to(torch.float32)
+    return out, lse

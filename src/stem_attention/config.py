@@ -1,0 +1,187 @@
+"""StemConfig: every number of the method, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stem_attention.errors import bad_argument
+
+MAGNITUDES = ("log", "zscore", "none")
+SCHEDULES = ("smooth", "step", "angelslim")
+FORCED_RULES = ("inside", "extra")
+
+# Constants of the public code's schedule, in blocks: prompts shorter than the first keep everything, longer ones
+# get the second on top of their ratio.
+ANGELSLIM_KEEP_ALL_BELOW = 56
+ANGELSLIM_EXTRA_BLOCKS = 30
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """Configuration of Stem (arXiv 2603.06274). Immutable; every field changes the result.
+
+    Blocks lie on absolute positions: block ``J`` holds tokens ``[J * block_size, (J + 1) * block_size)``.
+
+    Attributes:
+        block_size: Tokens per block (``B``). A multiple of ``stride``.
+        stride: Stride ``s`` of the antidiagonal pooling of the routing score.
+        beta: Weight of the value magnitude in the block score. 0 is the score-aware metric of earlier methods.
+        magnitude: ``"log"``: largest ``max(0, ln |v|)`` of the block. ``"zscore"``: the public code's normalised
+            variant; it looks at the whole sequence, so it is *not* chunk-invariant. ``"none"``: no value term.
+        decay: ``mu``, the share of the first row's budget that is left for the last row. 1 is uniform top-k.
+        schedule: First row's budget against prompt length. ``"smooth"``: the two ratios joined without a jump.
+            ``"step"``: the paper's jump at the knee. ``"angelslim"``: the public code's flat-then-falling schedule.
+        ratio_short: Share of the blocks kept by the first rows of prompts up to ``knee_tokens``.
+        ratio_long: The same for prompts far beyond the knee. At most ``ratio_short``.
+        knee_tokens: Prompt length, in tokens, at which the ratio starts to fall.
+        min_blocks: Smallest first-row budget in blocks. ``None`` means ``sink_blocks + local_blocks``.
+        sink_blocks: Blocks at the start of the prompt that every row keeps.
+        local_blocks: Blocks up to and including the diagonal that every row keeps. At least 1.
+        tail_blocks: Last query blocks of the whole prompt, where the question usually stands, that keep everything.
+        forced: ``"inside"``: sink and local blocks count against the budget. ``"extra"``: they are added to the top-k.
+        dense_below: Prompts of fewer tokens run dense in :func:`stem_attention.stem_attention`.
+            :func:`stem_attention.select_blocks` always selects.
+        dense_layers: First layers of a model that the integrations leave dense.
+
+    Raises:
+        ValueError: A field has the wrong type or lies outside its range; the message names it.
+    """
+
+    block_size: int = 128
+    stride: int = 16
+    beta: float = 0.2
+    magnitude: str = "log"
+    decay: float = 0.7
+    schedule: str = "smooth"
+    ratio_short: float = 0.2
+    ratio_long: float = 0.1
+    knee_tokens: int = 16384
+    min_blocks: int | None = None
+    sink_blocks: int = 4
+    local_blocks: int = 4
+    tail_blocks: int = 2
+    forced: str = "inside"
+    dense_below: int = 2048
+    dense_layers: int = 0
+    # Kept from construction on, because torch.compile cannot trace the JSON encoder.
+    _json: str = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("stride", 1),
+            ("block_size", 1),
+            ("knee_tokens", 1),
+            ("sink_blocks", 0),
+            ("local_blocks", 1),
+            ("tail_blocks", 0),
+            ("dense_below", 0),
+            ("dense_layers", 0),
+        ):
+            self._check_int(name, least)
+        if self.min_blocks is not None:
+            self._check_int("min_blocks", 1)
+        self._check_float("beta", 0.0, math.inf)
+        for name in ("decay", "ratio_short", "ratio_long"):
+            self._check_float(name, 0.0, 1.0, open_below=True)
+        for name, choices in (("magnitude", MAGNITUDES), ("schedule", SCHEDULES), ("forced", FORCED_RULES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise bad_argument(name, f"one of {', '.join(choices)}", repr(value), "pick one of these names")
+        if self.block_size % self.stride:
+            raise bad_argument(
+                "block_size",
+                f"a multiple of stride={self.stride}",
+                self.block_size,
+                "change block_size or stride so that one divides the other",
+            )
+        if self.ratio_long > self.ratio_short:
+            raise bad_argument(
+                "ratio_long",
+                f"at most ratio_short={self.ratio_short}",
+                self.ratio_long,
+                "long prompts keep a smaller share than short ones; raise ratio_short too",
+            )
+
+        object.__setattr__(self, "_json", json.dumps(self.to_dict()))
+
+    def _check_int(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise bad_argument(name, f"an integer >= {least}", repr(value), f"pass {name}={max(least, 1)} or more")
+
+    def _check_float(self, name: str, low: float, high: float, open_below: bool = False) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value > high or value < low or (open_below and value == low):
+            span = f"a finite number {'>' if open_below else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
+            raise bad_argument(name, span, repr(value), f"pass a {name} in that range")
+        object.__setattr__(self, name, float(value))
+
+    @classmethod
+    def paper(cls, **changes: Any) -> StemConfig:
+        """The published method: ratio 0.2 up to 16384 tokens and 0.1 beyond, no dense tail. ``changes`` override."""
+        return cls(**{"schedule": "step", "tail_blocks": 0, **changes})
+
+    @classmethod
+    def angelslim(cls, **changes: Any) -> StemConfig:
+        """The authors' public code (Tencent AngelSlim) as it runs. ``changes`` override.
+
+        Its knee lies at 160 blocks of 128 tokens. Its z-score magnitude is not chunk-invariant.
+        """
+        preset: dict[str, Any] = {
+            "schedule": "angelslim",
+            "magnitude": "zscore",
+            "forced": "extra",
+            "stride": 8,
+            "knee_tokens": 160 * 128,
+            "tail_blocks": 0,
+            "dense_layers": 2,
+        }
+        return cls(**{**preset, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON types."""
+        return {name: getattr(self, name) for name in _field_names(type(self))}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> StemConfig:
+        """Build from :meth:`to_dict`'s output; absent fields take their defaults.
+
+        Raises:
+            ValueError: ``fields`` is no mapping, names an unknown field, or holds a bad value.
+        """
+        if not isinstance(fields, Mapping):
+            raise bad_argument("fields", "a mapping of StemConfig fields", type(fields).__name__, "pass a dict")
+        known = _field_names(cls)
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise bad_argument("fields", f"names among {', '.join(known)}", ", ".join(unknown), "remove or correct them")
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """The config as a JSON object; :meth:`from_json` reads it back equal."""
+        return self._json
+
+    @classmethod
+    def from_json(cls, text: str) -> StemConfig:
+        """Read :meth:`to_json`'s output.
+
+        Raises:
+            ValueError: ``text`` is not a JSON object of StemConfig fields.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise bad_argument(
+                "text", "a JSON object of StemConfig fields", f"invalid JSON ({error})", "fix the JSON"
+            ) from None
+        return cls.from_dict(fields)
+
+
+def _field_names(cls: type[StemConfig]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls) if field.init]

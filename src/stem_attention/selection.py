@@ -1,0 +1,162 @@
+"""BlockSelection: what a policy hands to a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stem_attention.errors import bad_argument
+
+PAD = -1
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSelection:
+    """The key blocks that each query block of each head attends to.
+
+    Blocks lie on absolute positions; queries are the last ``q_len`` of ``kv_len`` positions (bottom-right, as in
+    FlashAttention). Row ``i`` is query block ``first_row + i``. Building one checks shapes and dtypes only, so it never
+    waits for a GPU; :meth:`validate` checks the contents.
+
+    Attributes:
+        indices: int32 ``(batch, q_heads, rows, width)``, block ids ascending, padded with -1.
+        counts: int32 ``(batch, q_heads, rows)``, ids that are present in each row.
+        block_size: Tokens per block.
+        q_len: Query tokens.
+        kv_len: Key tokens, ``>= q_len``.
+
+    Raises:
+        ValueError: A field's type, dtype or shape is not as above.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    block_size: int
+    q_len: int
+    kv_len: int
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise bad_argument("block_size", "an integer >= 1", self.block_size, "pass the tokens per block")
+        if not 0 <= self.q_len <= self.kv_len:
+            raise bad_argument("q_len", f"0 <= q_len <= kv_len={self.kv_len}", self.q_len, "queries are the last q_len keys")
+        if self.indices.dtype != torch.int32 or self.indices.dim() != 4:
+            got = f"{self.indices.dtype} of shape {tuple(self.indices.shape)}"
+            raise bad_argument(
+                "indices", "int32 (batch, q_heads, rows, width)", got, "convert it, or use from_mask / from_lists"
+            )
+        if self.indices.shape[2] != self.rows:
+            raise bad_argument(
+                "indices", f"{self.rows} rows for q_len={self.q_len}, kv_len={self.kv_len}, block_size={self.block_size}",
+                self.indices.shape[2], "give one row for every query block that the queries touch",
+            )  # fmt: skip
+        if self.counts.dtype != torch.int32 or self.counts.shape != self.indices.shape[:3]:
+            got = f"{self.counts.dtype} of shape {tuple(self.counts.shape)}"
+            raise bad_argument("counts", f"int32 {tuple(self.indices.shape[:3])}", got, "count the ids of every row")
+
+    @property
+    def first_row(self) -> int:
+        """Absolute index of the first query block."""
+        return (self.kv_len - self.q_len) // self.block_size
+
+    @property
+    def rows(self) -> int:
+        """Query blocks that the queries touch; the first may hold fewer than ``block_size`` of them."""
+        return self.key_blocks - self.first_row if self.q_len else 0
+
+    @property
+    def key_blocks(self) -> int:
+        """Key blocks, the last one possibly partial."""
+        return -(-self.kv_len // self.block_size)
+
+    def density(self) -> float:
+        """Kept block pairs over causal block pairs, read off the counts. 1.0 when there is nothing to select."""
+        batch, heads, rows = self.counts.shape
+        causal = rows * self.first_row + rows * (rows + 1) // 2
+        pairs = batch * heads * causal
+        return int(self.counts.sum(dtype=torch.int64)) / pairs if pairs else 1.0
+
+    def to_mask(self) -> Tensor:
+        """Bool ``(batch, q_heads, rows, key_blocks)``, True where a block is kept."""
+        present = torch.arange(self.indices.shape[3], device=self.indices.device) < self.counts[..., None]
+        columns = torch.where(present, self.indices, self.key_blocks).long()
+        mask = torch.zeros(*self.counts.shape, self.key_blocks + 1, dtype=torch.bool, device=self.indices.device)
+        return mask.scatter_(3, columns, True)[..., : self.key_blocks]
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, block_size: int, q_len: int, kv_len: int) -> BlockSelection:
+        """Build from a bool block mask ``(batch, q_heads, rows, key_blocks)``.
+
+        Raises:
+            ValueError: ``mask`` has another dtype or shape, or is not causal with a full diagonal.
+        """
+        if mask.dtype != torch.bool or mask.dim() != 4:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+            raise bad_argument("mask", "bool (batch, q_heads, rows, key_blocks)", got, "build one entry per block pair")
+        counts = mask.sum(-1, dtype=torch.int32)
+        width = int(counts.max()) if counts.numel() else 0
+        columns = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device)
+        ascending = torch.where(mask, columns, mask.shape[3]).sort(-1).values[..., :width]
+        indices = torch.where(ascending < mask.shape[3], ascending, PAD)
+        selection = cls(indices.to(torch.int32), counts, block_size, q_len, kv_len)
+        if mask.shape[3] != selection.key_blocks:
+            raise bad_argument(
+                "mask", f"{selection.key_blocks} key blocks for kv_len={kv_len}, block_size={block_size}",
+                mask.shape[3], "give one column for every key block",
+            )  # fmt: skip
+        selection.validate()
+        return selection
+
+    @classmethod
+    def from_lists(
+        cls, lists: Sequence[Sequence[Sequence[Sequence[int]]]], *, block_size: int, q_len: int, kv_len: int,
+        device: torch.device | str | None = None,
+    ) -> BlockSelection:  # fmt: skip
+        """Build from nested lists ``lists[batch][head][row]`` of block ids in any order.
+
+        Raises:
+            ValueError: The nesting is ragged above the innermost level, or :meth:`validate` refuses the ids.
+        """
+        heads = {len(per_head) for per_head in lists}
+        rows = {len(per_row) for per_head in lists for per_row in per_head}
+        if len(heads) != 1 or len(rows) != 1:
+            got = f"head counts {sorted(heads)} and row counts {sorted(rows)}"
+            raise bad_argument("lists", "the same heads in every batch entry and rows in every head", got, "fill the gaps")
+        flat = [sorted(ids) for per_head in lists for per_row in per_head for ids in per_row]
+        width = max((len(ids) for ids in flat), default=0)
+        shape = (len(lists), heads.pop(), rows.pop())
+        padded = [ids + [PAD] * (width - len(ids)) for ids in flat]
+        indices = torch.tensor(padded, dtype=torch.int32, device=device).view(*shape, width)
+        counts = torch.tensor([len(ids) for ids in flat], dtype=torch.int32, device=device).view(shape)
+        selection = cls(indices, counts, block_size, q_len, kv_len)
+        selection.validate()
+        return selection
+
+    def validate(self) -> None:
+        """Check the contents. Reads the tensors, so on a GPU it waits for them.
+
+        Raises:
+            ValueError: An id out of range, not ascending, duplicate or after the diagonal; a row without its diagonal
+                block; a count that does not fit; padding that is not -1.
+        """
+        width = self.indices.shape[3]
+        counts, device = self.counts[..., None], self.indices.device
+        present = torch.arange(width, device=device) < counts
+        diagonal = torch.arange(self.first_row, self.first_row + self.rows, device=device)[:, None]
+        later = present[..., 1:] & (self.indices[..., 1:] <= self.indices[..., :-1])
+        wide_enough = bool(((counts >= 1) & (counts <= width)).all())
+        for problem, message in (
+            (not wide_enough, f"counts between 1 and width={width}"),
+            (
+                bool((present & ((self.indices < 0) | (self.indices > diagonal))).any()),
+                "block ids between 0 and the row's diagonal block",
+            ),
+            (bool(later.any()), "strictly ascending block ids"),
+            (not bool((present & (self.indices == diagonal)).any(-1).all()), "every row to hold its diagonal block"),
+            (bool((~present & (self.indices != PAD)).any()), f"padding of {PAD} after each row's count"),
+        ):
+            if problem:
+                raise bad_argument("selection", message, "something else", "build it with from_mask or from_lists")
