@@ -9,7 +9,15 @@ from torch import Tensor
 
 from stem_attention import ops
 from stem_attention.backends import Explanation, Request, explain_request
-from stem_attention.checks import check_batch, check_prompt_len, check_qkv, check_scale, check_selection
+from stem_attention.checks import (
+    DTYPES,
+    check_backend,
+    check_batch,
+    check_prompt_len,
+    check_qkv,
+    check_scale,
+    check_selection,
+)
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
 from stem_attention.selection import BlockSelection
@@ -70,8 +78,8 @@ def stem_attention(
     check_qkv(q, k, v)
     check_batch(q, k)
     length = check_prompt_len(prompt_len, k.shape[1])
-    settings = _checked_config(config)
-    out, lse = ops.forward(q, k, v, settings.to_json(), check_scale(scale, q.shape[3]), length, return_lse, backend)
+    settings, scale, name = _checked_config(config), check_scale(scale, q.shape[3]), check_backend(backend)
+    out, lse = ops.forward(q, k, v, settings.to_json(), scale, length, bool(return_lse), name)
     return (out, lse) if return_lse else out
 
 
@@ -89,8 +97,8 @@ def select_blocks(
     check_qkv(q, k, v)
     check_batch(q, k)
     length = check_prompt_len(prompt_len, k.shape[1])
-    settings = _checked_config(config)
-    indices, counts = ops.select(q, k, v, settings.to_json(), check_scale(scale, q.shape[3]), length, backend)
+    settings, scale, name = _checked_config(config), check_scale(scale, q.shape[3]), check_backend(backend)
+    indices, counts = ops.select(q, k, v, settings.to_json(), scale, length, name)
     return BlockSelection(indices, counts, settings.block_size, q.shape[1], k.shape[1])
 
 
@@ -126,9 +134,8 @@ def block_sparse_attention(
     check_qkv(q, k, v)
     check_batch(q, k)
     check_selection(selection, q, k)
-    out, lse = ops.attend(
-        q, k, v, selection.indices, selection.counts, selection.block_size, check_scale(scale, q.shape[3]), backend
-    )
+    scale, name = check_scale(scale, q.shape[3]), check_backend(backend)
+    out, lse = ops.attend(q, k, v, selection.indices, selection.counts, selection.block_size, scale, name)
     return (out, lse) if return_lse else out
 
 
@@ -150,9 +157,14 @@ def explain(
         backend: As in :func:`stem_attention`.
 
     Raises:
-        ValueError: ``backend`` or ``config`` is wrong.
+        ValueError: An argument is wrong; the message names it.
     """
-    return explain_request(Request(torch.device(device), dtype, head_dim, _checked_config(config).block_size), backend)
+    if dtype not in DTYPES:
+        raise bad_argument("dtype", f"one of {', '.join(map(str, DTYPES))}", dtype, "ask for the dtype of q, k and v")
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
+        raise bad_argument("head_dim", "an integer >= 1", repr(head_dim), "ask for the last dimension of q, k and v")
+    request = Request(_checked_device(device), dtype, head_dim, _checked_config(config).block_size)
+    return explain_request(request, check_backend(backend))
 
 
 def _checked_config(config: StemConfig | None) -> StemConfig:
@@ -161,3 +173,10 @@ def _checked_config(config: StemConfig | None) -> StemConfig:
     if not isinstance(config, StemConfig):
         raise bad_argument("config", "a StemConfig or None", type(config).__name__, "build one with StemConfig(...)")
     return config
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise bad_argument("device", "a torch device", repr(device), 'name one, as in "cpu" or "cuda:0"') from None

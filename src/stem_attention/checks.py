@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -69,9 +69,20 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """
     if scale is None:
         return float(head_dim**-0.5)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= sys.float_info.max:
         raise bad_argument("scale", "a finite number or None", repr(scale), "leave it out for 1 / sqrt(head_dim)")
     return float(scale)
+
+
+def check_backend(backend: str) -> str:
+    """The name of a backend; whether there is one of that name is for the registry to say.
+
+    Raises:
+        ValueError: It is not a string.
+    """
+    if not isinstance(backend, str):
+        raise bad_argument("backend", "the name of a backend", repr(backend), 'use "auto" unless you compare')
+    return backend
 
 
 def check_prompt_len(prompt_len: int | None, kv_len: int) -> int:
@@ -100,8 +111,9 @@ def check_selection(selection: BlockSelection, q: Tensor, k: Tensor) -> None:
     needed = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if made_for != needed:
         raise bad_argument("selection", f"(batch, q_heads, q_len, kv_len) = {needed}", made_for, "select for these q, k and v")
-    if selection.indices.device != q.device or selection.counts.device != q.device:
-        raise bad_argument("selection", f"the device of q, {q.device}", selection.indices.device, "move it or select again")
+    for part in (selection.indices, selection.counts):
+        if part.device != q.device:
+            raise bad_argument("selection", f"the device of q, {q.device}", part.device, "move it or select again")
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

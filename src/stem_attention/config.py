@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,7 @@ class StemConfig:
 
     def _check_float(self, name: str, low: float, high: float, open_below: bool = False) -> None:
         value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if not number or value > high or value < low or (open_below and value == low):
             span = f"a finite number {'>' if open_below else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
             raise bad_argument(name, span, repr(value), f"pass a {name} in that range")
@@ -158,7 +159,7 @@ class StemConfig:
         if not isinstance(fields, Mapping):
             raise bad_argument("fields", "a mapping of StemConfig fields", type(fields).__name__, "pass a dict")
         known = _field_names(cls)
-        unknown = sorted(set(fields) - set(known))
+        unknown = sorted(str(name) for name in set(fields) - set(known))
         if unknown:
             raise bad_argument("fields", f"names among {', '.join(known)}", ", ".join(unknown), "remove or correct them")
         return cls(**fields)

@@ -5,16 +5,19 @@ Operators take no dataclasses: a config travels as its JSON text and a selection
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from stem_attention.backends import Backend, Request, get_backend
-from stem_attention.backends.dense import dense_attention, keep_everything
+from stem_attention.backends.dense import dense_attention
 from stem_attention.config import StemConfig
 from stem_attention.policies.budget import block_count, row_budgets
-from stem_attention.selection import BlockSelection
+from stem_attention.policies.dense import keep_everything
+from stem_attention.selection import PAD, BlockSelection
 
 _parse = lru_cache(maxsize=256)(StemConfig.from_json)
 
@@ -23,7 +26,23 @@ def _backend(q: Tensor, block_size: int, name: str) -> Backend:
     return get_backend(Request(q.device, q.dtype, q.shape[3], block_size), name)
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _without_autocast(op: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:
+    """Autocast would reach inside an operator and round what is promised in the precision of its inputs."""
+
+    @wraps(op)
+    def run(q: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.autocast(q.device.type, enabled=False):
+            return op(q, *args, **kwargs)
+
+    return run
+
+
 @torch.library.custom_op("stem_attention::forward", mutates_args=())
+@_without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, return_lse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -31,7 +50,7 @@ def forward(
     settings = _parse(config)
     chosen = _backend(q, settings.block_size, backend)
     if q.shape[1] == 0:
-        return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], 0), dtype=torch.float32)
+        return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], 0), dtype=torch.float32)
     if prompt_len < settings.dense_below and not return_lse:
         return dense_attention(q, k, v, scale).contiguous(), q.new_empty(0, dtype=torch.float32)
     if prompt_len < settings.dense_below:
@@ -51,20 +70,29 @@ def _(
 
 
 @torch.library.custom_op("stem_attention::select", mutates_args=())
+@_without_autocast
 def select(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
     """Indices and counts of the blocks that a config keeps."""
     settings = _parse(config)
     selection = _backend(q, settings.block_size, backend).select(q, k, v, settings, scale, prompt_len)
-    return selection.indices, selection.counts
+    missing = _widest_row(settings, selection.first_row, selection.rows, prompt_len) - selection.indices.shape[3]
+    indices = torch.nn.functional.pad(selection.indices, (0, missing), value=PAD) if missing else selection.indices
+    return indices, selection.counts
+
+
+def _widest_row(config: StemConfig, first_row: int, rows: int, prompt_len: int) -> int:
+    """Width of a selection's lists. Rows may turn out shorter (``forced="extra"``), but compiled graphs rely on this."""
+    return max(row_budgets(config, block_count(prompt_len, config.block_size))[first_row : first_row + rows], default=0)
 
 
 @select.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
-    size = _parse(config).block_size
+    settings = _parse(config)
+    size = settings.block_size
     first, end = (k.shape[1] - q.shape[1]) // size, block_count(k.shape[1], size)
     if isinstance(prompt_len, int) and isinstance(end, int) and isinstance(first, int):
         rows = end - first if q.shape[1] else 0
-        width = max(row_budgets(_parse(config), block_count(prompt_len, size))[first:end], default=0) if rows else 0
+        width = _widest_row(settings, first, rows, prompt_len)
     else:  # symbolic lengths: the widest row is known only when the call runs
         rows, width = end - first, torch.library.get_ctx().new_dynamic_size()
     shape = (q.shape[0], q.shape[2], rows)
@@ -72,6 +100,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: in
 
 
 @torch.library.custom_op("stem_attention::attend", mutates_args=())
+@_without_autocast
 def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:

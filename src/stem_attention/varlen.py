@@ -45,7 +45,7 @@ def stem_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`stem_attention` for a ragged batch, one sequence at a time, so a row never depends on its neighbours.
 
-    Reads the sequence borders on the host.
+    Reads the sequence borders, and the page table, on the host.
 
     Args:
         q: ``(total_q, q_heads, head_dim)``, sequences one after the other.
@@ -57,7 +57,10 @@ def stem_attention_varlen(
         max_seqlen_k: Most keys of a sequence.
         page_table: int32 ``(sequences, max_pages)``: the page of the cache that holds each run of ``page_size`` keys.
         prompt_lens: Whole prompt length of each sequence; its number of keys unless given.
-        config, scale, return_lse, backend: As in :func:`stem_attention`.
+        config: As in :func:`stem_attention`.
+        scale: As in :func:`stem_attention`.
+        return_lse: Also return the log-sum-exp.
+        backend: As in :func:`stem_attention`.
 
     Returns:
         ``out`` like ``q``; with ``return_lse`` also fp32 ``(q_heads, total_q)``.
@@ -69,65 +72,102 @@ def stem_attention_varlen(
     if page_table is None:
         check_qkv(q, k, v, ("total", "heads", "dim"))
     else:
-        _check_pages(q, k, v, page_table)
-    starts = _borders("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q, "max_seqlen_q")
+        _check_cache(q, k, v, page_table)
+    starts = _borders("cu_seqlens_q", cu_seqlens_q, q.device, q.shape[0], "max_seqlen_q", max_seqlen_q)
     key_total = k.shape[0] if page_table is None else None
-    key_starts = _borders("cu_seqlens_k", cu_seqlens_k, key_total, max_seqlen_k, "max_seqlen_k")
-    sequences = len(starts) - 1
-    if len(key_starts) != len(starts):
-        raise bad_argument("cu_seqlens_k", f"{len(starts)} entries, as in cu_seqlens_q", len(key_starts), "list every sequence")
-    if prompt_lens is not None and len(prompt_lens) != sequences:
-        raise bad_argument(
-            "prompt_lens", f"one length for each of {sequences} sequences", len(prompt_lens), "list every sequence"
-        )
+    key_starts = _borders("cu_seqlens_k", cu_seqlens_k, q.device, key_total, "max_seqlen_k", max_seqlen_k)
+    _check_sequences(starts, key_starts, prompt_lens)
+    if page_table is not None:
+        _check_pages(page_table, key_starts, pages=k.shape[0], page_size=k.shape[1])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    for i in range(sequences):
-        low, high = starts[i], starts[i + 1]
+    for i, (low, high) in enumerate(pairwise(starts)):
         keys, values = (_sequence(x, i, key_starts, page_table) for x in (k, v))
-        if high == low:
-            continue
-        part, norm = stem_attention(
+        result = stem_attention(
             q[None, low:high], keys[None], values[None], config=config, scale=scale,
-            prompt_len=None if prompt_lens is None else int(prompt_lens[i]), return_lse=True, backend=backend,
+            prompt_len=None if prompt_lens is None else prompt_lens[i], return_lse=return_lse, backend=backend,
         )  # fmt: skip
-        out[low:high], lse[:, low:high] = part[0], norm[0]
+        if isinstance(result, tuple):
+            out[low:high], lse[:, low:high] = result[0][0], result[1][0]
+        else:
+            out[low:high] = result[0]
     return (out, lse) if return_lse else out
 
 
-def _borders(name: str, cu_seqlens: Tensor, total: int | None, longest: int, longest_name: str) -> list[int]:
+def _borders(
+    name: str, cu_seqlens: Tensor, device: torch.device, total: int | None, longest_name: str, longest: int
+) -> list[int]:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
         got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise bad_argument(name, "an int32 tensor (sequences + 1,)", got, "pass cumulative lengths that start at 0")
+    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
+        raise bad_argument(name, f"the device of q, {device}, or the CPU", cu_seqlens.device, "move it with .to()")
     borders: list[int] = cu_seqlens.tolist()
     lengths = [after - before for before, after in pairwise(borders)]
     if borders[0] != 0 or min(lengths) < 0 or (total is not None and borders[-1] != total):
         end = "" if total is None else f" and end at {total}"
         raise bad_argument(name, f"cumulative lengths that start at 0, never fall{end}", borders, "use cumsum of the lengths")
-    if max(lengths) > longest:
-        raise bad_argument(longest_name, f"at least the longest sequence, {max(lengths)}", longest, f"take it from {name}")
+    if not _is_int(longest) or max(lengths) > longest:
+        expected = f"an integer >= the longest sequence, {max(lengths)}"
+        raise bad_argument(longest_name, expected, repr(longest), f"take it from {name}")
     return borders
 
 
-def _check_pages(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor) -> None:
-    if page_table.dim() != 2 or page_table.dtype != torch.int32:
-        got = f"{page_table.dtype} {tuple(page_table.shape)}"
-        raise bad_argument("page_table", "int32 (sequences, max_pages)", got, "convert it")
+def _check_sequences(starts: list[int], key_starts: list[int], prompt_lens: Sequence[int] | None) -> None:
+    sequences = len(starts) - 1
+    if len(key_starts) != len(starts):
+        raise bad_argument("cu_seqlens_k", f"{len(starts)} entries, as in cu_seqlens_q", len(key_starts), "list every sequence")
+    if prompt_lens is not None and (not isinstance(prompt_lens, (list, tuple)) or len(prompt_lens) != sequences):
+        got = f"{len(prompt_lens)} of them" if isinstance(prompt_lens, (list, tuple)) else type(prompt_lens).__name__
+        expected = f"a list of one length for each of the {sequences} sequences"
+        raise bad_argument("prompt_lens", expected, got, "list every sequence; .tolist() turns a tensor into a list")
+    for i in range(sequences):
+        queries, keys = starts[i + 1] - starts[i], key_starts[i + 1] - key_starts[i]
+        if keys < queries:
+            fix = "queries are the last positions of the keys; pass the cached keys too"
+            raise bad_argument("cu_seqlens_k", f"at least the {queries} positions of q in sequence {i}", keys, fix)
+        if prompt_lens is not None and (not _is_int(prompt_lens[i]) or prompt_lens[i] < keys):
+            fix = "it counts every token of the prompt, also those still to come"
+            raise bad_argument("prompt_lens", f"an integer >= the {keys} keys of sequence {i}", repr(prompt_lens[i]), fix)
+
+
+def _check_cache(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor) -> None:
+    if not isinstance(page_table, Tensor) or page_table.dim() != 2 or page_table.dtype != torch.int32:
+        got = f"{page_table.dtype} {tuple(page_table.shape)}" if isinstance(page_table, Tensor) else type(page_table).__name__
+        raise bad_argument("page_table", "an int32 tensor (sequences, max_pages)", got, "convert it")
     for name, cache in (("k", k), ("v", v)):
-        if cache.dim() != 4:
-            axes = "(pages, page_size, kv_heads, head_dim)"
-            raise bad_argument(name, f"a paged cache {axes}", f"shape {tuple(cache.shape)}", "drop page_table for packed keys")
+        axes = "(pages, page_size >= 1, kv_heads, head_dim)"
+        if not isinstance(cache, Tensor) or cache.dim() != 4 or cache.shape[1] == 0:
+            got = f"shape {tuple(cache.shape)}" if isinstance(cache, Tensor) else type(cache).__name__
+            raise bad_argument(name, f"a paged cache {axes}", got, "drop page_table for packed keys")
+    if v.shape != k.shape:
+        raise bad_argument("v", f"the shape of k, {tuple(k.shape)}", tuple(v.shape), "give one value for every key")
     check_qkv(q, k[:, 0], v[:, 0], ("total", "heads", "dim"))
+    if page_table.device != q.device:
+        raise bad_argument("page_table", f"the device of q, {q.device}", page_table.device, "move it with .to()")
+
+
+def _check_pages(page_table: Tensor, key_starts: list[int], pages: int, page_size: int) -> None:
+    sequences, width = page_table.shape
+    if sequences != len(key_starts) - 1:
+        raise bad_argument("page_table", f"{len(key_starts) - 1} rows, one a sequence", sequences, "list every sequence")
+    table = page_table.cpu()
+    for i, (low, high) in enumerate(pairwise(key_starts)):
+        needed = -(-(high - low) // page_size)
+        if width < needed:
+            raise bad_argument("page_table", f"{needed} pages for sequence {i}", width, "widen the table")
+        used = table[i, :needed]
+        if needed and not 0 <= int(used.min()) <= int(used.max()) < pages:
+            raise bad_argument("page_table", f"pages 0 to {pages - 1} for sequence {i}", used.tolist(), "correct the table")
 
 
 def _sequence(x: Tensor, i: int, starts: list[int], page_table: Tensor | None) -> Tensor:
     """Keys or values of one sequence, ``(length, kv_heads, head_dim)``."""
     if page_table is None:
         return x[starts[i] : starts[i + 1]]
-    length, page_size = starts[i + 1] - starts[i], x.shape[1]
-    pages = page_table[i, : -(-length // page_size)].long()
-    if pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < x.shape[0]:
-        raise bad_argument("page_table", f"pages 0 to {x.shape[0] - 1} for sequence {i}", pages.tolist(), "correct the table")
-    if len(pages) * page_size < length:
-        raise bad_argument("page_table", f"{-(-length // page_size)} pages for sequence {i}", len(pages), "widen the table")
-    return x[pages].flatten(0, 1)[:length]
+    length = starts[i + 1] - starts[i]
+    return x[page_table[i, : -(-length // x.shape[1])].long()].flatten(0, 1)[:length]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -33,7 +33,7 @@ def choose(scores: Tensor, first_row: int, budgets: Sequence[int], sink: int, lo
     wanted = torch.tensor(budgets, device=device)[:, None] - (forced < columns).sum(-1, keepdim=True)
     # Blocks that may not be chosen here all come after the candidates or before the slice, so that the stable sort
     # prefers a candidate of score -inf to them.
-    rest = scores[..., sink:].masked_fill(torch.arange(sink, columns, device=device) > rows - local, -torch.inf)
+    rest = scores[..., sink:].masked_fill(torch.arange(columns, device=device)[sink:] > rows - local, -torch.inf)
     width = max(budgets, default=0)
     order = rest.sort(dim=-1, descending=True, stable=True).indices[..., :width] + sink
     picked = torch.where(torch.arange(order.shape[-1], device=device) < wanted, order, columns)

@@ -77,10 +77,23 @@ def magnitude(v: Tensor, kind: str, block_size: int, stride: int) -> Tensor:
     if kind == "log":
         # The logarithm rises with its argument, so the largest logarithm is the logarithm of the largest norm.
         return block_max(norm, block_size).log().clamp(min=0)
-    log_norm = (block_max(norm, stride) + _TINY).log()
-    whole = log_norm[..., : max(norm.shape[-1] // stride, 1)]  # a cut-off sub-block stays out of the statistics
-    spread = whole.std(-1, keepdim=True) if whole.shape[-1] > 1 else torch.zeros_like(whole)
-    z = ((log_norm - whole.mean(-1, keepdim=True)) / (spread + _TINY)).clamp(min=0)
-    per_block = block_size // stride
+    return zscore_magnitude(block_max(norm, stride), norm.shape[-1] // stride, block_size // stride)
+
+
+def zscore_magnitude(peaks: Tensor, whole: int, per_block: int) -> Tensor:
+    """The public code's value term from the largest norm of every sub-block.
+
+    Args:
+        peaks: ``(..., sub_blocks)``.
+        whole: Sub-blocks that are complete; a cut-off one stays out of the statistics.
+        per_block: Sub-blocks per block.
+
+    Returns:
+        ``(..., blocks)``.
+    """
+    log_norm = (peaks + _TINY).log()
+    known = log_norm[..., : max(whole, 1)]
+    spread = known.std(-1, keepdim=True) if known.shape[-1] > 1 else torch.zeros_like(known)
+    z = ((log_norm - known.mean(-1, keepdim=True)) / (spread + _TINY)).clamp(min=0)
     padded = torch.nn.functional.pad(z, (0, -z.shape[-1] % per_block))
     return torch.unflatten(padded, -1, (-1, per_block)).mean(-1)

@@ -61,11 +61,13 @@ class Stem:
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(first row, scores)`` for runs of query blocks, with just the columns that the run can see."""
         config, (batch, q_len, q_heads, _), kv_heads = self.config, q.shape, k.shape[2]
+        if q_len == 0:
+            return
         size, start = config.block_size, k.shape[1] - q_len
         k_sums = _exact(group_sums(k, 0, size, config.stride).flatten(3))
         value = config.beta * magnitude(v, config.magnitude, size, config.stride) if config.beta else None
         step = max(1, min(_ROWS_PER_CHUNK, _CHUNK_ELEMENTS // max(1, batch * q_heads * end_row)))
-        for row in range(first_row, end_row if q_len else first_row, step):
+        for row in range(first_row, end_row, step):
             stop = min(row + step, end_row)
             low, high = max(row * size, start), min(stop * size, k.shape[1])
             q_sums = _exact(group_sums(q[:, low - start : high - start], low, size, config.stride).flip(3).flatten(3))

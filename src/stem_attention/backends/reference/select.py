@@ -55,7 +55,7 @@ def block_scores(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: floa
 def block_magnitude(v: Tensor, config: StemConfig) -> Tensor:
     """The value term of every key block of one kv head."""
     norm = v.to(_dtype(v)).pow(2).sum(-1).sqrt()
-    if config.magnitude == "none":
+    if config.magnitude == "none" or len(v) == 0:
         return norm.new_zeros(math.ceil(len(v) / config.block_size))
     if config.magnitude == "log":
         return torch.stack([part.log().clamp(min=0).max() for part in torch.split(norm, config.block_size)])

@@ -1,0 +1,119 @@
+"""Block-sparse attention forward, portable Triton: one program per query block and head.
+
+Tile: the whole query block against ``BN`` keys. Only the diagonal block, the last of its list, is masked. Online softmax
+in base 2 with the scale folded in, fp32 accumulation. Keys and values come by tensor descriptors (TMA) where card and
+strides allow, else through pointers. Long rows start first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stem_attention.backends.triton.geometry import key_rows, key_span, query_span
+
+
+@triton.jit
+def _load_tile(
+    x, stride_b, stride_s, stride_h, z, head, first, position, kv_len, page_table, table_stride,
+    BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
+    CLEAN: tl.constexpr,
+):  # fmt: skip
+    """Keys or values ``[position, position + BN)`` of one kv head, ``(BN, BD)``.
+
+    With CLEAN, positions after the last key read as zero whatever lies there: a zero weight times NaN would be NaN. Keys
+    need no such care, their scores are masked.
+    """
+    if TMA:
+        if PAGE:
+            page = tl.load(page_table + z.to(tl.int64) * table_stride + position // PAGE)
+            tile = x.load([page, position % PAGE, head, 0])
+        elif RAGGED:
+            tile = x.load([0, first + position, head, 0])
+        else:
+            tile = x.load([z, position, head, 0])
+        tile = tl.reshape(tile, (BN, BD))
+        if CLEAN and (RAGGED or PAGE):  # in a rectangular batch the copy engine fills in zeros itself
+            tile = tl.where((position + tl.arange(0, BN) < kv_len)[:, None], tile, 0.0)
+        return tile
+    else:
+        positions = position + tl.arange(0, BN)
+        dims = tl.arange(0, BD)
+        valid = positions < kv_len
+        outer, inner = key_rows(z, first, positions, valid, page_table, table_stride, PAGE, RAGGED)
+        rows = x + outer * stride_b + inner * stride_s + head.to(tl.int64) * stride_h
+        return tl.load(rows[:, None] + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def attention_kernel(
+    q, k, v, out, lse, indices, counts, cu_q, cu_k, page_table,
+    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    o_stride_b, o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride,
+    q_len, kv_len, heads, rows, heavy, width, scale,
+    G: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+    RAGGED: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """``scale`` is the softmax scale times log2(e). See the module docstring and ``attention.py`` for the shapes."""
+    pid, z = tl.program_id(0), tl.program_id(1)
+    # Dense tail rows are many times longer than the others: those of all heads start first. The rest go head by head, so
+    # that programs running together read the same keys and values.
+    if pid < heavy * heads:
+        head, row = pid % heads, rows - 1 - pid // heads
+    else:
+        rest = pid - heavy * heads
+        head, row = rest // (rows - heavy), rows - heavy - 1 - rest % (rows - heavy)
+    q_first, q_len = query_span(z, cu_q, q_len, RAGGED)
+    k_first, kv_len = key_span(z, cu_k, kv_len, RAGGED)
+    start = kv_len - q_len
+    block = start // B + row
+    if (block * B >= kv_len) | (q_len <= 0):
+        return
+    positions = block * B + tl.arange(0, B)
+    dims = tl.arange(0, BD)
+    present = (positions >= start) & (positions < kv_len)
+    if RAGGED:
+        q_rows = (q_first + positions - start).to(tl.int64)
+        q_base, o_base, lse_base = q, out, lse
+    else:
+        q_rows = (positions - start).to(tl.int64)
+        q_base, o_base = q + z.to(tl.int64) * q_stride_b, out + z.to(tl.int64) * o_stride_b
+        lse_base = lse + z.to(tl.int64) * lse_stride_b
+    q_mask = present[:, None] & (dims < D)[None, :]
+    q_tile = tl.load(q_base + q_rows[:, None] * q_stride_s + head.to(tl.int64) * q_stride_h + dims, mask=q_mask, other=0.0)
+
+    kv_head = head // G
+    at = (z.to(tl.int64) * heads + head) * rows + row
+    count = tl.load(counts + at)
+    ids = indices + at * width
+    whole = count == block + 1  # such a row keeps everything: its list is 0, 1, 2, ... and need not be there
+    m = tl.full([B], -float("inf"), tl.float32)
+    total = tl.zeros([B], tl.float32)
+    acc = tl.zeros([B, BD], tl.float32)
+    SUB: tl.constexpr = B // BN
+    for t in range(0, count * SUB):
+        entry = t // SUB
+        kept = tl.load(ids + entry, mask=not whole, other=entry)
+        position = kept * B + (t % SUB) * BN
+        k_tile = _load_tile(k, k_stride_b, k_stride_s, k_stride_h, z, kv_head, k_first, position, kv_len, page_table,
+                            table_stride, BN, D, BD, PAGE, RAGGED, TMA, False)  # fmt: skip
+        scores = tl.dot(q_tile, k_tile.T)
+        if entry == count - 1:  # the diagonal block; a branch costs less than a mask on every tile or a second loop
+            scores = tl.where(positions[:, None] >= position + tl.arange(0, BN), scores, -float("inf"))
+        new_m = tl.maximum(m, tl.max(scores, 1) * scale)
+        p = tl.math.exp2(scores * scale - new_m[:, None])
+        shrink = tl.math.exp2(m - new_m)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        v_tile = _load_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
+                            table_stride, BN, D, BD, PAGE, RAGGED, TMA, True)  # fmt: skip
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
+        m = new_m
+
+    acc = acc / total[:, None]
+    o_rows = o_base + q_rows[:, None] * o_stride_s + head.to(tl.int64) * o_stride_h
+    tl.store(o_rows + dims, acc.to(out.dtype.element_ty), mask=q_mask)
+    if LSE:
+        tl.store(
+            lse_base + head.to(tl.int64) * lse_stride_h + q_rows, (m + tl.math.log2(total)) * 0.6931471805599453, mask=present
+        )

@@ -1,0 +1,63 @@
+"""Launch choices: what was measured to be fastest, as data, with the nearest match for what was not measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile of keys, warps and pipeline stages of the attention kernel, and whether it may use tensor descriptors."""
+
+    tile: int
+    warps: int
+    stages: int
+    tma: bool
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(files(__package__).joinpath("launch.json").read_text())
+    return table
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """``"sm90"`` and the like, a ``gfx`` name on AMD, ``"cpu"`` under Triton's interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the card has the bulk tensor copy engine (Hopper and later)."""
+    name = architecture(device)
+    return name.startswith("sm") and int(name[2:]) >= 90
+
+
+def launch_for(name: str, head_dim: int, block_size: int) -> Launch:
+    """The choice of the nearest measured architecture: itself, else the newest one not newer, else ``"default"``."""
+    table = _table()["attention"]
+    if name not in table:
+        known = [int(entry[2:]) for entry in table if entry.startswith("sm")]
+        older = [number for number in known if name.startswith("sm") and number <= int(name[2:])]
+        name = f"sm{max(older)}" if older else "default"
+    entries = [entry for entry in table[name] if block_size % entry["tile"] == 0 and head_dim <= entry["max_head_dim"]]
+    exact = [entry for entry in entries if entry["block_size"] == block_size] or entries
+    best = min(exact, key=lambda entry: entry["max_head_dim"])
+    return Launch(best["tile"], best["warps"], best["stages"], best["tma"])
+
+
+@cache
+def attention_launch(device: torch.device, head_dim: int, block_size: int) -> Launch:
+    """Launch choice for a device, head dimension and block size."""
+    return launch_for(architecture(device), head_dim, block_size)

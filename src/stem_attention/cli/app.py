@@ -1,0 +1,196 @@
+"""The subcommands and their options."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import stem_attention
+from stem_attention.cli.errors import UserError, need
+from stem_attention.errors import UnsupportedError
+from stem_attention.policies import policy_names
+
+# typer carries its own copy of click or depends on it, according to its version; both ways this is what a command line
+# that does not parse raises.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+_HOST = ("transformers", "gguf", "accelerate")
+
+app = typer.Typer(
+    name="stem-attention", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Model directory, GGUF file or hub id.", show_default="the embedded SmolLM2-135M-Instruct"),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text to read; - is standard input, which is also read when something is piped in.",
+        show_default="made-up prose with a planted number and a question about it",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the default prompt; fixed, so that runs repeat.")]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of the default prompt.", show_default="what the model's context holds beside the answer, up to 32768"
+    ),
+]
+Depth = Annotated[float, typer.Option(help="Where the default prompt plants the number: 0 start of the text, 1 end.")]
+ChatTemplate = Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template, if it has one.")]
+PolicyName = Annotated[str, typer.Option("--policy", help=f"Which blocks to keep: {', '.join(policy_names())}.")]
+Preset = Annotated[str, typer.Option(help="StemConfig to start from: default, paper or angelslim.")]
+Config = Annotated[Path | None, typer.Option(help="JSON file of StemConfig fields; they override the preset.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Any StemConfig field, or an option of --policy; overrides. Repeatable."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on the CPU, bfloat16 elsewhere.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a PNG: kept blocks, block scores, budget curve. Needs matplotlib.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+@app.command()
+def run(
+    model: Model = None,
+    prompt_file: PromptFile = None,
+    seed: Seed = 0,
+    context: Context = None,
+    depth: Depth = 0.5,
+    chat_template: ChatTemplate = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    policy: PolicyName = "stem",
+    preset: Preset = "default",
+    config: Config = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Density and time of every layer.")] = False,
+    plot: Plot = None,
+    layer: Annotated[int | None, typer.Option(help="Layer of the picture.", show_default="the middle one")] = None,
+    head: Annotated[int, typer.Option(help="Query head of the picture.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Read a long prompt with a real model, dense and with Stem, and compare answers, times and agreement.
+
+    Exit code 3 means that the run went well but Stem's answer lacks the number planted in the default prompt.
+    """
+    need(*_HOST, purpose="run")
+    from stem_attention.cli.job import JobOptions
+    from stem_attention.cli.run import run_command
+
+    options = JobOptions(
+        model, prompt_file, seed, context, depth, chat_template, max_new_tokens, policy, preset, config, settings or [],
+        device, dtype, plot, [] if layer is None else [layer], [head],
+    )  # fmt: skip
+    return run_command(options, verbose=verbose, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    model: Model = None,
+    prompt_file: PromptFile = None,
+    seed: Seed = 0,
+    context: Context = None,
+    depth: Depth = 0.5,
+    chat_template: ChatTemplate = True,
+    policy: PolicyName = "stem",
+    preset: Preset = "default",
+    config: Config = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Layer to show. Repeatable.", show_default="first, middle and last")
+    ] = None,
+    head: Annotated[list[int] | None, typer.Option(help="Query head to show. Repeatable.", show_default="0")] = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> int:
+    """Show which blocks chosen layers and heads keep, as a picture and in numbers, without generating."""
+    need(*_HOST, purpose="inspect")
+    from stem_attention.cli.inspect import inspect_command
+    from stem_attention.cli.job import JobOptions
+
+    options = JobOptions(
+        model, prompt_file, seed, context, depth, chat_template, 0, policy, preset, config, settings or [],
+        device, dtype, plot, layer or [], head or [0],
+    )  # fmt: skip
+    return inspect_command(options, as_json=as_json)
+
+
+@app.command()
+def bench(
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas between.")] = "8192,32768",
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 64,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each, dense and sparse in turn; medians are printed.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    preset: Preset = "default",
+    config: Config = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> int:
+    """Time dense attention (torch's SDPA, causal) against Stem on random inputs, after checking Stem's result."""
+    from stem_attention.cli.bench import BenchOptions, bench_command
+
+    options = BenchOptions(
+        lengths, heads, kv_heads, head_dim, device, dtype, repeats, threads, seed, preset, config, settings or []
+    )
+    return bench_command(options, as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> int:
+    """Say what is installed, which devices there are, which backend would run what and why, and what is missing."""
+    from stem_attention.cli.doctor import doctor_command
+
+    return doctor_command(as_json=as_json)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(stem_attention.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Training-free sparse attention for long prompts (Stem, arXiv 2603.06274)."""
+
+
+def run_app(arguments: list[str]) -> int:
+    """Run the command line ``arguments``; returns the exit code. Mistakes of the user end as one line on stderr."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # loaders draw bars of their own; the command has its own progress
+    try:
+        code = app(arguments, prog_name="stem-attention", standalone_mode=False)
+    except _USAGE_ERROR as error:
+        return _complain(f"{error.format_message()}; see `stem-attention --help`", 2)  # type: ignore[attr-defined]
+    except (UserError, UnsupportedError) as error:
+        return _complain(str(error), 1)
+    except torch.OutOfMemoryError as error:
+        return _complain(f"out of memory: {error}; read a shorter prompt or use a smaller dtype", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", 130)
+    return int(code or 0)
+
+
+def _complain(message: str, code: int) -> int:
+    print("stem-attention:", " ".join(message.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,1 @@
+"""Real models and prompts: load them, prefill them dense and sparse, compare."""

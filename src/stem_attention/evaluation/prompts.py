@@ -1,0 +1,165 @@
+"""Long prompts with a planted fact and a question about it, made from seeded templates.
+
+The wording of the fact and of the question is that of RULER's single-needle task, which the smallest models still answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from stem_attention.errors import bad_argument
+
+_OPENING = (
+    "A special magic number is hidden in the text below. Read it with care, for I will ask you about the number afterwards."
+)
+
+_WORDS = {
+    "who": (
+        "the old ferryman", "Marta", "the younger of the two bakers", "Mr. Ellery", "the schoolmistress",
+        "a tired surveyor", "the harbour master", "Tobias", "the widow from the mill", "our neighbour",
+        "the doctor's nephew", "Ingrid", "the apprentice", "a travelling clockmaker", "the postmistress", "Aunt Rosalind",
+        "the lighthouse keeper", "Jonas", "the head gardener", "a boy with a basket", "the town clerk", "Captain Brandt",
+        "the miller", "Clara",
+    ),
+    "did": (
+        "walked slowly", "set out", "hurried", "rode", "wandered", "came back", "was sent", "carried a parcel",
+        "took a lamp", "went alone", "followed the cart tracks", "drove the geese", "strolled", "found the way",
+    ),
+    "where": (
+        "to the harbour", "across the wet meadow", "past the chapel", "along the canal", "up the hill road",
+        "into the market", "through the orchard", "over the stone bridge", "down to the boathouse", "as far as the quarry",
+        "round the mill pond", "to the railway halt", "beyond the last houses", "towards the forest",
+    ),
+    "when": (
+        "early in the morning", "on the first dry day", "after supper", "before the rain came", "late in the autumn",
+        "when the bells had stopped", "on market day", "in the week of the fair", "towards evening", "at the end of winter",
+        "while the others slept", "long before the harvest", "that same afternoon", "on a windy Tuesday",
+    ),
+    "thing": (
+        "a crate of pears", "the broken oar", "two letters", "a bundle of dry reeds", "the brass telescope",
+        "a loaf of rye bread", "the church accounts", "a coil of rope", "the missing ledger", "a jar of honey",
+        "a wooden flute", "the spare lantern", "a sack of barley", "an umbrella", "the blue teapot", "a map of the valley",
+    ),
+    "said": (
+        "the winter would be a long one", "nobody had repaired the fence", "the river was higher than last year",
+        "the price of wool had fallen again", "there was nothing to worry about", "the new road would change everything",
+        "the clock in the tower was slow", "the children ought to be at school", "it was better to wait until spring",
+        "the boats had gone out too early", "a good roof mattered more than a fine door", "the wells were running low",
+    ),
+    "like": (
+        "quiet and grey", "full of small noises", "colder than anyone had expected", "smelling of tar and apples",
+        "almost empty", "bright with washing", "busy as ever", "covered in a thin mist", "strangely familiar",
+        "warm for the season",
+    ),
+    "place": (
+        "The square", "The harbour", "The long room at the inn", "The lane behind the bakery", "The schoolhouse",
+        "The orchard", "The waiting room", "The upper village", "The mill yard", "The shore", "The library",
+        "The old town hall",
+    ),
+}  # fmt: skip
+
+_TEMPLATES = (
+    "{when}, {who} {did} {where}.",
+    "{who} {did} {where} with {thing}, and {who2} was not told of it.",
+    "{place} was {like} {when}.",
+    "{who} said that {said}, but {who2} did not agree.",
+    "{when} {thing} was left at the door, and nobody knew whether {who} or {who2} had brought it.",
+    "{who} had always believed that {said}.",
+    "It was {who} who first noticed {thing}, lying where {who2} had dropped it {when}.",
+    "{place} was {like}, and {who} {did} {where} to look for {thing}.",
+    "If {who} was right, {said}; if not, there was still {thing} to be sold.",
+    "{who} asked {who2} about {thing}, and was told only that {said}.",
+    "Years later {who} remembered how {who2} {did} {where} {when}.",
+    "{who} mended {thing} {when}, because {said}.",
+    "Nothing much happened until {who} {did} {where}; then {who2} spoke of {thing} for an hour.",
+    "{place}, {like} though it was, pleased {who} more than {thing} ever had.",
+    "\"Surely {said},\" {who} told {who2}, and put down {thing}.",
+    "{who} and {who2} shared {thing} {when} and talked of the days when {said}.",
+)  # fmt: skip
+
+_COLOURS = ("amber", "scarlet", "silver", "cobalt", "emerald", "ivory", "violet", "copper")
+_THINGS = ("lantern", "compass", "orchard", "harbour", "falcon", "violin", "anchor", "meadow")
+
+
+def haystack_sentences(seed: int) -> Iterator[str]:
+    """Endless made-up village prose, the same for the same ``seed``; verbatim repeats are rare."""
+    rng = random.Random(seed)
+    while True:
+        words = {slot: rng.choice(choices) for slot, choices in _WORDS.items()}
+        words["who2"] = rng.choice([name for name in _WORDS["who"] if name != words["who"]])
+        sentence = rng.choice(_TEMPLATES).format(**words)
+        start = sentence.index(next(letter for letter in sentence if letter.isalpha()))
+        yield sentence[:start] + sentence[start].upper() + sentence[start + 1 :]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it.
+
+    Attributes:
+        ids: Its tokens, chat template included.
+        answer: Text that a right answer contains, or None when there is no planted fact.
+        answer_prefix: Start of the reply, already part of ``ids``; empty unless there is a planted fact.
+    """
+
+    ids: list[int]
+    answer: str | None = None
+    answer_prefix: str = ""
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, message: str, answer_prefix: str = "", use_template: bool = True) -> list[int]:
+    """Tokens of one user message in the model's chat format (as it is, if the tokenizer has none), then ``answer_prefix``."""
+    if not use_template or not tokenizer.chat_template:
+        text = f"{message}\n{answer_prefix}" if answer_prefix else message
+        return list(tokenizer(text).input_ids)
+    messages = [{"role": "user", "content": message}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(f"{rendered}{answer_prefix}", add_special_tokens=False).input_ids)
+
+
+def planted_prompt(
+    tokenizer: PreTrainedTokenizerBase, tokens: int, *, seed: int = 0, depth: float = 0.5, use_template: bool = True
+) -> Prompt:
+    """A prompt of at most ``tokens`` tokens (and close to it) that hides one number and asks for it.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        tokens: Length to fill.
+        seed: Decides the text, the number and what it is called.
+        depth: Where the fact stands: 0 at the start of the text, 1 at its end.
+        use_template: Use the tokenizer's chat template if it has one.
+
+    Raises:
+        ValueError: ``tokens`` is too few for the question alone, or ``depth`` lies outside 0 to 1.
+    """
+    if not 0 <= depth <= 1:
+        raise bad_argument("depth", "a number from 0 to 1", depth, "0 plants the fact at the start, 1 at the end")
+    rng = random.Random(seed)
+    name, number = f"{rng.choice(_COLOURS)}-{rng.choice(_THINGS)}", str(rng.randrange(1_000_000, 10_000_000))
+    needle = f"One of the special magic numbers for {name} is: {number}."
+    question = f"What is the special magic number for {name} mentioned in the provided text?"
+    prefix = f"The special magic number for {name} mentioned in the provided text is"
+
+    def build(sentences: list[str]) -> list[int]:
+        cut = round(depth * len(sentences))
+        text = " ".join([*sentences[:cut], needle, *sentences[cut:]])
+        return chat_ids(tokenizer, f"{_OPENING}\n{text}\n{question}", prefix, use_template)
+
+    least = len(build([]))
+    if least > tokens:
+        raise bad_argument("tokens", f"at least {least} for the question alone", tokens, "ask for a longer prompt")
+    sentences, used = [], least
+    for sentence in haystack_sentences(seed):
+        used += len(tokenizer(f" {sentence}", add_special_tokens=False).input_ids)
+        if used > tokens:
+            break
+        sentences.append(sentence)
+    ids = build(sentences)
+    while len(ids) > tokens:  # tokens merge differently inside the whole text
+        sentences.pop()
+        ids = build(sentences)
+    return Prompt(ids, number, prefix)

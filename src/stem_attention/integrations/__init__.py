@@ -1,0 +1,1 @@
+"""Hosts that can run their models with Stem; each module needs its host installed."""

@@ -1,0 +1,151 @@
+"""The operators under torch.compile: one graph, static and dynamic shapes, the same numbers as eager."""
+
+import pytest
+import torch
+
+import stem_attention as sa
+from stem_attention import ops
+from stem_attention.testing import make_qkv, random_selection, structured_qkv
+
+SPARSE = sa.StemConfig(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1, dense_below=64)
+# Forced blocks on top of the scored ones: where they overlap, heads keep different numbers of blocks.
+EXTRA = sa.StemConfig(
+    block_size=16, min_blocks=3, sink_blocks=2, local_blocks=2, tail_blocks=0, forced="extra", magnitude="zscore", dense_below=0
+)
+SHAPES = ((2, 100, 130), (2, 150, 150), (1, 33, 300))  # batch, q_len, kv_len
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch.compiler.reset()
+
+
+def attention(q, k, v):
+    return sa.stem_attention(q, k, v, config=SPARSE) * 2
+
+
+def attention_with_lse(q, k, v):
+    out, lse = sa.stem_attention(q, k, v, config=SPARSE, return_lse=True, prompt_len=k.shape[1] + 50)
+    return out + 1, lse + 1
+
+
+def two_steps(q, k, v):
+    selection = sa.select_blocks(q, k, v, config=SPARSE)
+    out, lse = sa.block_sparse_attention(q, k, v, selection, return_lse=True)
+    return out + 1, lse, selection.counts + 1
+
+
+def two_steps_of_ragged_rows(q, k, v):
+    selection = sa.select_blocks(q, k, v, config=EXTRA)
+    return sa.block_sparse_attention(q, k, v, selection) + 1
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def same(result, expected):
+    pairs = list(zip(as_tuple(result), as_tuple(expected), strict=True))
+    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", [attention, attention_with_lse, two_steps, two_steps_of_ragged_rows])
+def test_compiled_equals_eager(function, dynamic):
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for i, (batch, q_len, kv_len) in enumerate(SHAPES):
+        inputs = structured_qkv(batch, q_len, kv_len, 4, 2, 16, seed=i)
+        assert same(compiled(*inputs), function(*inputs))
+
+
+@pytest.mark.parametrize("function", [attention, two_steps])
+def test_dynamic_shapes_are_compiled_once(function):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for length in (100, 200, 333, 511):
+        inputs = structured_qkv(2, length, length, 4, 2, 16)
+        assert same(compiled(*inputs), function(*inputs))
+    assert counter.frame_count == 1
+
+
+def test_inductor_keeps_the_graph_whole_and_the_numbers_equal():
+    inputs = structured_qkv(1, 200, 200, 4, 2, 16)
+    compiled = torch.compile(two_steps, fullgraph=True)
+    assert same(compiled(*inputs), two_steps(*inputs))
+
+
+def test_a_strided_view_and_the_dense_path_keep_the_promised_layout():
+    # The dense path returns what torch's attention made; the graph was promised a contiguous tensor.
+    def function(q, k, v):
+        return sa.stem_attention(q, k, v).view(q.shape[0], q.shape[1], -1)
+
+    inputs = structured_qkv(2, 50, 80, 4, 2, 16, layout="bhsd")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert same(compiled(*inputs), function(*inputs))
+
+
+def test_compiled_code_raises_the_same_errors():
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    q, k, v = make_qkv(1, 100, 100, 4, 2, 16)
+    with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="last dimensions"):
+        compiled(q, k[..., :8], v[..., :8])
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("config", [SPARSE, EXTRA, sa.StemConfig()])
+@pytest.mark.parametrize("layout", ["bshd", "fused"])
+def test_opcheck_of_forward(layout, config, return_lse):
+    q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, layout=layout)
+    torch.library.opcheck(ops.forward, (q, k, v, config.to_json(), 0.25, 130, return_lse, "auto"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("config", [SPARSE, EXTRA])
+@pytest.mark.parametrize("q_len", [1, 100])
+def test_opcheck_of_select(q_len, config, backend):
+    q, k, v = structured_qkv(2, q_len, 130, 4, 2, 16, layout="fused")
+    torch.library.opcheck(ops.select, (q, k, v, config.to_json(), 0.25, 200, backend))
+
+
+@pytest.mark.parametrize("layout", ["bshd", "fused"])
+def test_opcheck_of_attend(layout):
+    q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, layout=layout)
+    selection = random_selection(2, 4, 100, 130, 16)
+    torch.library.opcheck(ops.attend, (q, k, v, selection.indices, selection.counts, 16, 0.25, "auto"))
+
+
+def test_the_width_of_a_selection_is_the_budget_even_where_no_row_fills_it():
+    q, k, v = structured_qkv(1, 1, 130, 1, 1, 16)
+    ours, theirs = (sa.select_blocks(q, k, v, config=EXTRA, prompt_len=200, backend=b) for b in ("torch", "reference"))
+    assert ours.counts.max() < ours.indices.shape[3]  # or this example shows nothing
+    assert torch.equal(ours.indices, theirs.indices)
+    torch.library.opcheck(ops.select, (q, k, v, EXTRA.to_json(), 0.25, 200, "reference"))
+
+
+@pytest.mark.parametrize("q_len", [0, 1, 130])
+@pytest.mark.parametrize("config", [SPARSE, EXTRA])
+def test_meta_tensors_get_the_shapes_that_real_ones_get(config, q_len):
+    real = make_qkv(2, q_len, 130, 4, 2, 16, dtype=torch.bfloat16)
+    meta = [x.to("meta") for x in real]
+    expected = [*sa.stem_attention(*real, config=config, return_lse=True), sa.stem_attention(*real, config=config)]
+    got = [*sa.stem_attention(*meta, config=config, return_lse=True), sa.stem_attention(*meta, config=config)]
+    for x, y in zip(got, expected, strict=True):
+        assert (x.shape, x.dtype, x.device.type) == (y.shape, y.dtype, "meta")
+
+
+def test_inference_mode_works_eager_and_compiled():
+    inputs = structured_qkv(1, 100, 130, 4, 2, 16)
+    expected = two_steps(*inputs)
+    compiled = torch.compile(two_steps, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert same(two_steps(*inputs), expected)
+        assert same(compiled(*inputs), expected)
+
+
+@pytest.mark.parametrize("function", [attention, two_steps])
+def test_autocast_changes_nothing_when_compiled(function):
+    inputs = structured_qkv(1, 100, 130, 4, 2, 16)
+    expected = function(*inputs)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(compiled(*inputs), expected)

