@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stem_attention as sa
-from stem_attention import ops
+from stem_attention import StemConfig, ops
 from stem_attention.testing import make_qkv, random_selection, structured_qkv
 
 SPARSE = sa.StemConfig(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1, dense_below=64)
@@ -108,10 +108,11 @@ def test_opcheck_of_select(q_len, config, backend):
 
 
 @pytest.mark.parametrize("layout", ["bshd", "fused"])
-def test_opcheck_of_attend(layout):
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_opcheck_of_attend(layout, return_lse):
     q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, layout=layout)
     selection = random_selection(2, 4, 100, 130, 16)
-    torch.library.opcheck(ops.attend, (q, k, v, selection.indices, selection.counts, 16, 0.25, "auto"))
+    torch.library.opcheck(ops.attend, (q, k, v, selection.indices, selection.counts, 16, 0.25, return_lse, "auto"))
 
 
 def test_the_width_of_a_selection_is_the_budget_even_where_no_row_fills_it():
@@ -149,3 +150,14 @@ def test_autocast_changes_nothing_when_compiled(function):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert same(compiled(*inputs), expected)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("paged", [False, True])
+def test_opcheck_of_forward_varlen(paged, return_lse):
+    q, k, v = (x[0] for x in make_qkv(1, 48, 80, 4, 2, 16))
+    table = torch.arange(5, dtype=torch.int32).view(1, 5) if paged else None
+    k, v = (x.unflatten(0, (5, 16)) if paged else x for x in (k, v))
+    config = StemConfig(block_size=16, stride=4, dense_below=0).to_json()
+    arguments = (q, k, v, [0, 48], [0, 80], table, config, 0.25, [80], return_lse, "auto")
+    torch.library.opcheck(ops.forward_varlen, arguments)

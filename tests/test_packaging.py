@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import stem_attention
-from stem_attention.evaluation.models import EMBEDDED_PACKAGE, EMBEDDED_VERSION
+from stem_attention.evaluation.embedded import EMBEDDED_PACKAGE, EMBEDDED_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("triton", "transformers", "vllm", "rich", "typer", "matplotlib", "numpy", "gguf", "lm_eval")

@@ -1,6 +1,6 @@
 """Stem: training-free sparse attention for long-context prefill (arXiv 2603.06274)."""
 
-from stem_attention.api import block_sparse_attention, explain, select_blocks, stem_attention
+from stem_attention.api import block_sparse_attention, dense_limit, explain, select_blocks, stem_attention
 from stem_attention.config import StemConfig
 from stem_attention.errors import UnsupportedError
 from stem_attention.selection import BlockSelection
@@ -13,6 +13,7 @@ __all__ = [
     "StemConfig",
     "UnsupportedError",
     "block_sparse_attention",
+    "dense_limit",
     "explain",
     "select_blocks",
     "stem_attention",

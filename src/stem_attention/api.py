@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from stem_attention import ops
-from stem_attention.backends import Explanation, Request, explain_request
+from stem_attention.backends import Explanation, Request, explain_request, get_backend
+from stem_attention.backends.dense import dense_attention
 from stem_attention.checks import (
     DTYPES,
     check_backend,
     check_batch,
+    check_config,
     check_prompt_len,
     check_qkv,
     check_scale,
@@ -21,8 +23,6 @@ from stem_attention.checks import (
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
 from stem_attention.selection import BlockSelection
-
-_DEFAULT = StemConfig()
 
 
 @overload
@@ -54,7 +54,7 @@ def stem_attention(
     """Causal attention that reads just the key blocks that matter (Stem, arXiv 2603.06274).
 
     Prefill only. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Prompts of fewer than
-    ``config.dense_below`` tokens run dense. Only the last dimension must be contiguous; nothing is copied or padded.
+    :func:`dense_limit` tokens run dense. Only the last dimension must be contiguous; nothing is copied or padded.
 
     Args:
         q: ``(batch, q_len, q_heads, head_dim)``, bf16, fp16, fp32, or fp64 off the GPU.
@@ -78,7 +78,10 @@ def stem_attention(
     check_qkv(q, k, v)
     check_batch(q, k)
     length = check_prompt_len(prompt_len, k.shape[1])
-    settings, scale, name = _checked_config(config), check_scale(scale, q.shape[3]), check_backend(backend)
+    settings, scale, name = check_config(config), check_scale(scale, q.shape[3]), check_backend(backend)
+    # The operator would come to the same decision, but costs a short prompt more time than its attention.
+    if not return_lse and not torch.compiler.is_compiling() and length < _dense_limit(q, settings, name):
+        return dense_attention(q, k, v, scale)
     out, lse = ops.forward(q, k, v, settings.to_json(), scale, length, bool(return_lse), name)
     return (out, lse) if return_lse else out
 
@@ -97,7 +100,7 @@ def select_blocks(
     check_qkv(q, k, v)
     check_batch(q, k)
     length = check_prompt_len(prompt_len, k.shape[1])
-    settings, scale, name = _checked_config(config), check_scale(scale, q.shape[3]), check_backend(backend)
+    settings, scale, name = check_config(config), check_scale(scale, q.shape[3]), check_backend(backend)
     indices, counts = ops.select(q, k, v, settings.to_json(), scale, length, name)
     return BlockSelection(indices, counts, settings.block_size, q.shape[1], k.shape[1])
 
@@ -135,7 +138,7 @@ def block_sparse_attention(
     check_batch(q, k)
     check_selection(selection, q, k)
     scale, name = check_scale(scale, q.shape[3]), check_backend(backend)
-    out, lse = ops.attend(q, k, v, selection.indices, selection.counts, selection.block_size, scale, name)
+    out, lse = ops.attend(q, k, v, selection.indices, selection.counts, selection.block_size, scale, bool(return_lse), name)
     return (out, lse) if return_lse else out
 
 
@@ -163,16 +166,24 @@ def explain(
         raise bad_argument("dtype", f"one of {', '.join(map(str, DTYPES))}", dtype, "ask for the dtype of q, k and v")
     if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
         raise bad_argument("head_dim", "an integer >= 1", repr(head_dim), "ask for the last dimension of q, k and v")
-    request = Request(_checked_device(device), dtype, head_dim, _checked_config(config).block_size)
+    request = Request(_checked_device(device), dtype, head_dim, check_config(config).block_size)
     return explain_request(request, check_backend(backend))
 
 
-def _checked_config(config: StemConfig | None) -> StemConfig:
-    if config is None:
-        return _DEFAULT
-    if not isinstance(config, StemConfig):
-        raise bad_argument("config", "a StemConfig or None", type(config).__name__, "build one with StemConfig(...)")
-    return config
+def dense_limit(
+    *, device: torch.device | str, dtype: torch.dtype, head_dim: int, config: StemConfig | None = None, backend: str = "auto"
+) -> int:
+    """Prompts of fewer tokens run dense in :func:`stem_attention`. Arguments and errors as in :func:`explain`.
+
+    It is ``config.dense_below``, or, where that is None, the length at which the backend overtakes dense attention.
+    """
+    settings = check_config(config)
+    request = Request(_checked_device(device), dtype, head_dim, settings.block_size)
+    return get_backend(request, check_backend(backend)).dense_limit(settings)
+
+
+def _dense_limit(q: Tensor, config: StemConfig, backend: str) -> int:
+    return get_backend(Request(q.device, q.dtype, q.shape[3], config.block_size), backend).dense_limit(config)
 
 
 def _checked_device(device: torch.device | str) -> torch.device:

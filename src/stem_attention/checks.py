@@ -7,9 +7,11 @@ import sys
 import torch
 from torch import Tensor
 
+from stem_attention.config import StemConfig
 from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.selection import BlockSelection
 
+_DEFAULT = StemConfig()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -72,6 +74,19 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= sys.float_info.max:
         raise bad_argument("scale", "a finite number or None", repr(scale), "leave it out for 1 / sqrt(head_dim)")
     return float(scale)
+
+
+def check_config(config: StemConfig | None) -> StemConfig:
+    """The config, ``StemConfig()`` unless given.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if config is None:
+        return _DEFAULT
+    if not isinstance(config, StemConfig):
+        raise bad_argument("config", "a StemConfig or None", type(config).__name__, "build one with StemConfig(...)")
+    return config
 
 
 def check_backend(backend: str) -> str:

@@ -45,7 +45,8 @@ class StemConfig:
         local_blocks: Blocks up to and including the diagonal that every row keeps. At least 1.
         tail_blocks: Last query blocks of the whole prompt, where the question usually stands, that keep everything.
         forced: ``"inside"``: sink and local blocks count against the budget. ``"extra"``: they are added to the top-k.
-        dense_below: Prompts of fewer tokens run dense in :func:`stem_attention.stem_attention`.
+        dense_below: Prompts of fewer tokens run dense in :func:`stem_attention.stem_attention`. ``None``: the length at
+            which the backend that runs was measured to overtake dense attention.
             :func:`stem_attention.select_blocks` always selects.
         dense_layers: First layers of a model that the integrations leave dense.
 
@@ -67,7 +68,7 @@ class StemConfig:
     local_blocks: int = 4
     tail_blocks: int = 2
     forced: str = "inside"
-    dense_below: int = 2048
+    dense_below: int | None = None
     dense_layers: int = 0
     # Kept from construction on, because torch.compile cannot trace the JSON encoder.
     _json: str = dataclasses.field(init=False, repr=False, compare=False)
@@ -80,12 +81,12 @@ class StemConfig:
             ("sink_blocks", 0),
             ("local_blocks", 1),
             ("tail_blocks", 0),
-            ("dense_below", 0),
             ("dense_layers", 0),
         ):
             self._check_int(name, least)
-        if self.min_blocks is not None:
-            self._check_int("min_blocks", 1)
+        for name, least in (("min_blocks", 1), ("dense_below", 0)):
+            if getattr(self, name) is not None:
+                self._check_int(name, least)
         self._check_float("beta", 0.0, math.inf)
         for name in ("decay", "ratio_short", "ratio_long"):
             self._check_float(name, 0.0, 1.0, open_below=True)

@@ -5,18 +5,16 @@ Operators take no dataclasses: a config travels as its JSON text and a selection
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from stem_attention.backends import Backend, Request, get_backend
-from stem_attention.backends.dense import dense_attention
+from stem_attention.backends import Backend, Packing, Request, get_backend
 from stem_attention.config import StemConfig
 from stem_attention.policies.budget import block_count, row_budgets
-from stem_attention.policies.dense import keep_everything
 from stem_attention.selection import PAD, BlockSelection
 
 _parse = lru_cache(maxsize=256)(StemConfig.from_json)
@@ -48,17 +46,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Select and attend; ``lse`` is empty unless asked for."""
     settings = _parse(config)
-    chosen = _backend(q, settings.block_size, backend)
     if q.shape[1] == 0:
-        return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], 0), dtype=torch.float32)
-    if prompt_len < settings.dense_below and not return_lse:
-        return dense_attention(q, k, v, scale).contiguous(), q.new_empty(0, dtype=torch.float32)
-    if prompt_len < settings.dense_below:
-        selection = keep_everything(q, k, settings.block_size)
-    else:
-        selection = chosen.select(q, k, v, settings, scale, prompt_len)
-    out, lse = chosen.attend(q, k, v, selection, scale)
-    return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
+        return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], 0) if return_lse else 0, dtype=torch.float32)
+    return _backend(q, settings.block_size, backend).forward(q, k, v, settings, scale, prompt_len, return_lse)
 
 
 @forward.register_fake
@@ -102,18 +92,42 @@ def _(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: in
 @torch.library.custom_op("stem_attention::attend", mutates_args=())
 @_without_autocast
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float,
+    return_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over given blocks."""
     selection = BlockSelection(indices, counts, block_size, q.shape[1], k.shape[1])
     if q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
         selection.validate()
-    return _backend(q, block_size, backend).attend(q, k, v, selection, scale)
+    return _backend(q, block_size, backend).attend(q, k, v, selection, scale, return_lse)
 
 
 @attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float,
+    return_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if return_lse else 0, dtype=torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+@torch.library.custom_op("stem_attention::forward_varlen", mutates_args=())
+@_without_autocast
+def forward_varlen(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], page_table: Tensor | None, config: str,
+    scale: float, prompt_lens: Sequence[int], return_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Select and attend in a packed batch."""
+    settings = _parse(config)
+    chosen = get_backend(Request(q.device, q.dtype, q.shape[2], settings.block_size), backend)
+    packing = Packing(q_starts, k_starts)
+    return chosen.forward_varlen(q, k, v, packing, page_table, settings, scale, prompt_lens, return_lse)
+
+
+@forward_varlen.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], page_table: Tensor | None, config: str,
+    scale: float, prompt_lens: Sequence[int], return_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else 0, dtype=torch.float32)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse

@@ -9,8 +9,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from stem_attention.api import stem_attention
-from stem_attention.checks import check_qkv
+from stem_attention import ops
+from stem_attention.checks import check_backend, check_config, check_qkv, check_scale
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
 
@@ -43,9 +43,9 @@ def stem_attention_varlen(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`stem_attention` for a ragged batch, one sequence at a time, so a row never depends on its neighbours.
+    """:func:`stem_attention` for a ragged batch; a sequence's result never depends on its neighbours.
 
-    Reads the sequence borders, and the page table, on the host.
+    Reads the sequence borders on the host: pass them as CPU tensors to spare a GPU the synchronisation.
 
     Args:
         q: ``(total_q, q_heads, head_dim)``, sequences one after the other.
@@ -79,18 +79,11 @@ def stem_attention_varlen(
     _check_sequences(starts, key_starts, prompt_lens)
     if page_table is not None:
         _check_pages(page_table, key_starts, pages=k.shape[0], page_size=k.shape[1])
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    for i, (low, high) in enumerate(pairwise(starts)):
-        keys, values = (_sequence(x, i, key_starts, page_table) for x in (k, v))
-        result = stem_attention(
-            q[None, low:high], keys[None], values[None], config=config, scale=scale,
-            prompt_len=None if prompt_lens is None else prompt_lens[i], return_lse=return_lse, backend=backend,
-        )  # fmt: skip
-        if isinstance(result, tuple):
-            out[low:high], lse[:, low:high] = result[0][0], result[1][0]
-        else:
-            out[low:high] = result[0]
+    lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
+    settings, scale = check_config(config), check_scale(scale, q.shape[2])
+    out, lse = ops.forward_varlen(
+        q, k, v, starts, key_starts, page_table, settings.to_json(), scale, lengths, bool(return_lse), check_backend(backend)
+    )
     return (out, lse) if return_lse else out
 
 
@@ -151,22 +144,14 @@ def _check_pages(page_table: Tensor, key_starts: list[int], pages: int, page_siz
     sequences, width = page_table.shape
     if sequences != len(key_starts) - 1:
         raise bad_argument("page_table", f"{len(key_starts) - 1} rows, one a sequence", sequences, "list every sequence")
-    table = page_table.cpu()
     for i, (low, high) in enumerate(pairwise(key_starts)):
         needed = -(-(high - low) // page_size)
         if width < needed:
             raise bad_argument("page_table", f"{needed} pages for sequence {i}", width, "widen the table")
-        used = table[i, :needed]
-        if needed and not 0 <= int(used.min()) <= int(used.max()) < pages:
+        used = page_table[i, :needed]
+        # On a GPU reading the table would wait for the device; kernels guard their own reads.
+        if needed and page_table.device.type == "cpu" and not 0 <= int(used.min()) <= int(used.max()) < pages:
             raise bad_argument("page_table", f"pages 0 to {pages - 1} for sequence {i}", used.tolist(), "correct the table")
-
-
-def _sequence(x: Tensor, i: int, starts: list[int], page_table: Tensor | None) -> Tensor:
-    """Keys or values of one sequence, ``(length, kv_heads, head_dim)``."""
-    if page_table is None:
-        return x[starts[i] : starts[i + 1]]
-    length = starts[i + 1] - starts[i]
-    return x[page_table[i, : -(-length // x.shape[1])].long()].flatten(0, 1)[:length]
 
 
 def _is_int(value: object) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stem_attention.cli import main
-from stem_attention.evaluation.models import EMBEDDED_INSTALL, embedded_gguf
+from stem_attention.evaluation.embedded import EMBEDDED_INSTALL, embedded_gguf
 
 SPARSE = ["--set", "dense_below=0", "--set", "block_size=64", "--context", "2300"]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stem_attention.evaluation.models import ModelSource, context_length, embedded_gguf, find_model
+from stem_attention.evaluation.embedded import embedded_gguf
+from stem_attention.evaluation.models import ModelSource, context_length, find_model
 
 
 def test_gguf_file_splits_into_directory_and_name(tmp_path: Path) -> None:

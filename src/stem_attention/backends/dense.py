@@ -8,6 +8,11 @@ from torch import Tensor
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """``(batch, q_len, q_heads, dim)`` by torch's own ``scaled_dot_product_attention``."""
+    with torch.autocast(q.device.type, enabled=False):  # the result keeps the dtype of its inputs
+        return _attend(q, k, v, scale).contiguous()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     square = q.shape[1] == k.shape[1]
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2),

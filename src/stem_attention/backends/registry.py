@@ -8,6 +8,7 @@ from functools import cache
 from stem_attention.backends.base import Backend, Request
 from stem_attention.backends.reference import ReferenceBackend
 from stem_attention.backends.torch import TorchBackend
+from stem_attention.backends.triton import TritonBackend
 from stem_attention.errors import UnsupportedError, bad_argument
 
 AUTO = "auto"
@@ -16,7 +17,7 @@ AUTO = "auto"
 @cache
 def _backends() -> dict[str, Backend]:
     """All backends, fastest first."""
-    return {backend.name: backend for backend in (TorchBackend(), ReferenceBackend())}
+    return {backend.name: backend for backend in (TritonBackend(), TorchBackend(), ReferenceBackend())}
 
 
 def backend_names() -> tuple[str, ...]:

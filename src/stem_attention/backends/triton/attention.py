@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stem_attention.backends.base import Packing
 from stem_attention.backends.triton.attention_kernel import attention_kernel
 from stem_attention.backends.triton.launch import attention_launch, has_tma
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """A packed batch: int32 cumulative lengths, and the longest sequence's lengths, which size the grid."""
+    """A packed batch on the device: int32 cumulative lengths, and the longest lengths, which size the grid."""
 
     cu_q: Tensor
     cu_k: Tensor
     max_q: int
     max_k: int
+
+    @classmethod
+    def of(cls, packing: Packing, device: torch.device) -> Ragged:
+        """Copy the borders to a device without waiting for it."""
+        starts = torch.tensor([list(packing.q_starts), list(packing.k_starts)], dtype=torch.int32)
+        cu_q, cu_k = (starts.pin_memory() if device.type == "cuda" else starts).to(device, non_blocking=True)
+        longest = (max((b - a for a, b in pairwise(x)), default=0) for x in (packing.q_starts, packing.k_starts))
+        return cls(cu_q, cu_k, *longest)
 
     @property
     def sequences(self) -> int:
@@ -85,7 +95,7 @@ def attend(
             q4, keys, values, o4, lse, indices, counts,
             ragged.cu_q if ragged else None, ragged.cu_k if ragged else None, page_table,
             *q4.stride()[:3], *k4.stride()[:3], *v4.stride()[:3], *o4.stride()[:3], *lse_strides,
-            page_table.stride(0) if page_table is not None else 0,
+            page_table.stride(0) if page_table is not None else 0, k4.shape[0],
             0 if ragged else q.shape[1], 0 if ragged else k.shape[1], heads, rows, min(heavy, rows), width,
             scale * math.log2(math.e),
             G=heads // k.shape[-2], B=block_size, BN=choice.tile, D=dim, BD=padded_dim, PAGE=page,

@@ -15,7 +15,7 @@ from stem_attention.backends.triton.geometry import key_rows, key_span, query_sp
 
 @triton.jit
 def _load_tile(
-    x, stride_b, stride_s, stride_h, z, head, first, position, kv_len, page_table, table_stride,
+    x, stride_b, stride_s, stride_h, z, head, first, position, kv_len, page_table, table_stride, pages,
     BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
     CLEAN: tl.constexpr,
 ):  # fmt: skip
@@ -27,6 +27,7 @@ def _load_tile(
     if TMA:
         if PAGE:
             page = tl.load(page_table + z.to(tl.int64) * table_stride + position // PAGE)
+            page = tl.minimum(tl.maximum(page, 0), pages - 1)
             tile = x.load([page, position % PAGE, head, 0])
         elif RAGGED:
             tile = x.load([0, first + position, head, 0])
@@ -40,7 +41,7 @@ def _load_tile(
         positions = position + tl.arange(0, BN)
         dims = tl.arange(0, BD)
         valid = positions < kv_len
-        outer, inner = key_rows(z, first, positions, valid, page_table, table_stride, PAGE, RAGGED)
+        outer, inner = key_rows(z, first, positions, valid, page_table, table_stride, pages, PAGE, RAGGED)
         rows = x + outer * stride_b + inner * stride_s + head.to(tl.int64) * stride_h
         return tl.load(rows[:, None] + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
 
@@ -49,7 +50,7 @@ def _load_tile(
 def attention_kernel(
     q, k, v, out, lse, indices, counts, cu_q, cu_k, page_table,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    o_stride_b, o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride,
+    o_stride_b, o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, pages,
     q_len, kv_len, heads, rows, heavy, width, scale,
     G: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
     RAGGED: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
@@ -57,17 +58,18 @@ def attention_kernel(
     """``scale`` is the softmax scale times log2(e). See the module docstring and ``attention.py`` for the shapes."""
     pid, z = tl.program_id(0), tl.program_id(1)
     # Dense tail rows are many times longer than the others: those of all heads start first. The rest go head by head, so
-    # that programs running together read the same keys and values.
+    # that programs running together read the same keys and values. Rows count from each sequence's end.
     if pid < heavy * heads:
-        head, row = pid % heads, rows - 1 - pid // heads
+        head, from_end = pid % heads, pid // heads
     else:
         rest = pid - heavy * heads
-        head, row = rest // (rows - heavy), rows - heavy - 1 - rest % (rows - heavy)
+        head, from_end = rest // (rows - heavy), heavy + rest % (rows - heavy)
     q_first, q_len = query_span(z, cu_q, q_len, RAGGED)
     k_first, kv_len = key_span(z, cu_k, kv_len, RAGGED)
     start = kv_len - q_len
-    block = start // B + row
-    if (block * B >= kv_len) | (q_len <= 0):
+    block = (kv_len - 1) // B - from_end
+    row = block - start // B
+    if (row < 0) | (q_len <= 0):
         return
     positions = block * B + tl.arange(0, B)
     dims = tl.arange(0, BD)
@@ -84,9 +86,11 @@ def attention_kernel(
 
     kv_head = head // G
     at = (z.to(tl.int64) * heads + head) * rows + row
+    # Nothing on the device has validated the selection: whatever it holds, reads stay inside the lists and the keys.
     count = tl.load(counts + at)
     ids = indices + at * width
-    whole = count == block + 1  # such a row keeps everything: its list is 0, 1, 2, ... and need not be there
+    whole = count > block  # such a row keeps everything: its list is 0, 1, 2, ... and need not be there
+    count = block + 1 if whole else tl.minimum(count, width)
     m = tl.full([B], -float("inf"), tl.float32)
     total = tl.zeros([B], tl.float32)
     acc = tl.zeros([B, BD], tl.float32)
@@ -94,9 +98,10 @@ def attention_kernel(
     for t in range(0, count * SUB):
         entry = t // SUB
         kept = tl.load(ids + entry, mask=not whole, other=entry)
+        kept = tl.minimum(tl.maximum(kept, 0), block)
         position = kept * B + (t % SUB) * BN
         k_tile = _load_tile(k, k_stride_b, k_stride_s, k_stride_h, z, kv_head, k_first, position, kv_len, page_table,
-                            table_stride, BN, D, BD, PAGE, RAGGED, TMA, False)  # fmt: skip
+                            table_stride, pages, BN, D, BD, PAGE, RAGGED, TMA, False)  # fmt: skip
         scores = tl.dot(q_tile, k_tile.T)
         if entry == count - 1:  # the diagonal block; a branch costs less than a mask on every tile or a second loop
             scores = tl.where(positions[:, None] >= position + tl.arange(0, BN), scores, -float("inf"))
@@ -106,7 +111,7 @@ def attention_kernel(
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v_tile = _load_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
-                            table_stride, BN, D, BD, PAGE, RAGGED, TMA, True)  # fmt: skip
+                            table_stride, pages, BN, D, BD, PAGE, RAGGED, TMA, True)  # fmt: skip
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
         m = new_m
 

@@ -32,10 +32,11 @@ def key_span(z, cu_k, kv_len, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def key_rows(z, first, positions, valid, page_table, table_stride, PAGE: tl.constexpr, RAGGED: tl.constexpr):
+def key_rows(z, first, positions, valid, page_table, table_stride, pages, PAGE: tl.constexpr, RAGGED: tl.constexpr):
     """``(outer, inner)`` storage indices of key positions: (page, slot), or (batch, token)."""
     if PAGE:
         page = tl.load(page_table + z.to(tl.int64) * table_stride + positions // PAGE, mask=valid, other=0)
+        page = tl.minimum(tl.maximum(page, 0), pages - 1)  # a table on the device is not validated
         return page.to(tl.int64), (positions % PAGE).to(tl.int64)
     elif RAGGED:
         return tl.zeros_like(positions).to(tl.int64), (first + positions).to(tl.int64)

@@ -54,7 +54,7 @@ def pool_queries(
 @triton.jit
 def pool_keys(
     k, v, high, low, value, cu_k, page_table, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    table_stride, kv_len, blocks, beta, NORMS: tl.constexpr,
+    table_stride, pages, kv_len, blocks, beta, NORMS: tl.constexpr,
     B: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr, RAGGED: tl.constexpr,
     PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def pool_keys(
     for a in tl.static_range(B // S):
         positions = block * B + a * S + tl.arange(0, S)
         valid = positions < kv_len
-        outer, inner = key_rows(z, k_first, positions, valid, page_table, table_stride, PAGE, RAGGED)
+        outer, inner = key_rows(z, k_first, positions, valid, page_table, table_stride, pages, PAGE, RAGGED)
         mask = valid[:, None] & (dims < D)[None, :]
         head64 = head.to(tl.int64)
         k_tile = tl.load(

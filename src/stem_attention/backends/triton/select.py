@@ -49,22 +49,27 @@ class _Span:
         return cls(ragged.sequences, rows, blocks, 0, 0, 0, ragged.cu_q, ragged.cu_k, (0, *q.stride()[:2]))
 
 
+def _kept(config: StemConfig, blocks: int, dense: bool) -> Sequence[int]:
+    return range(1, blocks + 1) if dense else row_budgets(config, blocks)
+
+
 @lru_cache(maxsize=256)
-def _list_width(config: StemConfig, prompt_blocks: int, first: int, end: int, implicit: bool) -> int:
-    """The longest list that must be written for rows ``first`` to ``end`` of a prompt."""
-    table = row_budgets(config, prompt_blocks)
-    return max((n for block, n in enumerate(table) if first <= block < end and not (implicit and n > block)), default=1)
+def _list_width(config: StemConfig, blocks: int, dense: bool, first: int, end: int, implicit: bool) -> int:
+    """The longest list that must be written for rows ``first`` to ``end`` of a prompt of ``blocks`` blocks."""
+    table = enumerate(_kept(config, blocks, dense))
+    return max((n for block, n in table if first <= block < end and not (implicit and n > block)), default=1)
 
 
 @lru_cache(maxsize=64)
-def _budget_table(config: StemConfig, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def _budget_table(config: StemConfig, prompts: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
     """int32 ``(prompts, longest)``: what the choose kernel keeps in each row, the forced blocks apart if they are extra."""
-    table = torch.zeros((len(lengths), max(lengths)), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for i, blocks in enumerate(lengths):
-        kept = row_budgets(config, blocks)
-        if config.forced == "extra":
+    longest = max(blocks for blocks, _ in prompts)
+    table = torch.zeros((len(prompts), longest), dtype=torch.int32, pin_memory=device.type == "cuda")
+    for i, (blocks, dense) in enumerate(prompts):
+        kept = _kept(config, blocks, dense)
+        if config.forced == "extra" and not dense:
             tail = blocks - config.tail_blocks
-            kept = tuple(n if row >= tail else scored_budget(config, blocks, row) for row, n in enumerate(kept))
+            kept = [n if row >= tail else scored_budget(config, blocks, row) for row, n in enumerate(kept)]
         table[i, :blocks] = torch.tensor(kept, dtype=torch.int32)
     return table.to(device, non_blocking=True)
 
@@ -83,7 +88,7 @@ def _pool_keys(
     k_strides, v_strides = ((0, *x.stride()[:2]) if packed else x.stride()[:3] for x in (k, v))
     pool_keys[(span.blocks, kv_heads, span.batch)](
         k, v, high, low, value, span.cu_k, page_table, *k_strides, *v_strides,
-        page_table.stride(0) if page_table is not None else 0, span.kv_len, span.blocks,
+        page_table.stride(0) if page_table is not None else 0, k.shape[0], span.kv_len, span.blocks,
         config.beta if config.magnitude == "log" else 0.0, NORMS=parts,
         B=size, S=stride, D=dim, BD=triton.next_power_of_2(dim), SPLIT=split, RAGGED=span.cu_k is not None,
         PAGE=k.shape[1] if page_table is not None else 0, num_warps=2,
@@ -103,6 +108,7 @@ def select(
     prompt_lens: Sequence[int],
     *,
     implicit: bool = False,
+    dense_below: int = 0,
     ragged: Ragged | None = None,
     page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -115,17 +121,18 @@ def select(
         config: What to keep.
         scale: Softmax scale.
         prompt_lens: Whole prompt length of each sequence; one entry when they are all the same.
-        implicit: Leave out the lists of rows that keep everything, so that two dense tail rows do not widen all others.
+        implicit: Rows that keep everything get no list, so that two dense tail rows do not widen all others.
+        dense_below: Prompts of fewer tokens keep everything.
         ragged: Borders of a packed batch.
         page_table: int32 ``(batch, max_pages)``.
     """
     size, stride, dim, heads, kv_heads = config.block_size, config.stride, q.shape[-1], q.shape[-2], k.shape[-2]
     span = _Span.of(q, k, size, ragged, page_table)
-    lengths = tuple(block_count(length, size) for length in prompt_lens)
-    width = max(_list_width(config, blocks, span.first, span.blocks, implicit) for blocks in lengths)
+    prompts = tuple((block_count(length, size), length < dense_below) for length in prompt_lens)
+    width = max(_list_width(config, *prompt, span.first, span.blocks, implicit) for prompt in prompts)
     indices = q.new_empty((span.batch, heads, span.rows, width), dtype=torch.int32)
     counts = q.new_empty((span.batch, heads, span.rows), dtype=torch.int32)
-    budgets = _budget_table(config, lengths, q.device)
+    budgets = _budget_table(config, prompts, q.device)
     budget_stride = budgets.shape[1] if len(prompt_lens) > 1 else 0
     split = q.dtype in (torch.bfloat16, torch.float16) and q.device.type == "cuda"
     k_high, k_low, value = _pool_keys(k, v, config, span, split, page_table)
@@ -156,6 +163,6 @@ def select(
             scores, budgets, indices, counts, span.cu_q, span.cu_k, budget_stride, span.q_len, span.kv_len, first, rows,
             span.rows, span.blocks, width, SINK=config.sink_blocks, LOCAL=config.local_blocks,
             EXTRA=config.forced == "extra", IMPLICIT=implicit,
-            COLUMNS=columns, num_warps=min(16, max(1, columns // 1024)), **common,
+            COLUMNS=columns, num_warps=min(16, max(1, columns // 512)), **common,
         )  # fmt: skip
     return indices, counts

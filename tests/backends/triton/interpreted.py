@@ -1,0 +1,254 @@
+"""The Triton kernels on the CPU, by Triton's interpreter, against the reference. Run by test_triton_interpreter.py.
+
+Its name keeps pytest from collecting it: the interpreter must be chosen before Triton is imported, for a whole process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from stem_attention import BlockSelection, StemConfig
+from stem_attention.backends.reference import ReferenceBackend
+from stem_attention.backends.triton import select as selecting
+from stem_attention.backends.triton.attention import Ragged, attend
+from stem_attention.backends.triton.select import select
+from stem_attention.testing import make_qkv, random_selection, worst_row_error
+
+REFERENCE = ReferenceBackend()
+SMALL = StemConfig(
+    block_size=16, stride=4, ratio_short=0.3, sink_blocks=1, local_blocks=2, min_blocks=3, tail_blocks=1, dense_below=0
+)
+
+
+def selected(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, prompt_len: int | None = None) -> BlockSelection:
+    length = k.shape[1] if prompt_len is None else prompt_len
+    indices, counts = select(q, k, v, config, q.shape[3] ** -0.5, (length,))
+    selection = BlockSelection(indices, counts, config.block_size, q.shape[1], k.shape[1])
+    selection.validate()
+    return selection
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, **options: int) -> tuple[Tensor, Tensor]:
+    return attend(q, k, v, selection.indices, selection.counts, selection.block_size, q.shape[3] ** -0.5, **options)
+
+
+def keeps_what_the_reference_keeps(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, prompt_len: int | None = None
+) -> BlockSelection:
+    got = selected(q, k, v, config, prompt_len)
+    expected = REFERENCE.select(q, k, v, config, q.shape[3] ** -0.5, k.shape[1] if prompt_len is None else prompt_len)
+    assert torch.equal(got.to_mask(), expected.to_mask())
+    return got
+
+
+@pytest.mark.parametrize(
+    ("config", "q_len", "kv_len", "heads", "dim"),
+    [
+        (SMALL, 150, 213, (4, 2), 32),
+        (replace(SMALL, magnitude="zscore", forced="extra"), 213, 213, (2, 1), 16),
+        (replace(SMALL, magnitude="none"), 45, 160, (3, 1), 24),
+        (replace(SMALL, block_size=32, stride=8, beta=0.0), 77, 300, (2, 2), 24),
+        (replace(SMALL, forced="extra", tail_blocks=0), 161, 161, (2, 2), 16),
+        (StemConfig.angelslim(block_size=16), 930, 930, (1, 1), 16),
+    ],
+    ids=["log", "zscore-extra", "none", "block-32", "extra", "angelslim"],
+)
+def test_selection_is_the_references(config, q_len, kv_len, heads, dim):
+    selection = keeps_what_the_reference_keeps(*make_qkv(2, q_len, kv_len, *heads, dim), config)
+    assert selection.density() < 1
+
+
+@pytest.mark.parametrize("kv_len", [1, 15, 16, 17, 33])
+def test_prompts_of_any_length_have_a_selection(kv_len):
+    keeps_what_the_reference_keeps(*make_qkv(1, kv_len, kv_len, 2, 1, 16), SMALL)
+    keeps_what_the_reference_keeps(*make_qkv(1, 1, kv_len, 2, 1, 16), SMALL)
+
+
+@pytest.mark.parametrize("magnitude", ["log", "none"])
+def test_equal_scores_keep_the_smaller_ids(magnitude):
+    q, k, v = (torch.ones(1, 160, 1, 16) for _ in range(3))
+    selection = keeps_what_the_reference_keeps(q, k, v, replace(SMALL, magnitude=magnitude))
+    assert selection.indices[0, 0, 8, :3].tolist() == [0, 7, 8]
+    roomy = selected(q, k, v, replace(SMALL, magnitude=magnitude, min_blocks=5))
+    assert roomy.indices[0, 0, 8, :5].tolist() == [0, 1, 2, 7, 8]
+
+
+@pytest.mark.parametrize("magnitude", ["log", "zscore"])
+def test_a_block_with_nan_in_its_values_ranks_first(magnitude):
+    q, k, v = make_qkv(1, 160, 160, 2, 1, 16)
+    v[0, 70, 0, 3] = math.nan
+    config = replace(SMALL, magnitude=magnitude, min_blocks=4)
+    if magnitude == "log":
+        mask = keeps_what_the_reference_keeps(q, k, v, config).to_mask()
+        assert mask[:, :, 4:, 70 // 16].all()
+    else:  # the statistics of the whole sequence are NaN, and with them every score: ties, so the smaller ids
+        keeps_what_the_reference_keeps(q, k, v, config)
+
+
+def test_infinite_scores_are_ranked():
+    q, k, v = make_qkv(1, 160, 160, 1, 1, 16)
+    q[:] = 1
+    k[:, 32:48], k[:, 64:80] = -math.inf, math.inf
+    mask = keeps_what_the_reference_keeps(q, k, v, replace(SMALL, min_blocks=4)).to_mask()[0, 0]
+    assert mask[6:9, 4].all()
+    assert not mask[7:9, 2].any()
+
+
+def test_a_small_workspace_changes_no_block(monkeypatch):
+    q, k, v = make_qkv(2, 250, 301, 4, 2, 16)
+    whole = selected(q, k, v, SMALL)
+    monkeypatch.setattr(selecting, "_WORKSPACE_BYTES", 5 * 2 * 4 * (4 * 16 + 19) * 4)
+    chunked = selected(q, k, v, SMALL)
+    assert torch.equal(chunked.indices, whole.indices)
+    assert torch.equal(chunked.counts, whole.counts)
+
+
+@pytest.mark.parametrize("forced", ["inside", "extra"])
+def test_chunks_of_a_prompt_keep_what_one_call_keeps(forced):
+    q, k, v = make_qkv(1, 300, 300, 2, 1, 16)
+    config = replace(SMALL, forced=forced)
+    whole = selected(q, k, v, config).to_mask()
+    for low, high in ((0, 96), (96, 208), (208, 300)):
+        part = selected(q[:, low:high], k[:, :high], v[:, :high], config, prompt_len=300).to_mask()
+        rows = slice(low // 16, -(-high // 16))
+        assert torch.equal(part, whole[:, :, rows, : part.shape[3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("batch", "q_len", "kv_len", "heads", "dim", "block_size"),
+    [(2, 150, 213, (4, 2), 32, 16), (1, 97, 97, (7, 1), 24, 32), (1, 1, 65, (2, 2), 16, 16), (1, 16, 16, (1, 1), 16, 16)],
+)
+def test_attention_over_any_lists(batch, q_len, kv_len, heads, dim, block_size, dtype):
+    q, k, v = make_qkv(batch, q_len, kv_len, *heads, dim, dtype)
+    selection = random_selection(batch, heads[0], q_len, kv_len, block_size)
+    out, lse = attended(q, k, v, selection)
+    expected, expected_lse = REFERENCE.attend(q.double(), k.double(), v.double(), selection, dim**-0.5)
+    assert worst_row_error(out, expected) < (1e-5 if dtype == torch.float32 else 4e-3)
+    torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "fused"])
+def test_attention_reads_strided_inputs(layout):
+    selection = random_selection(2, 4, 50, 83, 16)
+    plain, strided = (make_qkv(2, 50, 83, 4, 2, 16, layout=name) for name in ("bshd", layout))
+    assert torch.equal(attended(*strided, selection)[0], attended(*plain, selection)[0])
+    assert torch.equal(selected(*strided, SMALL).to_mask(), selected(*plain, SMALL).to_mask())
+
+
+def test_without_lse_none_is_written():
+    q, k, v = make_qkv(1, 50, 83, 2, 1, 16)
+    selection = random_selection(1, 2, 50, 83, 16)
+    out, lse = attended(q, k, v, selection, return_lse=False)
+    assert lse.numel() == 0
+    assert torch.equal(out, attended(q, k, v, selection)[0])
+
+
+@pytest.mark.parametrize("heavy", [1, 3, 99])
+def test_the_order_of_rows_changes_nothing(heavy):
+    q, k, v = make_qkv(2, 90, 123, 4, 2, 16)
+    selection = random_selection(2, 4, 90, 123, 16)
+    assert torch.equal(attended(q, k, v, selection, heavy=heavy)[0], attended(q, k, v, selection)[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "q_len", "kv_len", "prompt_len"),
+    [
+        (SMALL, 150, 213, 213),
+        (replace(SMALL, forced="extra"), 213, 213, 213),
+        # The rows of this chunk may keep everything and do not: their forced blocks overlap the chosen ones.
+        (replace(SMALL, forced="extra", ratio_short=0.4, sink_blocks=3, local_blocks=3), 48, 192, 400),
+        (replace(SMALL, ratio_short=1.0, ratio_long=1.0, decay=1.0), 100, 100, 100),
+    ],
+)
+def test_rows_that_keep_everything_need_no_list(config, q_len, kv_len, prompt_len):
+    q, k, v = make_qkv(1, q_len, kv_len, 2, 1, 16)
+    explicit = selected(q, k, v, config, prompt_len)
+    indices, counts = select(q, k, v, config, 0.25, (prompt_len,), implicit=True)
+    assert torch.equal(counts, explicit.counts)
+    out, _ = attend(q, k, v, indices, counts, config.block_size, 0.25)
+    assert torch.equal(out, attended(q, k, v, explicit)[0])
+
+
+LENGTHS = ((40, 40), (1, 77), (0, 30), (53, 131), (16, 16))
+
+
+def packed(dim: int = 16) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor, Tensor, Ragged]:
+    """Sequences of :data:`LENGTHS`, one by one and packed."""
+    single = [make_qkv(1, a, b, 4, 2, dim, seed=i) for i, (a, b) in enumerate(LENGTHS)]
+    q, k, v = (torch.cat(x, 1)[0] for x in zip(*single, strict=True))
+    borders = [[0, *accumulate(x)] for x in zip(*LENGTHS, strict=True)]
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in borders)
+    return single, q, k, v, Ragged(cu_q, cu_k, max(a for a, _ in LENGTHS), max(b for _, b in LENGTHS))
+
+
+def paged(x: Tensor, ragged: Ragged, page: int) -> tuple[Tensor, Tensor]:
+    """A cache of shuffled pages, NaN wherever no key lies, and its table."""
+    borders = ragged.cu_k.tolist()
+    lengths = [b - a for a, b in zip(borders, borders[1:], strict=False)]
+    needed = [-(-length // page) for length in lengths]
+    free = torch.randperm(sum(needed) + 5, generator=torch.Generator().manual_seed(0)).tolist()
+    cache = torch.full((sum(needed) + 5, page, *x.shape[1:]), math.nan, dtype=x.dtype)
+    table = torch.zeros((len(lengths), max(needed)), dtype=torch.int32)
+    for i, length in enumerate(lengths):
+        for j in range(needed[i]):
+            table[i, j] = free.pop()
+            run = x[borders[i] + j * page : min(borders[i] + (j + 1) * page, borders[i] + length)]
+            cache[int(table[i, j]), : len(run)] = run
+    return cache, table
+
+
+@pytest.mark.parametrize("page", [0, 1, 16])
+@pytest.mark.parametrize("forced", ["inside", "extra"])
+def test_a_packed_batch_gives_what_each_sequence_gives(page, forced):
+    config = replace(SMALL, forced=forced)
+    single, q, k, v, ragged = packed()
+    table = None
+    if page:
+        k, table = paged(k, ragged, page)
+        v, _ = paged(v, ragged, page)
+    prompts = tuple(b for _, b in LENGTHS)
+    indices, counts = select(q, k, v, config, 0.25, prompts, ragged=ragged, page_table=table)
+    out, lse = attend(q, k, v, indices, counts, 16, 0.25, ragged=ragged, page_table=table)
+    for i, (low, high) in enumerate(zip(ragged.cu_q.tolist(), ragged.cu_q.tolist()[1:], strict=False)):
+        if low == high:
+            assert not counts[i].any()
+            continue
+        alone = selected(*single[i], config)
+        assert torch.equal(counts[i, :, : alone.rows], alone.counts[0])
+        assert not counts[i, :, alone.rows :].any()
+        for h, row in ((h, row) for h in range(4) for row in range(alone.rows)):
+            count = int(alone.counts[0, h, row])
+            assert torch.equal(indices[i, h, row, :count], alone.indices[0, h, row, :count])
+            assert (indices[i, h, row, count:] == -1).all()
+        expected, expected_lse = REFERENCE.attend(*single[i], alone, 0.25)
+        torch.testing.assert_close(out[low:high], expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse[:, low:high], expected_lse[0], atol=1e-5, rtol=1e-5)
+
+
+def test_unselected_blocks_are_not_read():
+    q, k, v = make_qkv(1, 128, 128, 2, 1, 16)
+    selection = BlockSelection.from_lists(
+        [[[[row] for row in range(8)] for _ in range(2)]], block_size=16, q_len=128, kv_len=128
+    )
+    clean, _ = attended(q, k, v, selection)
+    k[:, 16:32], v[:, 16:32] = math.nan, math.nan
+    out, _ = attended(q, k, v, selection)
+    assert torch.equal(out[:, :16], clean[:, :16])
+    assert torch.equal(out[:, 32:], clean[:, 32:])
+    assert out[:, 16:32].isnan().all()
+
+
+def test_a_malformed_selection_reads_nothing_outside():
+    q, k, v = make_qkv(1, 64, 64, 1, 1, 16)
+    selection = random_selection(1, 1, 64, 64, 16)
+    wild = torch.full_like(selection.indices, 1 << 20)
+    out, _ = attend(q, k, v, wild, selection.counts, 16, 0.25)
+    assert out.isfinite().all()
+    attend(q, k, v, -wild, torch.full_like(selection.counts, 1 << 20), 16, 0.25)
