@@ -46,7 +46,7 @@ from stem_attention.policies import Policy, make_policy, policy_names
 
 LONGEST_DEFAULT_CONTEXT = 8192
 DENSE = "dense"
-PRESETS: dict[str, Callable[[], StemConfig]] = {
+PRESETS: dict[str, Callable[..., StemConfig]] = {
     "stem": StemConfig,
     "paper": StemConfig.paper,
     "angelslim": StemConfig.angelslim,
@@ -61,14 +61,14 @@ Watching = Callable[[str], Any]
 
 
 def make_contender(name: str, tokens: int) -> Contender:
-    """What to prefill with: None for dense, a preset's config, or a policy.
+    """What to prefill with: None for dense, a preset's config (sparse at any length), or a policy.
 
     Uniform top-k and sink + window get the budget whose density at ``tokens`` is nearest to that of Stem's default.
     """
     if name == DENSE:
         return None
     if name in PRESETS:
-        return PRESETS[name]()
+        return PRESETS[name](dense_below=0)
     config = StemConfig()
     blocks = -(-tokens // config.block_size)
     if name == "uniform":
@@ -156,11 +156,11 @@ def markdown(perplexity: list[Record], needles: list[Record]) -> str:
 
 
 def facts(options: argparse.Namespace, source: ModelSource, model: PreTrainedModel, arguments: list[str]) -> Record:
-    """What is needed to repeat the run."""
+    """What is needed to repeat the run. Read before it, since the working tree may move on meanwhile."""
     return {
         "command": shlex.join(["python", "benchmarks/accuracy.py", *arguments]),
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "src", "benchmarks/accuracy.py")),
+        "uncommitted": git("diff", "--name-only", "HEAD", "--", "src", "benchmarks/accuracy.py").splitlines(),
         "versions": {
             "stem-attention": __version__,
             "torch": torch.__version__,
@@ -251,11 +251,16 @@ def run(options: argparse.Namespace, arguments: list[str], console: Console) -> 
         raise bad_argument("tokens", f"at most {limit}, the model's context", tokens, "lower --tokens")
     text = stdlib_text() if options.text is None else options.text.read_text(encoding="utf-8")
     ids = text_ids(tokenizer, text, tokens) if options.policies else []
-    cases = (
-        needle_cases(tokenizer, tokens - ANSWER_TOKENS, options.depths, options.per_depth) if options.needle_policies else []
-    )
+    depths = [float(depth) for depth in options.depths] if options.needle_policies else []
+    cases = needle_cases(tokenizer, tokens - ANSWER_TOKENS, depths, options.per_depth)
     made = {name: make_contender(name, tokens) for name in dict.fromkeys([*options.policies, *options.needle_policies])}
     scored, tried = ({name: made[name] for name in names} for names in (options.policies, options.needle_policies))
+    described = "standard library: " + ", ".join(STDLIB_MODULES) if options.text is None else options.text.name
+    result = {
+        **facts(options, source, model, arguments),
+        "text": {"description": described, "sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": len(ids)},
+        "policies": {name: describe(contender) for name, contender in made.items()},
+    }
     records: list[Record] = []
     total = len({DENSE, *scored} if scored else ()) + len(cases) * len(tried)
     with progress_on(console, model.config.get_text_config().num_hidden_layers, total) as watching:
@@ -266,11 +271,8 @@ def run(options: argparse.Namespace, arguments: list[str], console: Console) -> 
                 with options.lines.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
     trials = [record for record in records if record["measure"] == "needle"]
-    described = "standard library: " + ", ".join(STDLIB_MODULES) if options.text is None else options.text.name
     return {
-        **facts(options, source, model, arguments),
-        "text": {"description": described, "sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": len(ids)},
-        "policies": {name: describe(contender) for name, contender in made.items()},
+        **result,
         "perplexity": [record for record in records if record["measure"] == "perplexity"],
         "needle": {"summary": summarise_needles(trials), "trials": trials},
     }

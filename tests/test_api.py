@@ -241,24 +241,29 @@ def test_no_operator_makes_a_tensor_beyond_the_stated_bound():
     assert 0 < selecting.numel <= q.numel() // (config.block_size // config.stride) < (length // config.stride) ** 2
     with LargestOutput() as attending:
         backend.attend(q, k, v, selection, dim**-0.5)
-    # 2^21 scores at a time in a buffer that may have doubled, a sixteenth of all scores of a single head.
+    # 2^22 scores at a time at most, a sixteenth of all scores of a single head.
     assert 0 < attending.numel <= 1 << 22 < length**2
 
 
 MEMORY_SCRIPT = """
-import resource, torch, stem_attention as sa
+import torch, stem_attention as sa
+def mebibytes(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name)) / 1024
 torch.set_num_threads(1)
 q, k, v = (torch.randn(1, 32768, heads, 64) for heads in (8, 2, 2))
-sa.stem_attention(q[:, -2048:], k[:, -2048:], v[:, -2048:])  # load what torch loads lazily
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sa.stem_attention(q[:, -8192:], k[:, -8192:], v[:, -8192:])  # load what torch loads lazily
+with open("/proc/self/clear_refs", "w") as refs:
+    refs.write("5")  # forget the highest memory use so far
+before = mebibytes("VmRSS")
 out = sa.stem_attention(q, k, v)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, bool(out.isfinite().all()))
+print(mebibytes("VmHWM") - before, bool(out.isfinite().all()))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells memory on Linux only")
 def test_peak_extra_memory_at_32k_tokens_is_under_one_gib():
     done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
     mebibytes, finite = done.stdout.split()
     assert finite == "True"
-    assert 64 < float(mebibytes) < 1024  # the output alone is 64 MiB
+    assert 50 < float(mebibytes) < 1024  # the output alone is 64 MiB, some of it in memory that was held already

@@ -1,6 +1,7 @@
-"""The library as torch operators, so that torch.compile sees three opaque calls with known shapes.
+"""The library as torch operators, so that torch.compile sees opaque calls with known shapes.
 
-Operators take no dataclasses: a config travels as its JSON text and a selection as its two tensors.
+Operators take no dataclasses: a config travels as its JSON text and a selection as its two tensors. They are defined
+plainly, which costs a call 0.1 ms less than ``torch.library.custom_op``; gradients are refused before they run.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ def _without_autocast(op: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Con
     return run
 
 
-@torch.library.custom_op("stem_attention::forward", mutates_args=())
 @_without_autocast
-def forward(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, return_lse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Select and attend; ``lse`` is empty unless asked for."""
@@ -51,17 +51,15 @@ def forward(
     return _backend(q, settings.block_size, backend).forward(q, k, v, settings, scale, prompt_len, return_lse)
 
 
-@forward.register_fake
-def _(
+def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, return_lse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     shape = (q.shape[0], q.shape[2], q.shape[1]) if return_lse else (0,)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("stem_attention::select", mutates_args=())
 @_without_autocast
-def select(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
+def _select(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
     """Indices and counts of the blocks that a config keeps."""
     settings = _parse(config)
     selection = _backend(q, settings.block_size, backend).select(q, k, v, settings, scale, prompt_len)
@@ -75,8 +73,9 @@ def _widest_row(config: StemConfig, first_row: int, rows: int, prompt_len: int) 
     return max(row_budgets(config, block_count(prompt_len, config.block_size))[first_row : first_row + rows], default=0)
 
 
-@select.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
+def _fake_select(
+    q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, backend: str
+) -> tuple[Tensor, Tensor]:
     settings = _parse(config)
     size = settings.block_size
     first, end = (k.shape[1] - q.shape[1]) // size, block_count(k.shape[1], size)
@@ -89,9 +88,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: in
     return q.new_empty((*shape, width), dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
 
 
-@torch.library.custom_op("stem_attention::attend", mutates_args=())
 @_without_autocast
-def attend(
+def _attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float,
     return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -102,8 +100,7 @@ def attend(
     return _backend(q, block_size, backend).attend(q, k, v, selection, scale, return_lse)
 
 
-@attend.register_fake
-def _(
+def _fake_attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float,
     return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -111,9 +108,8 @@ def _(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-@torch.library.custom_op("stem_attention::forward_varlen", mutates_args=())
 @_without_autocast
-def forward_varlen(
+def _forward_varlen(
     q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], page_table: Tensor | None, config: str,
     scale: float, prompt_lens: Sequence[int], return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -124,10 +120,46 @@ def forward_varlen(
     return chosen.forward_varlen(q, k, v, packing, page_table, settings, scale, prompt_lens, return_lse)
 
 
-@forward_varlen.register_fake
-def _(
+def _fake_forward_varlen(
     q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], page_table: Tensor | None, config: str,
     scale: float, prompt_lens: Sequence[int], return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else 0, dtype=torch.float32)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+_SCHEMAS: dict[str, tuple[str, Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor]]]] = {
+    "forward": (
+        "(Tensor q, Tensor k, Tensor v, str config, float scale, SymInt prompt_len, bool return_lse, str backend)",
+        _forward,
+        _fake_forward,
+    ),
+    "select": (
+        "(Tensor q, Tensor k, Tensor v, str config, float scale, SymInt prompt_len, str backend)",
+        _select,
+        _fake_select,
+    ),
+    "attend": (
+        "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, SymInt block_size, float scale, bool return_lse,"
+        " str backend)",
+        _attend,
+        _fake_attend,
+    ),
+    "forward_varlen": (
+        "(Tensor q, Tensor k, Tensor v, SymInt[] q_starts, SymInt[] k_starts, Tensor? page_table, str config, float scale,"
+        " SymInt[] prompt_lens, bool return_lse, str backend)",
+        _forward_varlen,
+        _fake_forward_varlen,
+    ),
+}
+
+for _name, (_schema, _run, _fake) in _SCHEMAS.items():
+    _qualified = f"stem_attention::{_name}"
+    torch.library.define(_qualified, f"{_schema} -> (Tensor, Tensor)")
+    torch.library.impl(_qualified, "CompositeExplicitAutograd", _run)
+    torch.library.register_fake(_qualified, _fake)
+
+forward = torch.ops.stem_attention.forward.default
+select = torch.ops.stem_attention.select.default
+attend = torch.ops.stem_attention.attend.default
+forward_varlen = torch.ops.stem_attention.forward_varlen.default

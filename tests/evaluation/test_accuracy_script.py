@@ -34,8 +34,8 @@ def test_result_holds_the_numbers_and_what_repeats_them(
     script, saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text("A long text about nothing. " * 200)
-    arguments = ["--model", saved, "--tokens", "2200", "--text", str(tmp_path / "text.txt"), "--policies", "stem,sink-window"]
-    arguments += ["--needle-policies", "dense,stem", "--depths", "0.5", "--per-depth", "1"]
+    arguments = ["--model", saved, "--tokens", "2200", "--text", str(tmp_path / "text.txt")]
+    arguments += ["--policies", "stem,sink-window", "--needle-policies", "dense,stem", "--depths", "0.5", "--per-depth", "1"]
     arguments += ["--json", str(tmp_path / "new" / "result.json"), "--lines", str(tmp_path / "lines.jsonl")]
     assert script.main(arguments) == 0
     result = json.loads((tmp_path / "new" / "result.json").read_text())
@@ -49,7 +49,7 @@ def test_result_holds_the_numbers_and_what_repeats_them(
 
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert lines == [*result["perplexity"], *result["needle"]["trials"]]
-    assert result["policies"]["stem"] == {"policy": "stem", **StemConfig().to_dict()}
+    assert result["policies"]["stem"] == {"policy": "stem", **StemConfig(dense_below=0).to_dict()}
     assert result["text"]["tokens"] == 2200
     assert len(result["model"]["sha256"]) == len(result["text"]["sha256"]) == 64
     assert len(result["commit"]) == 40

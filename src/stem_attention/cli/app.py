@@ -128,26 +128,42 @@ def inspect(
 
 @app.command()
 def bench(
+    suite: Annotated[
+        str, typer.Option(help="attention: the whole call; kernel: attention over given lists; selection: choosing the blocks.")
+    ] = "attention",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas between.")] = "8192,32768",
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 2,
-    head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 64,
+    model: Annotated[
+        str | None, typer.Option(help="Take the heads of a model: llama-3.1-8b, qwen3-8b, qwen2.5-7b, llama-3.2-1b, gemma.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads.", show_default="the model's, else 8")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads.", show_default="the model's, else 2")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Dimension of a head.", show_default="the model's, else 64")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    repeats: Annotated[int, typer.Option(help="Timed runs of each, dense and sparse in turn; medians are printed.")] = 5,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Timed runs of each, in turn; medians are printed.", show_default="5 on the CPU, 20 elsewhere"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Time dense attention too, up to 262144 tokens.")] = True,
     preset: Preset = "default",
     config: Config = None,
     settings: Settings = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG: time against length. Needs matplotlib.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Time dense attention (torch's SDPA, causal) against Stem on random inputs, after checking Stem's result."""
+    """Time Stem against its peers on random inputs, after checking its result.
+
+    Peers are dense attention (SDPA; on a GPU cuDNN's, Flash and FlashAttention-4), for the kernel FlexAttention over the same
+    lists, for the selection the same choice in eager torch.
+    """
     from stem_attention.cli.bench import BenchOptions, bench_command
 
     options = BenchOptions(
-        lengths, heads, kv_heads, head_dim, device, dtype, repeats, threads, seed, preset, config, settings or []
-    )
+        suite, lengths, model, heads, kv_heads, head_dim, device, dtype, repeats, threads, seed, dense, preset, config,
+        settings or [], plot,
+    )  # fmt: skip
     return bench_command(options, as_json=as_json)
 
 

@@ -1,24 +1,27 @@
-"""Compile the kernels for cards that this machine does not have, and read what the compilers say about the result."""
+"""Record what the library launches, and compile it for cards that this machine does not have."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stem_attention.backends.triton.attention_kernel import attention_kernel
-from stem_attention.backends.triton.choose_kernel import choose_kernel
-from stem_attention.backends.triton.launch import Launch
-from stem_attention.backends.triton.pool_kernels import pool_keys, pool_queries
-from stem_attention.backends.triton.score_kernel import score_kernel
+from stem_attention import StemConfig
+from stem_attention.backends.triton import attention, select
+from stem_attention.backends.triton.launch import Launch, launch_for
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -27,19 +30,29 @@ TARGETS = {
     "sm120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Bytes of shared memory that one thread block may have.
-SHARED_LIMIT = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10, "gfx942": 64 << 10}
+# Bytes of shared memory that a block of threads may have. sm80's choices also serve the smaller sm86 and sm89.
+SHARED_LIMIT = {"sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10, "gfx942": 64 << 10}
 
-_INT32_POINTERS = ("budgets", "counts", "cu_k", "cu_q", "indices", "page_table")
-_FLOAT_POINTERS = ("lse", "scores", "value")
-_FLOATS = ("beta", "scale")
-# Strides between heads or sequences of small tensors, which are multiples of nothing.
-_UNALIGNED = ("budget_stride", "lse_stride_b", "lse_stride_h", "table_stride")
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One launch: the kernel, its arguments by name, and the compiler's options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def changed(self, **arguments: Any) -> Recorded:
+        """The same launch with other arguments."""
+        return replace(self, arguments={**self.arguments, **arguments})
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compilers say about one kernel: bytes of shared memory, bytes or registers spilled, and its assembly."""
+    """What the compilers say: bytes of shared memory, registers or bytes spilled to memory, and the assembly."""
 
     shared: int
     spills: int
@@ -47,128 +60,115 @@ class Compiled:
     assembly: str
 
 
-@cache
-def _tool(name: str) -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+class _Recorder:
+    """Stands where a kernel is launched."""
+
+    def __init__(self, kernel: Any, launches: list[Recorded]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._record
+
+    def _record(self, *args: Any, **named: Any) -> None:
+        options = {name: named.pop(name) for name in _OPTIONS if name in named}
+        arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | named
+        self.launches.append(Recorded(self.kernel, {name: arguments[name] for name in self.kernel.arg_names}, options))
 
 
-def _type(name: str, pointers: dict[str, str]) -> str:
-    if name in pointers:
-        return pointers[name]
-    if name in _INT32_POINTERS:
-        return "*i32"
-    if name in _FLOAT_POINTERS:
-        return "*fp32"
-    if name in _FLOATS:
+def record_selection(
+    *, config: StemConfig | None = None, length: int = 131071, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
+    ragged: bool = False, page: int = 0, implicit: bool = True,
+) -> dict[str, Recorded]:  # fmt: skip
+    """Launches of a selection, the last of each kernel by its name."""
+    launches: list[Recorded] = []
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
+        for name in ("pool_keys", "pool_queries", "score_kernel", "choose_kernel"):
+            patch.setattr(select, name, _Recorder(getattr(select, name), launches))
+        patch.setattr(select, "_budget_table", lambda *_: torch.empty((1, 9), dtype=torch.int32, device="cuda"))
+        q, k, borders, table = _inputs(length, dim, dtype, "cuda", ragged, page)
+        chosen = StemConfig() if config is None else config
+        select.select(q, k, k, chosen, 0.1, (length,), implicit=implicit, ragged=borders, page_table=table)
+    return {launch.kernel.fn.__name__: launch for launch in launches}
+
+
+def record_attention(
+    target: str, *, dim: int = 128, block_size: int = 128, dtype: torch.dtype = torch.bfloat16, ragged: bool = False,
+    page: int = 0, lse: bool = True, launch: Launch | None = None,
+) -> Recorded:  # fmt: skip
+    """The launch of attention on a card, with the choice that the library makes for it unless another is given."""
+    choice = launch_for(target, dim, block_size) if launch is None else launch
+    launches: list[Recorded] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attention_kernel", _Recorder(attention.attention_kernel, launches))
+        patch.setattr(attention, "attention_launch", lambda *_: choice)
+        patch.setattr(attention, "has_tma", lambda _: target.startswith("sm") and int(target[2:]) >= 90)
+        q, k, borders, table = _inputs(300, dim, dtype, "cpu", ragged, page)
+        rows = -(-300 // block_size)
+        indices = torch.zeros((1, q.shape[-2], rows, 3), dtype=torch.int32)
+        attention.attend(
+            q, k, k, indices, indices[..., 0].contiguous(), block_size, 0.1, return_lse=lse, heavy=2, ragged=borders,
+            page_table=table,
+        )  # fmt: skip
+    return launches[0]
+
+
+def _inputs(
+    length: int, dim: int, dtype: torch.dtype, device: str, ragged: bool, page: int
+) -> tuple[Tensor, Tensor, attention.Ragged | None, Tensor | None]:
+    """Queries and keys of 8 and 2 heads; borders and page table where asked for. A fake tensor cannot be indexed."""
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=kind, device=device)
+
+    if not ragged and not page:
+        return empty(1, length, 8, dim), empty(1, length, 2, dim), None, None
+    borders = empty(2, kind=torch.int32)
+    packing = attention.Ragged(borders, borders, length, length)
+    if not page:
+        return empty(length, 8, dim), empty(length, 2, dim), packing, None
+    pages = length // page + 1
+    return empty(length, 8, dim), empty(pages, page, 2, dim), packing, empty(1, pages, kind=torch.int32)
+
+
+def _type(value: Any) -> str:
+    """Triton's name of an argument's type; what never varies or is absent becomes a constant, as at run time."""
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, float):
         return "fp32"
-    return "i64" if "stride" in name else "i32"
+    return "constexpr" if value is None else "i32"
 
 
-def compile_kernel(
-    kernel: Any, target: str, pointers: dict[str, str], constants: dict[str, Any], *, warps: int, stages: int = 3
-) -> Compiled:
-    """Compile ``kernel`` with 64-bit strides that are multiples of 16, as those of q, k and v are.
-
-    Args:
-        kernel: A ``triton.jit`` function.
-        target: One of :data:`TARGETS`.
-        pointers: Types of those arguments that depend on the inputs.
-        constants: Its compile-time arguments.
-        warps: As launched.
-        stages: As launched.
-    """
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else _type(name, pointers) for name in names}
+def compile_for(target: str, launch: Recorded) -> Compiled:
+    """Compile a recorded launch as Triton would on the card itself."""
+    names = launch.kernel.arg_names
+    fixed = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    signature = {name: "constexpr" if name in fixed else _type(value) for name, value in launch.arguments.items()}
+    constants = {(i,): launch.arguments[name] for i, name in enumerate(names) if signature[name] == "constexpr"}
     aligned = [
         i for i, name in enumerate(names)
-        if signature[name].startswith("*") or (signature[name] == "i64" and name not in _UNALIGNED)
+        if signature[name].startswith("*") or (signature[name] == "i32" and launch.arguments[name] % 16 == 0)
     ]  # fmt: skip
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
-    if TARGETS[target].backend == "hip":
-        assembly = compiled.asm["amdgcn"]
-        spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", assembly))
-        return Compiled(compiled.metadata.shared, spills, int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0]), assembly)
-    registers, spills = _resources(compiled.asm["cubin"])
-    return Compiled(compiled.metadata.shared, spills, registers, compiled.asm["ptx"])
+    source = ASTSource(launch.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
+    if TARGETS[target].backend == "cuda":
+        registers, spills = _resources(compiled.asm["cubin"])
+        return Compiled(compiled.metadata.shared, spills, registers, compiled.asm["ptx"])
+    assembly = compiled.asm["amdgcn"]
+    # Scalar registers spill to lanes of vector registers, not to memory.
+    spills, registers = (int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0]) for name in ("vgpr_spill_count", "vgpr_count"))
+    return Compiled(compiled.metadata.shared, spills, registers, assembly)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of memory that it uses in place of registers."""
+    """Registers of a thread, and the bytes of memory that it uses in place of registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        command = [tool, "--dump-resource-usage", file.name]
         report = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
-
-
-def compile_attention(
-    target: str, launch: Launch, *, head_dim: int = 128, block_size: int = 128, dtype: str = "bf16", ragged: bool = False,
-    page: int = 0, lse: bool = True,
-) -> Compiled:  # fmt: skip
-    """The attention kernel as ``attention.attend`` launches it."""
-    padded = triton.next_power_of_2(head_dim)
-    tma = launch.tma and page % launch.tile == 0
-    keys = f"tensordesc<{dtype}[1, {launch.tile}, 1, {padded}]>" if tma else f"*{dtype}"
-    pointers = {"q": f"*{dtype}", "out": f"*{dtype}", "k": keys, "v": keys}
-    constants = {
-        "G": 4, "B": block_size, "BN": launch.tile, "D": head_dim, "BD": padded, "PAGE": page, "RAGGED": ragged, "TMA": tma,
-        "LSE": lse,
-    }  # fmt: skip
-    return compile_kernel(attention_kernel, target, pointers, constants, warps=launch.warps, stages=launch.stages)
-
-
-def compile_pool_queries(
-    target: str, *, head_dim: int = 128, block_size: int = 128, stride: int = 16, split: bool = True, ragged: bool = False
-) -> Compiled:
-    """The pooling of queries as ``select.select`` launches it."""
-    constants = _pool_constants(head_dim, block_size, stride, split, ragged)
-    return compile_kernel(pool_queries, target, _pool_pointers(split, "q"), constants, warps=2)
-
-
-def compile_pool_keys(
-    target: str, *, head_dim: int = 128, block_size: int = 128, stride: int = 16, split: bool = True, ragged: bool = False,
-    norms: int = 1, page: int = 0,
-) -> Compiled:  # fmt: skip
-    """The pooling of keys and values as ``select.select`` launches it."""
-    constants = _pool_constants(head_dim, block_size, stride, split, ragged) | {"NORMS": norms, "PAGE": page}
-    return compile_kernel(pool_keys, target, _pool_pointers(split, "k", "v"), constants, warps=2)
-
-
-def _pool_pointers(split: bool, *inputs: str) -> dict[str, str]:
-    given, sums = ("*bf16", "*bf16") if split else ("*fp32", "*fp32")
-    return {"high": sums, "low": sums} | dict.fromkeys(inputs, given)
-
-
-def _pool_constants(head_dim: int, block_size: int, stride: int, split: bool, ragged: bool) -> dict[str, Any]:
-    padded = triton.next_power_of_2(head_dim)
-    return {"B": block_size, "S": stride, "D": head_dim, "BD": padded, "SPLIT": split, "RAGGED": ragged}
-
-
-def compile_score(
-    target: str, *, head_dim: int = 128, block_size: int = 128, stride: int = 16, ragged: bool = False
-) -> Compiled:
-    """The scores' product as ``select.select`` launches it for bf16 and fp16."""
-    pointers = dict.fromkeys(("q_high", "q_low", "k_high", "k_low"), "*bf16")
-    constants = {
-        "B": block_size, "R": block_size // stride, "G": 4, "BM": 128, "BN": 128, "BK": 64, "WIDTH": stride * head_dim,
-        "SPLIT": True, "RAGGED": ragged,
-    }  # fmt: skip
-    return compile_kernel(score_kernel, target, pointers, constants, warps=8)
-
-
-def compile_choose(
-    target: str, *, columns: int, extra: bool = False, implicit: bool = False, ragged: bool = False
-) -> Compiled:
-    """The choice of blocks as ``select.select`` launches it."""
-    constants = {
-        "B": 128, "SINK": 4, "LOCAL": 4, "EXTRA": extra, "IMPLICIT": implicit, "COLUMNS": columns, "RAGGED": ragged,
-    }  # fmt: skip
-    return compile_kernel(choose_kernel, target, {}, constants, warps=min(16, max(1, columns // 1024)))

@@ -1,0 +1,84 @@
+"""Every kernel compiles for every family of cards, fits its shared memory and keeps its numbers in registers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stem_attention import StemConfig
+from stem_attention.backends.triton.launch import launch_for
+
+from .offline import SHARED_LIMIT, TARGETS, Compiled, Recorded, compile_for, record_attention, record_selection
+
+FP16 = torch.float16
+
+
+def fits(target: str, launch: Recorded) -> Compiled:
+    compiled = compile_for(target, launch)
+    assert compiled.shared <= SHARED_LIMIT[target], "shared memory"
+    assert compiled.spills == 0, f"spills at {compiled.registers} registers"
+    return compiled
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention(target, dim, block_size):
+    compiled = fits(target, record_attention(target, dim=dim, block_size=block_size))
+    tma = launch_for(target, dim, block_size).tma
+    assert ("cp.async.bulk.tensor" in compiled.assembly) == tma
+    matrix_unit = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "sm120": "mma.sync"}
+    assert matrix_unit.get(target, "v_mfma_f32") in compiled.assembly
+
+
+VARIANTS = {
+    "fp16": {"dtype": FP16},
+    "no-lse": {"lse": False},
+    "ragged": {"ragged": True},
+    "page-16": {"page": 16},
+    "page-128": {"page": 128},
+    "page-128-dim-256": {"page": 128, "dim": 256},
+    "page-1-block-64": {"page": 1, "block_size": 64},
+    "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_in_packed_batches_and_caches(target, variant):
+    fits(target, record_attention(target, **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if launch_for(name, 128, 128).tma])
+def test_attention_through_pointers_where_strides_forbid_descriptors(target):
+    choice = replace(launch_for(target, 128, 128), tma=False)
+    compiled = compile_for(target, record_attention(target, launch=choice))
+    assert "cp.async.bulk.tensor" not in compiled.assembly
+    assert compiled.shared <= SHARED_LIMIT[target]
+
+
+SELECTIONS = {
+    "default": {},
+    "short": {"length": 4000, "implicit": False},
+    "million": {"length": 1 << 20},
+    "angelslim": {"config": StemConfig.paper(stride=8, forced="extra"), "dtype": FP16, "length": 20001},
+    "block-64-dim-80": {"config": StemConfig(block_size=64), "dim": 80},
+    "dim-256": {"dim": 256, "length": 9999},
+    "ragged": {"ragged": True, "length": 9999},
+    "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
+    "page-16": {"page": 16, "length": 300000},
+}
+
+
+@pytest.mark.parametrize("inputs", SELECTIONS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_selection(target, inputs):
+    launches = record_selection(**SELECTIONS[inputs])
+    assert set(launches) == {"pool_keys", "pool_queries", "score_kernel", "choose_kernel"}
+    for launch in launches.values():
+        fits(target, launch)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_norms_of_the_z_score(target):
+    fits(target, record_selection()["pool_keys"].changed(NORMS=8))

@@ -1,0 +1,100 @@
+"""On a GPU: packed batches, their keys packed too or in a paged cache."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from stem_attention import StemConfig, stem_attention, stem_attention_varlen
+from stem_attention.testing import structured_qkv
+
+from .common import SPARSE, borders, no_synchronisation, on_gpu, paged
+
+pytestmark = on_gpu
+
+LENGTHS = [(300, 300), (1, 4097), (0, 900), (2500, 2500), (1300, 3011), (128, 128), (7, 7)]
+PRESETS = {
+    "default": SPARSE,
+    "dense-below": StemConfig(dense_below=1000),
+    "paper-64": StemConfig.paper(dense_below=0, block_size=64),
+    "extra": StemConfig.paper(dense_below=0, forced="extra"),
+    "angelslim": StemConfig.angelslim(dense_below=0),
+}
+
+
+def batch(dim=128, heads=(4, 2), dtype=torch.bfloat16):
+    """The sequences one by one, packed, and their borders."""
+    single = [structured_qkv(1, a, b, *heads, dim, dtype, "cuda", seed=i) for i, (a, b) in enumerate(LENGTHS)]
+    packed = tuple(torch.cat(x, 1)[0] for x in zip(*single, strict=True))
+    return single, packed, *(borders(list(x)) for x in zip(*LENGTHS, strict=True))
+
+
+def assert_each_as_alone(out, lse, single, cu_q, config, prompt_lens=None):
+    for i, (low, high) in enumerate(pairwise(cu_q.tolist())):
+        if low == high:
+            continue
+        prompt_len = None if prompt_lens is None else prompt_lens[i]
+        alone, norm = stem_attention(*single[i], config=config, return_lse=True, prompt_len=prompt_len)
+        torch.testing.assert_close(out[low:high], alone[0], atol=4e-3, rtol=2e-2)
+        torch.testing.assert_close(lse[:, low:high], norm[0], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("page", [0, 1, 16, 64, 128, 256])
+def test_each_sequence_is_as_if_alone(page, preset):
+    single, (q, k, v), cu_q, cu_k = batch()
+    table = None
+    if page:
+        (k, table), (v, _) = paged(k, cu_k, page), paged(v, cu_k, page)
+    out, lse = stem_attention_varlen(q, k, v, cu_q, cu_k, 2500, 4097, page_table=table, config=PRESETS[preset], return_lse=True)
+    assert_each_as_alone(out, lse, single, cu_q, PRESETS[preset])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dim", "heads"), [(64, (8, 1)), (80, (7, 1)), (256, (4, 4))])
+@pytest.mark.parametrize("page", [0, 16, 64])
+def test_every_head_dim_and_group(page, dim, heads, dtype):
+    single, (q, k, v), cu_q, cu_k = batch(dim, heads, dtype)
+    table = None
+    if page:
+        (k, table), (v, _) = paged(k, cu_k, page), paged(v, cu_k, page)
+    out, lse = stem_attention_varlen(q, k, v, cu_q, cu_k, 2500, 4097, page_table=table, config=SPARSE, return_lse=True)
+    assert_each_as_alone(out, lse, single, cu_q, SPARSE)
+
+
+@pytest.mark.parametrize("config", [SPARSE, PRESETS["extra"]], ids=["inside", "extra"])
+def test_prompts_that_are_still_to_come(config):
+    single, (q, k, v), cu_q, cu_k = batch()
+    prompts = [b + 3000 for _, b in LENGTHS]
+    out, lse = stem_attention_varlen(q, k, v, cu_q, cu_k, 2500, 4097, prompt_lens=prompts, config=config, return_lse=True)
+    assert_each_as_alone(out, lse, single, cu_q, config, prompts)
+
+
+def test_borders_may_lie_on_the_device():
+    _, (q, k, v), cu_q, cu_k = batch()
+    here = stem_attention_varlen(q, k, v, cu_q, cu_k, 2500, 4097, config=SPARSE)
+    assert torch.equal(stem_attention_varlen(q, k, v, cu_q.cuda(), cu_k.cuda(), 2500, 4097, config=SPARSE), here)
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_the_host_never_waits(page):
+    _, (q, k, v), cu_q, cu_k = batch()
+    table = None
+    if page:
+        (k, table), (v, _) = paged(k, cu_k, page), paged(v, cu_k, page)
+
+    def run():
+        return stem_attention_varlen(q, k, v, cu_q, cu_k, 2500, 4097, page_table=table, config=SPARSE)
+
+    first = run()
+    with no_synchronisation():
+        again = run()
+    assert torch.equal(again, first)
+
+
+def test_a_page_of_the_table_that_does_not_exist_reads_nothing_outside():
+    _, (q, k, v), cu_q, cu_k = batch()
+    (k, table), (v, _) = paged(k, cu_k, 64), paged(v, cu_k, 64)
+    for wild in (1 << 30, -(1 << 30)):
+        stem_attention_varlen(q, k, v, cu_q, cu_k, 2500, 4097, page_table=torch.full_like(table, wild), config=SPARSE)
+    torch.cuda.synchronize()  # an access outside would have ended the context
