@@ -104,13 +104,14 @@ def flex_peer(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Cal
 
     torch.compiler.reset()  # else the ninth length would run into the limit of recompilations
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    pad = torch.nn.functional.pad
     diagonal = torch.arange(selection.rows, dtype=torch.int32, device=q.device) + selection.first_row
-    diagonal = diagonal.expand(selection.counts.shape).contiguous()
+    diagonal = diagonal.expand(selection.counts.shape)
     mask = BlockMask.from_kv_blocks(
-        kv_num_blocks=torch.ones_like(diagonal),
-        kv_indices=diagonal[..., None],
+        kv_num_blocks=torch.ones_like(selection.counts),
+        kv_indices=pad(diagonal[..., None], (0, selection.key_blocks - 1)),  # it takes lists of full width only
         full_kv_num_blocks=selection.counts - 1,  # lists ascend, so the diagonal is the last entry
-        full_kv_indices=selection.indices.clamp(min=0),
+        full_kv_indices=pad(selection.indices.clamp(min=0), (0, selection.key_blocks - selection.indices.shape[3])),
         BLOCK_SIZE=selection.block_size,
         mask_mod=_causal,
         seq_lengths=(selection.q_len, selection.kv_len),

@@ -26,16 +26,33 @@ def round_count(device: torch.device, repeats: int) -> int:
 def time_in_turn(
     calls: Mapping[str, Call], device: torch.device, repeats: int, on_round: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Run every call once per round; returns the seconds of each of the ``repeats`` timed rounds, by name."""
+    """Run every call once per round, another one first in every round: whoever follows a large one finds cold caches.
+
+    Args:
+        calls: By name.
+        device: Where they run.
+        repeats: Timed rounds.
+        on_round: Called after every round.
+
+    Returns:
+        Seconds of each timed round, by name.
+    """
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    rounds = []
-    for _ in range(round_count(device, repeats)):
+    names, rounds = list(calls), round_count(device, repeats)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for current in range(rounds):
+        first = current % len(names)
+        order = [*names[first:], *names[:first]]
+        in_order = [calls[name] for name in order]
         if flushed is None:
-            rounds.append([_host_seconds(call, device) for call in calls.values()])
+            times = [_host_seconds(call, device) for call in in_order]
         else:
-            rounds.append(_gpu_seconds(list(calls.values()), device, flushed))
+            times = _gpu_seconds(in_order, device, flushed)
+        if current >= rounds - repeats:
+            for name, taken in zip(order, times, strict=True):
+                seconds[name].append(taken)
         on_round()
-    return {name: list(times) for name, times in zip(calls, zip(*rounds[-repeats:], strict=True), strict=True)}
+    return seconds
 
 
 def _host_seconds(call: Call, device: torch.device) -> float:

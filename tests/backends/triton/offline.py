@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attention import StemConfig
 from stem_attention.backends.triton import attention, select
-from stem_attention.backends.triton.launch import Launch, launch_for
+from stem_attention.backends.triton.launch import Launch, launch_for, score_launch_for
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -76,14 +76,16 @@ class _Recorder:
 
 
 def record_selection(
-    *, config: StemConfig | None = None, length: int = 131071, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
+    target: str, *, config: StemConfig | None = None, length: int = 131071, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
     ragged: bool = False, page: int = 0, implicit: bool = True,
 ) -> dict[str, Recorded]:  # fmt: skip
-    """Launches of a selection, the last of each kernel by its name."""
+    """Launches of a selection on a card, the last of each kernel by its name."""
     launches: list[Recorded] = []
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         for name in ("pool_keys", "pool_queries", "score_kernel", "choose_kernel"):
             patch.setattr(select, name, _Recorder(getattr(select, name), launches))
+        patch.setattr(select, "score_launch", lambda _: score_launch_for(target))
+        patch.setattr(torch.version, "hip", None if target.startswith("sm") else "7.0")
         patch.setattr(select, "_budget_table", lambda *_: torch.empty((1, 9), dtype=torch.int32, device="cuda"))
         q, k, borders, table = _inputs(length, dim, dtype, "cuda", ragged, page)
         chosen = StemConfig() if config is None else config
@@ -96,7 +98,7 @@ def record_attention(
     page: int = 0, lse: bool = True, launch: Launch | None = None,
 ) -> Recorded:  # fmt: skip
     """The launch of attention on a card, with the choice that the library makes for it unless another is given."""
-    choice = launch_for(target, dim, block_size) if launch is None else launch
+    choice = launch_for(target, dim, block_size, ragged or page > 0) if launch is None else launch
     launches: list[Recorded] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "attention_kernel", _Recorder(attention.attention_kernel, launches))

@@ -73,7 +73,7 @@ SELECTIONS = {
 @pytest.mark.parametrize("inputs", SELECTIONS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection(target, inputs):
-    launches = record_selection(**SELECTIONS[inputs])
+    launches = record_selection(target, **SELECTIONS[inputs])
     assert set(launches) == {"pool_keys", "pool_queries", "score_kernel", "choose_kernel"}
     for launch in launches.values():
         fits(target, launch)
@@ -81,4 +81,4 @@ def test_selection(target, inputs):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_norms_of_the_z_score(target):
-    fits(target, record_selection()["pool_keys"].changed(NORMS=8))
+    fits(target, record_selection(target)["pool_keys"].changed(NORMS=8))

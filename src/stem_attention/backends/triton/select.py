@@ -49,28 +49,31 @@ class _Span:
         return cls(ragged.sequences, rows, blocks, 0, 0, 0, ragged.cu_q, ragged.cu_k, (0, *q.stride()[:2]))
 
 
-def _kept(config: StemConfig, blocks: int, dense: bool) -> Sequence[int]:
-    return range(1, blocks + 1) if dense else row_budgets(config, blocks)
+def _scored(config: StemConfig, blocks: int, dense: bool) -> Sequence[int]:
+    """What the choose kernel keeps in each row of a prompt, forced blocks apart if they are extra. Row + 1 is everything."""
+    if dense:
+        return range(1, blocks + 1)
+    if config.forced == "inside":
+        return row_budgets(config, blocks)
+    tail = blocks - config.tail_blocks
+    return [row + 1 if row >= tail else scored_budget(config, blocks, row) for row in range(blocks)]
 
 
 @lru_cache(maxsize=256)
 def _list_width(config: StemConfig, blocks: int, dense: bool, first: int, end: int, implicit: bool) -> int:
     """The longest list that must be written for rows ``first`` to ``end`` of a prompt of ``blocks`` blocks."""
-    table = enumerate(_kept(config, blocks, dense))
-    return max((n for block, n in table if first <= block < end and not (implicit and n > block)), default=1)
+    scored = _scored(config, blocks, dense)
+    most = row_budgets(config, blocks)
+    return max((most[row] for row in range(first, min(end, blocks)) if not (implicit and scored[row] > row)), default=1)
 
 
 @lru_cache(maxsize=64)
 def _budget_table(config: StemConfig, prompts: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
-    """int32 ``(prompts, longest)``: what the choose kernel keeps in each row, the forced blocks apart if they are extra."""
+    """int32 ``(prompts, longest)``, the numbers of :func:`_scored`."""
     longest = max(blocks for blocks, _ in prompts)
     table = torch.zeros((len(prompts), longest), dtype=torch.int32, pin_memory=device.type == "cuda")
     for i, (blocks, dense) in enumerate(prompts):
-        kept = _kept(config, blocks, dense)
-        if config.forced == "extra" and not dense:
-            tail = blocks - config.tail_blocks
-            kept = [n if row >= tail else scored_budget(config, blocks, row) for row, n in enumerate(kept)]
-        table[i, :blocks] = torch.tensor(kept, dtype=torch.int32)
+        table[i, :blocks] = torch.tensor(_scored(config, blocks, dense), dtype=torch.int32)
     return table.to(device, non_blocking=True)
 
 
