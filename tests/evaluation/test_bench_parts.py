@@ -1,0 +1,133 @@
+"""The parts of bench: the check, the peers, the clock."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from stem_attention import BlockSelection, StemConfig, block_sparse_attention, select_blocks
+from stem_attention.evaluation import bench_peers
+from stem_attention.evaluation.bench_checks import (
+    Check,
+    check,
+    dense_problem,
+    differing_blocks,
+    rows_of,
+    selection_problem,
+    sparse_problem,
+)
+from stem_attention.evaluation.bench_peers import LeftOutError, admit, dense_peers
+from stem_attention.evaluation.bench_shapes import MODELS, Shape, random_inputs
+from stem_attention.evaluation.bench_timing import round_count, time_in_turn
+
+CPU = torch.device("cpu")
+SHAPE = Shape(1000, 4, 2, 64, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("preset", [StemConfig(), StemConfig.paper(), StemConfig.angelslim()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_passes_on_what_the_library_computes(preset: StemConfig, dtype: torch.dtype) -> None:
+    q, k, v = random_inputs(replace(SHAPE, dtype=dtype), seed=0)
+    assert check(q, k, v, preset).problem(dtype) is None
+
+
+@pytest.mark.parametrize(("error", "different"), [(1e-3, 0.0), (math.nan, 0.0), (0.0, 0.5), (0.0, math.nan)])
+def test_check_refuses_wrong_results(error: float, different: float) -> None:
+    assert Check(3, error, 1e-6, different).problem(torch.float32) is not None
+
+
+def test_check_refuses_nan_in_the_inputs() -> None:
+    q, k, v = random_inputs(SHAPE, seed=0)
+    v[0, 0, 0, 0] = math.nan
+    assert check(q, k, v, StemConfig()).problem(torch.float32) is not None
+
+
+def test_dense_peer_is_right_or_reported() -> None:
+    q, k, v = random_inputs(SHAPE, seed=0)
+    ((name, peer),) = dense_peers(q, k, v).items()
+    calls, left_out = admit({name: peer}, lambda out: dense_problem(out, q, k, v, 128))
+    assert calls.keys() == {"dense SDPA"}
+    assert left_out == {}
+    shifted, reasons = admit({name: lambda: lambda: peer()().roll(1, 1)}, lambda out: dense_problem(out, q, k, v, 128))
+    assert shifted == {}
+    assert reasons[name].startswith("wrong: error")
+
+
+def test_dense_attention_is_no_right_answer_to_a_sparse_question() -> None:
+    q, k, v = random_inputs(SHAPE, seed=0)
+    config = StemConfig(tail_blocks=0, ratio_short=0.1, sink_blocks=1, local_blocks=1)
+    selection = select_blocks(q, k, v, config=config)
+    ours = block_sparse_attention(q, k, v, selection)
+    checked = check(q, k, v, config)
+    assert sparse_problem(ours.clone(), ours, checked) is None
+    assert sparse_problem(dense_peers(q, k, v)["dense SDPA"]()(), ours, checked) is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (LeftOutError("not installed"), "not installed"),
+        (torch.OutOfMemoryError("tried to allocate 1 TiB"), "out of memory"),
+        (RuntimeError("no kernel\nfor this"), "cannot run: RuntimeError: no kernel"),
+        (AssertionError(), "cannot run: AssertionError: no message"),
+    ],
+)
+def test_a_peer_that_fails_is_left_out_with_its_reason(error: Exception, reason: str) -> None:
+    def peer() -> torch.Tensor:
+        raise error
+
+    assert admit({"peer": lambda: peer}, lambda out: None) == ({}, {"peer": reason})
+
+
+def test_named_kernels_are_asked_for_by_name() -> None:
+    q, k, v = random_inputs(SHAPE, seed=0)
+    flash = bench_peers._sdpa_by(SDPBackend.FLASH_ATTENTION, q, k, v)
+    assert dense_problem(flash, q, k, v, 128) is None
+    with pytest.raises(RuntimeError, match="kernel|backend"):  # the CPU has no cuDNN
+        bench_peers._sdpa_by(SDPBackend.CUDNN_ATTENTION, q, k, v)
+
+
+@pytest.mark.skipif(bench_peers.importlib.util.find_spec("flash_attn") is not None, reason="FlashAttention is installed")
+def test_flash_attention_4_says_when_it_is_not_installed() -> None:
+    q, k, v = random_inputs(SHAPE, seed=0)
+    peer = {"FlashAttention-4": lambda: bench_peers._flash_attention_4(q, k, v)}
+    assert admit(peer, lambda out: None)[1] == {"FlashAttention-4": "not installed"}
+
+
+def test_differing_blocks_counts_what_the_other_does_not_keep() -> None:
+    ours = BlockSelection.from_lists([[[[0], [0, 1], [0, 2], [0, 2, 3]]]], block_size=16, q_len=60, kv_len=60)
+    theirs = BlockSelection.from_lists([[[[0], [0, 1], [1, 2], [0, 1, 3]]]], block_size=16, q_len=60, kv_len=60)
+    assert differing_blocks(ours, ours) == 0
+    assert differing_blocks(ours, theirs) == 2 / 8
+    assert selection_problem(theirs, ours) is not None
+
+
+def test_rows_of_a_selection_are_those_rows() -> None:
+    selection = select_blocks(*random_inputs(SHAPE, seed=0))
+    part = rows_of(selection, 5, 8)
+    part.validate()
+    assert torch.equal(part.to_mask(), selection.to_mask()[:, :, 5:8])
+
+
+def test_the_clock_runs_everyone_once_a_round_and_another_one_first() -> None:
+    order: list[str] = []
+    rounds: list[int] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    seconds = time_in_turn(calls, CPU, 3, lambda: rounds.append(len(order)))
+    assert "".join(order) == "abcbcacababc"
+    assert rounds == [3, 6, 9, 12]
+    assert len(rounds) == round_count(CPU, 3)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_same_seed_same_inputs() -> None:
+    first, again, other = (random_inputs(SHAPE, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert [x.shape for x in first] == [(1, 1000, 4, 64), (1, 1000, 2, 64), (1, 1000, 2, 64)]
+
+
+def test_models_have_whole_groups_of_heads() -> None:
+    assert all(model.heads % model.kv_heads == 0 for model in MODELS.values())
