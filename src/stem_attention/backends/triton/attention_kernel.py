@@ -26,7 +26,8 @@ def _load_tile(
     """
     if TMA:
         if PAGE:
-            page = tl.load(page_table + z.to(tl.int64) * table_stride + position // PAGE)
+            # A block's later tiles may begin after the last key, where the table may end.
+            page = tl.load(page_table + z.to(tl.int64) * table_stride + position // PAGE, mask=position < kv_len, other=0)
             page = tl.minimum(tl.maximum(page, 0), pages - 1)
             tile = x.load([page, position % PAGE, head, 0])
         elif RAGGED:

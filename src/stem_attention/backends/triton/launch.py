@@ -21,6 +21,17 @@ class Launch:
     tma: bool
 
 
+@dataclass(frozen=True)
+class ScoreLaunch:
+    """Tile of the score kernel in query blocks and key blocks, its inner step, warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
 @cache
 def _table() -> dict[str, Any]:
     table: dict[str, Any] = json.loads(files(__package__).joinpath("launch.json").read_text())
@@ -44,20 +55,39 @@ def has_tma(device: torch.device) -> bool:
     return name.startswith("sm") and int(name[2:]) >= 90
 
 
-def launch_for(name: str, head_dim: int, block_size: int) -> Launch:
-    """The choice of the nearest measured architecture: itself, else the newest one not newer, else ``"default"``."""
-    table = _table()["attention"]
+def _nearest(table: dict[str, Any], name: str) -> Any:
+    """The entry of the nearest measured architecture: itself, else the newest one not newer, else ``"default"``."""
     if name not in table:
         known = [int(entry[2:]) for entry in table if entry.startswith("sm")]
         older = [number for number in known if name.startswith("sm") and number <= int(name[2:])]
         name = f"sm{max(older)}" if older else "default"
-    entries = [entry for entry in table[name] if block_size % entry["tile"] == 0 and head_dim <= entry["max_head_dim"]]
+    return table[name]
+
+
+def launch_for(name: str, head_dim: int, block_size: int, packed: bool = False) -> Launch:
+    """The attention kernel's choice on the nearest measured architecture; ``packed`` batches and caches may have their own."""
+    entries = [
+        entry
+        for entry in _nearest(_table()["attention"], name)
+        if block_size % entry["tile"] == 0 and head_dim <= entry["max_head_dim"] and entry.get("packed", packed) == packed
+    ]
     exact = [entry for entry in entries if entry["block_size"] == block_size] or entries
     best = min(exact, key=lambda entry: entry["max_head_dim"])
     return Launch(best["tile"], best["warps"], best["stages"], best["tma"])
 
 
+def score_launch_for(name: str) -> ScoreLaunch:
+    """The score kernel's choice on the nearest measured architecture."""
+    return ScoreLaunch(**_nearest(_table()["score"], name))
+
+
 @cache
-def attention_launch(device: torch.device, head_dim: int, block_size: int) -> Launch:
+def attention_launch(device: torch.device, head_dim: int, block_size: int, packed: bool) -> Launch:
     """Launch choice for a device, head dimension and block size."""
-    return launch_for(architecture(device), head_dim, block_size)
+    return launch_for(architecture(device), head_dim, block_size, packed)
+
+
+@cache
+def score_launch(device: torch.device) -> ScoreLaunch:
+    """Launch choice of the score kernel for a device."""
+    return score_launch_for(architecture(device))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stem_attention.backends.triton.attention import Ragged
 from stem_attention.backends.triton.choose_kernel import choose_kernel
+from stem_attention.backends.triton.launch import score_launch
 from stem_attention.backends.triton.pool_kernels import pool_keys, pool_queries
 from stem_attention.backends.triton.score_kernel import score_kernel
 from stem_attention.config import StemConfig
@@ -94,7 +95,7 @@ def _pool_keys(
         page_table.stride(0) if page_table is not None else 0, k.shape[0], span.kv_len, span.blocks,
         config.beta if config.magnitude == "log" else 0.0, NORMS=parts,
         B=size, S=stride, D=dim, BD=triton.next_power_of_2(dim), SPLIT=split, RAGGED=span.cu_k is not None,
-        PAGE=k.shape[1] if page_table is not None else 0, num_warps=2,
+        PAGE=k.shape[1] if page_table is not None else 0, num_warps=2 if dim <= 128 else 4,
     )  # fmt: skip
     if config.magnitude == "zscore":
         peaks = value.flatten(2)[..., : block_count(span.kv_len, stride)]
@@ -139,14 +140,16 @@ def select(
     budget_stride = budgets.shape[1] if len(prompt_lens) > 1 else 0
     split = q.dtype in (torch.bfloat16, torch.float16) and q.device.type == "cuda"
     k_high, k_low, value = _pool_keys(k, v, config, span, split, page_table)
-    tile = 128 if split else 32
+    tile = score_launch(q.device)
+    pitch = triton.cdiv(span.blocks, 16) * 16  # rows that begin at aligned addresses: else the score kernel spills
     pooled: dict[str, Any] = {"dtype": torch.bfloat16 if split else torch.float32, "device": q.device}
-    per_row = span.batch * heads * (stride * dim + span.blocks) * 4
+    per_row = span.batch * heads * (stride * dim + pitch) * 4
     step = max(1, min(span.rows, _WORKSPACE_BYTES // per_row))
-    step = step // tile * tile or step  # whole tiles, when there is room for one
+    step = step // tile.rows * tile.rows or step  # whole tiles, when there is room for one
     q_high = torch.empty((span.batch, heads, step, stride * dim), **pooled)
     q_low = torch.empty_like(q_high) if split else q_high
-    scores = q.new_empty((span.batch, heads, step, span.blocks), dtype=torch.float32)
+    scores = q.new_empty((span.batch, heads, step, pitch), dtype=torch.float32)
+    most_warps = 8 if torch.version.hip else 16  # of AMD's warps, twice as wide, 16 leave too few registers
     common: dict[str, Any] = {"B": size, "RAGGED": ragged is not None}
     for first in range(0, span.rows, step):
         rows = min(step, span.rows - first)
@@ -154,18 +157,18 @@ def select(
         columns = max(32, triton.next_power_of_2(seen))
         pool_queries[(rows, heads, span.batch)](
             q, q_high, q_low, span.cu_q, span.cu_k, *span.q_strides, span.q_len, span.kv_len, first, rows,
-            S=stride, D=dim, BD=triton.next_power_of_2(dim), SPLIT=split, num_warps=2, **common,
+            S=stride, D=dim, BD=triton.next_power_of_2(dim), SPLIT=split, num_warps=2 if dim <= 128 else 4, **common,
         )  # fmt: skip
-        tiles = triton.cdiv(rows, tile) * triton.cdiv(span.blocks, tile)
+        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(span.blocks, tile.columns)
         score_kernel[(tiles, heads, span.batch)](
             q_high, q_low, k_high, k_low, value, scores, span.cu_q, span.cu_k, span.q_len, span.kv_len, first, rows,
-            span.blocks, span.blocks, scale, WIDTH=stride * dim, R=size // stride, G=heads // kv_heads, BM=tile, BN=tile,
-            BK=64 if split else 32, SPLIT=split, num_warps=8 if split else 4, num_stages=3, **common,
+            span.blocks, pitch, scale, WIDTH=stride * dim, R=size // stride, G=heads // kv_heads, BM=tile.rows, BN=tile.columns,
+            BK=tile.inner, SPLIT=split, num_warps=tile.warps, num_stages=tile.stages, **common,
         )  # fmt: skip
         choose_kernel[(rows, heads, span.batch)](
             scores, budgets, indices, counts, span.cu_q, span.cu_k, budget_stride, span.q_len, span.kv_len, first, rows,
-            span.rows, span.blocks, width, SINK=config.sink_blocks, LOCAL=config.local_blocks,
+            span.rows, pitch, width, SINK=config.sink_blocks, LOCAL=config.local_blocks,
             EXTRA=config.forced == "extra", IMPLICIT=implicit,
-            COLUMNS=columns, num_warps=min(16, max(1, columns // 512)), **common,
+            COLUMNS=columns, num_warps=min(most_warps, max(1, columns // 256)), **common,
         )  # fmt: skip
     return indices, counts
