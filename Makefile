@@ -53,7 +53,7 @@ test-newest-triton: $(NEWEST) ## Compile every kernel with the newest Triton tha
 	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist load -q tests/backends/triton
 
 $(NEWEST): | $(FOR_TEST)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@ '$(NEWEST_TRITON)'
+	$(INSTALL) --no-deps --target $@ '$(NEWEST_TRITON)'
 
 lint: $(FOR_TEST) ## Style, docstrings of src, formatting and types
 	$(BIN)/ruff check .
