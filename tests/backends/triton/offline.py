@@ -98,11 +98,14 @@ def record_attention(
     page: int = 0, lse: bool = True, launch: Launch | None = None,
 ) -> Recorded:  # fmt: skip
     """The launch of attention on a card, with the choice that the library makes for it unless another is given."""
-    choice = launch_for(target, dim, block_size, ragged or page > 0) if launch is None else launch
+
+    def choose(_: torch.device, *asked: Any) -> Launch:
+        return launch_for(target, *asked) if launch is None else launch
+
     launches: list[Recorded] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "attention_kernel", _Recorder(attention.attention_kernel, launches))
-        patch.setattr(attention, "attention_launch", lambda *_: choice)
+        patch.setattr(attention, "attention_launch", choose)
         patch.setattr(attention, "has_tma", lambda _: target.startswith("sm") and int(target[2:]) >= 90)
         q, k, borders, table = _inputs(300, dim, dtype, "cpu", ragged, page)
         rows = -(-300 // block_size)

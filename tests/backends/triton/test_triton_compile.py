@@ -13,10 +13,17 @@ from .offline import SHARED_LIMIT, TARGETS, Compiled, Recorded, compile_for, rec
 FP16 = torch.float16
 
 
+# Bytes of stack that were measured to be worth it, by card, head_dim and block size, on an H200. Blocks of 64: four warps
+# spill 8 bytes and reach 393 TFLOP/s, eight warps spill nothing and reach 238. Blocks of 128 from pages of 128: tiles of 64
+# spill 80 bytes and reach 333 TFLOP/s, tiles of 32 spill nothing and reach 223.
+SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80}
+
+
 def fits(target: str, launch: Recorded) -> Compiled:
     compiled = compile_for(target, launch)
+    allowed = SPILLS.get((target, launch.arguments.get("D"), launch.arguments.get("B")), 0)
     assert compiled.shared <= SHARED_LIMIT[target], "shared memory"
-    assert compiled.spills == 0, f"spills at {compiled.registers} registers"
+    assert compiled.spills <= allowed, f"spills at {compiled.registers} registers"
     return compiled
 
 

@@ -14,12 +14,12 @@ TABLE = json.loads(files("stem_attention.backends.triton").joinpath("launch.json
 CARDS = [*TABLE, "sm86", "sm89", "sm103", "sm121", "sm200", "gfx90a", "gfx1100", "unknown"]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("card", CARDS)
-def test_every_card_has_a_choice_for_whatever_the_backend_supports(card, block_size, packed):
+def test_every_card_has_a_choice_for_whatever_the_backend_supports(card, block_size, descriptors):
     for dim in HEAD_DIMS:
-        choice = launch_for(card, dim, block_size, packed)
+        choice = launch_for(card, dim, block_size, descriptors)
         assert block_size % choice.tile == 0
         assert choice.warps in (1, 2, 4, 8, 16)
         assert choice.stages >= 1
@@ -28,7 +28,7 @@ def test_every_card_has_a_choice_for_whatever_the_backend_supports(card, block_s
 def test_a_measured_card_gets_its_own_choice():
     for card, entries in TABLE.items():
         for entry in entries:
-            choice = launch_for(card, entry["max_head_dim"], entry["block_size"], entry.get("packed", False))
+            choice = launch_for(card, entry["max_head_dim"], entry["block_size"], entry["tma"])
             assert (choice.tile, choice.warps, choice.stages, choice.tma) == tuple(
                 entry[name] for name in ("tile", "warps", "stages", "tma")
             )

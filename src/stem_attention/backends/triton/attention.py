@@ -84,15 +84,17 @@ def attend(
         q4, o4 = q[None], out[None]
         k4, v4 = (k, v) if page else (k[None], v[None])
     batch, _, rows, width = indices.shape
-    choice = attention_launch(q.device, dim, block_size, ragged is not None)
+    choice = attention_launch(q.device, dim, block_size, True)
     padded_dim = triton.next_power_of_2(dim)
     tma = choice.tma and has_tma(q.device) and all(_describable(x) for x in (k4, v4)) and (page == 0 or page % choice.tile == 0)
-    keys, values = (
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, choice.tile, 1, padded_dim]) if tma else x for x in (k4, v4)
+    if choice.tma and not tma:
+        choice = attention_launch(q.device, dim, block_size, False)
+    k_tiles, v_tiles = (
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, choice.tile, 1, padded_dim]) if tma else None for x in (k4, v4)
     )
     if rows:
         attention_kernel[(rows * heads, batch)](
-            q4, keys, values, o4, lse, indices, counts,
+            q4, k4, v4, k_tiles, v_tiles, o4, lse, indices, counts,
             ragged.cu_q if ragged else None, ragged.cu_k if ragged else None, page_table,
             *q4.stride()[:3], *k4.stride()[:3], *v4.stride()[:3], *o4.stride()[:3], *lse_strides,
             page_table.stride(0) if page_table is not None else 0, k4.shape[0],

@@ -14,42 +14,52 @@ from stem_attention.backends.triton.geometry import key_rows, key_span, query_sp
 
 
 @triton.jit
-def _load_tile(
-    x, stride_b, stride_s, stride_h, z, head, first, position, kv_len, page_table, table_stride, pages,
-    BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
-    CLEAN: tl.constexpr,
+def _copied_tile(
+    x, z, head, first, position, kv_len, page_table, table_stride, pages,
+    BN: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values ``[position, position + BN)`` of one kv head, ``(BN, BD)``.
+    """Keys or values ``[position, position + BN)`` of one kv head by the copy engine, ``(BN, BD)``.
 
-    With CLEAN, positions after the last key read as zero whatever lies there: a zero weight times NaN would be NaN. Keys
-    need no such care, their scores are masked.
+    After a sequence's last key come zeros in a rectangular batch, in others whatever lies there.
     """
-    if TMA:
-        if PAGE:
-            # A block's later tiles may begin after the last key, where the table may end.
-            page = tl.load(page_table + z.to(tl.int64) * table_stride + position // PAGE, mask=position < kv_len, other=0)
-            page = tl.minimum(tl.maximum(page, 0), pages - 1)
-            tile = x.load([page, position % PAGE, head, 0])
-        elif RAGGED:
-            tile = x.load([0, first + position, head, 0])
-        else:
-            tile = x.load([z, position, head, 0])
-        tile = tl.reshape(tile, (BN, BD))
-        if CLEAN and (RAGGED or PAGE):  # in a rectangular batch the copy engine fills in zeros itself
-            tile = tl.where((position + tl.arange(0, BN) < kv_len)[:, None], tile, 0.0)
-        return tile
+    if PAGE:
+        # A block's later tiles may begin after the last key, where the table may end.
+        page = tl.load(page_table + z.to(tl.int64) * table_stride + position // PAGE, mask=position < kv_len, other=0)
+        page = tl.minimum(tl.maximum(page, 0), pages - 1)
+        tile = x.load([page, position % PAGE, head, 0])
+    elif RAGGED:
+        tile = x.load([0, first + position, head, 0])
     else:
-        positions = position + tl.arange(0, BN)
-        dims = tl.arange(0, BD)
-        valid = positions < kv_len
-        outer, inner = key_rows(z, first, positions, valid, page_table, table_stride, pages, PAGE, RAGGED)
-        rows = x + outer * stride_b + inner * stride_s + head.to(tl.int64) * stride_h
-        return tl.load(rows[:, None] + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+        tile = x.load([z, position, head, 0])
+    return tl.reshape(tile, (BN, BD))
+
+
+@triton.jit
+def _gathered_tile(
+    x, stride_b, stride_s, stride_h, z, head, first, position, kv_len, page_table, table_stride, pages,
+    BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """The same through pointers; after a sequence's last key come zeros."""
+    positions = position + tl.arange(0, BN)
+    dims = tl.arange(0, BD)
+    valid = positions < kv_len
+    outer, inner = key_rows(z, first, positions, valid, page_table, table_stride, pages, PAGE, RAGGED)
+    rows = x + outer * stride_b + inner * stride_s + head.to(tl.int64) * stride_h
+    return tl.load(rows[:, None] + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _softmax_step(scores, scale, m, total, acc):
+    """Weights of a tile, and the running maximum (in base 2), sum and accumulator brought to them."""
+    new_m = tl.maximum(m, tl.max(scores, 1) * scale)
+    p = tl.math.exp2(scores * scale - new_m[:, None])
+    shrink = tl.math.exp2(m - new_m)
+    return p, new_m, total * shrink + tl.sum(p, 1), acc * shrink[:, None]
 
 
 @triton.jit
 def attention_kernel(
-    q, k, v, out, lse, indices, counts, cu_q, cu_k, page_table,
+    q, k, v, k_tiles, v_tiles, out, lse, indices, counts, cu_q, cu_k, page_table,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     o_stride_b, o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, pages,
     q_len, kv_len, heads, rows, heavy, width, scale,
@@ -96,25 +106,44 @@ def attention_kernel(
     total = tl.zeros([B], tl.float32)
     acc = tl.zeros([B, BD], tl.float32)
     SUB: tl.constexpr = B // BN
-    for t in range(0, count * SUB):
+    # Where the copy engine would read a neighbour's values behind a sequence's end (a zero weight times NaN is NaN), the
+    # diagonal block gets a loop of its own, through pointers. Elsewhere a branch costs less than a second loop.
+    PEEL: tl.constexpr = TMA and (RAGGED or PAGE > 0)
+    for t in range(0, (count - 1 if PEEL else count) * SUB):
         entry = t // SUB
         kept = tl.load(ids + entry, mask=not whole, other=entry)
         kept = tl.minimum(tl.maximum(kept, 0), block)
         position = kept * B + (t % SUB) * BN
-        k_tile = _load_tile(k, k_stride_b, k_stride_s, k_stride_h, z, kv_head, k_first, position, kv_len, page_table,
-                            table_stride, pages, BN, D, BD, PAGE, RAGGED, TMA, False)  # fmt: skip
+        if TMA:
+            k_tile = _copied_tile(k_tiles, z, kv_head, k_first, position, kv_len, page_table, table_stride, pages,
+                                  BN, BD, PAGE, RAGGED)  # fmt: skip
+        else:
+            k_tile = _gathered_tile(k, k_stride_b, k_stride_s, k_stride_h, z, kv_head, k_first, position, kv_len, page_table,
+                                    table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
         scores = tl.dot(q_tile, k_tile.T)
-        if entry == count - 1:  # the diagonal block; a branch costs less than a mask on every tile or a second loop
+        if PEEL:
+            pass
+        elif entry == count - 1:
             scores = tl.where(positions[:, None] >= position + tl.arange(0, BN), scores, -float("inf"))
-        new_m = tl.maximum(m, tl.max(scores, 1) * scale)
-        p = tl.math.exp2(scores * scale - new_m[:, None])
-        shrink = tl.math.exp2(m - new_m)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        v_tile = _load_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
-                            table_stride, pages, BN, D, BD, PAGE, RAGGED, TMA, True)  # fmt: skip
+        p, m, total, acc = _softmax_step(scores, scale, m, total, acc)
+        if TMA:
+            v_tile = _copied_tile(v_tiles, z, kv_head, k_first, position, kv_len, page_table, table_stride, pages,
+                                  BN, BD, PAGE, RAGGED)  # fmt: skip
+        else:
+            v_tile = _gathered_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
+                                    table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
-        m = new_m
+    if PEEL:
+        for t in range(0, SUB):
+            position = block * B + t * BN
+            k_tile = _gathered_tile(k, k_stride_b, k_stride_s, k_stride_h, z, kv_head, k_first, position, kv_len, page_table,
+                                    table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
+            scores = tl.dot(q_tile, k_tile.T)
+            scores = tl.where(positions[:, None] >= position + tl.arange(0, BN), scores, -float("inf"))
+            p, m, total, acc = _softmax_step(scores, scale, m, total, acc)
+            v_tile = _gathered_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
+                                    table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
 
     acc = acc / total[:, None]
     o_rows = o_base + q_rows[:, None] * o_stride_s + head.to(tl.int64) * o_stride_h

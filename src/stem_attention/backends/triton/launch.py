@@ -64,15 +64,16 @@ def _nearest(table: dict[str, Any], name: str) -> Any:
     return table[name]
 
 
-def launch_for(name: str, head_dim: int, block_size: int, packed: bool = False) -> Launch:
-    """The attention kernel's choice on the nearest measured architecture; ``packed`` batches and caches may have their own."""
+def launch_for(name: str, head_dim: int, block_size: int, descriptors: bool = True) -> Launch:
+    """The attention kernel's choice on the nearest measured architecture, with tensor descriptors or where none will do."""
     entries = [
         entry
         for entry in _nearest(_table()["attention"], name)
-        if block_size % entry["tile"] == 0 and head_dim <= entry["max_head_dim"] and entry.get("packed", packed) == packed
+        if block_size % entry["tile"] == 0 and head_dim <= entry["max_head_dim"]
     ]
     exact = [entry for entry in entries if entry["block_size"] == block_size] or entries
-    best = min(exact, key=lambda entry: entry["max_head_dim"])
+    usable = [entry for entry in exact if entry["tma"] == descriptors] or exact
+    best = min(usable, key=lambda entry: entry["max_head_dim"])
     return Launch(best["tile"], best["warps"], best["stages"], best["tma"])
 
 
@@ -82,9 +83,9 @@ def score_launch_for(name: str) -> ScoreLaunch:
 
 
 @cache
-def attention_launch(device: torch.device, head_dim: int, block_size: int, packed: bool) -> Launch:
-    """Launch choice for a device, head dimension and block size."""
-    return launch_for(architecture(device), head_dim, block_size, packed)
+def attention_launch(device: torch.device, head_dim: int, block_size: int, descriptors: bool) -> Launch:
+    """Launch choice for a device, head dimension and block size; see :func:`launch_for`."""
+    return launch_for(architecture(device), head_dim, block_size, descriptors)
 
 
 @cache
