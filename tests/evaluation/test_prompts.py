@@ -7,18 +7,6 @@ import pytest
 from stem_attention.evaluation.prompts import chat_ids, haystack_sentences, planted_prompt
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: index for index, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
-
-
 @pytest.mark.parametrize("tokens", [500, 1000, 5000])
 def test_fills_the_length_and_never_exceeds_it(tokenizer, tokens: int) -> None:
     length = len(planted_prompt(tokenizer, tokens, seed=1).ids)

@@ -8,38 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from stem_attention import StemConfig
 from stem_attention.integrations.transformers import LayerCall, configure, register
+
+from .tiny import KEEP_ALL, MIXED, SMALL, build
 
 transformers = pytest.importorskip("transformers")
 register()
 
-KEEP_ALL = StemConfig(dense_below=0, ratio_short=1, ratio_long=1, decay=1, block_size=16, stride=4)
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-MIXED = {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "qwen3-sliding": lambda: transformers.Qwen3Config(**SMALL, **MIXED, use_sliding_window=True, max_window_layers=1),
     "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, **MIXED),
     "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
 }
-
-
-def build(config: Any, attention: str) -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -10,34 +10,19 @@ from torch import Tensor
 from stem_attention import StemConfig, UnsupportedError
 from stem_attention.integrations.transformers import LayerCall, attention_forward, configure, register, set_config
 
+from . import tiny
+from .tiny import KEEP_ALL, build
+
 transformers = pytest.importorskip("transformers")
 register()
 
-KEEP_ALL = StemConfig(dense_below=0, ratio_short=1, ratio_long=1, decay=1, block_size=16, stride=4)
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+SMALL = {**tiny.SMALL, "num_hidden_layers": 2}
 GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}
 LATENT = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
     "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
-
-
-def build(config: Any, attention: Any = "stem") -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def tokens(batch: int = 1, length: int = 100) -> Tensor:

@@ -20,30 +20,13 @@ from stem_attention.integrations.transformers import (
 from stem_attention.policies import Stem
 from stem_attention.policies.budget import row_budgets
 
+from .tiny import MIXED, SMALL, build
+
 transformers = pytest.importorskip("transformers")
 register()
 
 SPARSE = StemConfig(dense_below=0, block_size=16, stride=4, sink_blocks=1, local_blocks=1, tail_blocks=1, min_blocks=2)
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-MIXED = {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
 LENGTH = 320
-
-
-def build(config: Any, attention: Any = "stem") -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 @pytest.fixture(scope="module")
