@@ -35,7 +35,6 @@ from stem_attention.evaluation.needle import ANSWER_TOKENS, NeedleCase, needle_c
 from stem_attention.evaluation.perplexity import (
     STDLIB_MODULES,
     TextReading,
-    mean_density,
     read_text,
     score_text,
     stdlib_text,
@@ -103,7 +102,7 @@ def measure_perplexity(model: PreTrainedModel, ids: list[int], contenders: Conte
         with watching(f"perplexity, {name}") as watcher:
             reading = read_text(model, ids, contenders.get(name), on_attention=watcher)
         dense = dense or reading
-        record = {"density": mean_density(reading.reading), "seconds": reading.reading.seconds}
+        record = {"density": reading.reading.density, "seconds": reading.reading.seconds}
         yield {"measure": "perplexity", "name": name, **asdict(score_text(model, ids, dense, reading)), **record}
 
 

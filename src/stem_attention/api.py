@@ -183,7 +183,7 @@ def dense_limit(
 
 
 def _dense_limit(q: Tensor, config: StemConfig, backend: str) -> int:
-    return get_backend(Request(q.device, q.dtype, q.shape[3], config.block_size), backend).dense_limit(config)
+    return get_backend(Request.of(q, config.block_size), backend).dense_limit(config)
 
 
 def _checked_device(device: torch.device | str) -> torch.device:

@@ -22,7 +22,7 @@ _parse = lru_cache(maxsize=256)(StemConfig.from_json)
 
 
 def _backend(q: Tensor, block_size: int, name: str) -> Backend:
-    return get_backend(Request(q.device, q.dtype, q.shape[3], block_size), name)
+    return get_backend(Request.of(q, block_size), name)
 
 
 _P = ParamSpec("_P")
@@ -115,7 +115,7 @@ def _forward_varlen(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Select and attend in a packed batch."""
     settings = _parse(config)
-    chosen = get_backend(Request(q.device, q.dtype, q.shape[2], settings.block_size), backend)
+    chosen = _backend(q, settings.block_size, backend)
     packing = Packing(q_starts, k_starts)
     return chosen.forward_varlen(q, k, v, packing, page_table, settings, scale, prompt_lens, return_lse)
 

@@ -8,7 +8,7 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 
 from stem_attention import StemConfig, UnsupportedError
 from stem_attention.evaluation.models import take_stem
-from stem_attention.evaluation.perplexity import mean_density, read_text, score_text, stdlib_text, text_ids
+from stem_attention.evaluation.perplexity import read_text, score_text, stdlib_text, text_ids
 from stem_attention.policies import SinkWindow
 
 TOKENS = 700  # more than one slice of logits, and no multiple of one
@@ -46,7 +46,7 @@ def test_perplexity_is_that_of_the_models_own_logits(model, ids: list[int]) -> N
     assert score.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-5)
     assert score.perplexity_last_half == pytest.approx(math.exp(losses[(TOKENS - 1) // 2 :].mean()), rel=1e-5)
     assert (score.kl, score.top1) == (0.0, 1.0)
-    assert mean_density(dense.reading) == 1.0
+    assert dense.reading.density == 1.0
 
 
 def test_sparse_scores_are_those_of_the_two_sets_of_logits(model, ids: list[int]) -> None:
@@ -65,7 +65,7 @@ def test_sparse_scores_are_those_of_the_two_sets_of_logits(model, ids: list[int]
 def test_keeping_everything_scores_as_dense(model, ids: list[int]) -> None:
     dense, all_kept = read_text(model, ids, None), read_text(model, ids, KEEP_ALL)
     score = score_text(model, ids, dense, all_kept)
-    assert mean_density(all_kept.reading) == 1.0
+    assert all_kept.reading.density == 1.0
     assert [call.sparse for call in all_kept.reading.calls] == [True, True]
     assert score.perplexity == pytest.approx(score_text(model, ids, dense, dense).perplexity, rel=1e-5)
     assert score.kl < 1e-9
@@ -75,7 +75,7 @@ def test_density_is_the_mean_over_layers_and_dense_layers_count_as_one(model, id
     reading = read_text(model, ids, StemConfig.from_dict({**SPARSE.to_dict(), "dense_layers": 1})).reading
     kept = reading.calls[1].selection
     assert kept is not None
-    assert mean_density(reading) == pytest.approx((1 + kept.density()) / 2)
+    assert reading.density == pytest.approx((1 + kept.density()) / 2)
     assert kept.density() < 0.5
 
 

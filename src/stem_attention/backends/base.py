@@ -25,6 +25,11 @@ class Request:
     head_dim: int
     block_size: int
 
+    @classmethod
+    def of(cls, q: Tensor, block_size: int) -> Request:
+        """What a call with these queries, ``(..., heads, dim)``, needs."""
+        return cls(q.device, q.dtype, q.shape[-1], block_size)
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -32,11 +37,6 @@ class Packing:
 
     q_starts: Sequence[int]
     k_starts: Sequence[int]
-
-    @property
-    def sequences(self) -> int:
-        """Sequences in the batch, empty ones included."""
-        return len(self.q_starts) - 1
 
 
 class Backend(ABC):

@@ -8,22 +8,18 @@ from torch import Tensor
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """``(batch, q_len, q_heads, dim)`` by torch's own ``scaled_dot_product_attention``."""
-    with torch.autocast(q.device.type, enabled=False):  # the result keeps the dtype of its inputs
-        return _attend(q, k, v, scale).contiguous()
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     square = q.shape[1] == k.shape[1]
-    out: Tensor = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=None if square else _bottom_right(q.shape[1], k.shape[1]),
-        is_causal=square,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):  # the result keeps the dtype of its inputs
+        out: Tensor = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=None if square else _bottom_right(q.shape[1], k.shape[1]),
+            is_causal=square,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+    return out.transpose(1, 2).contiguous()
 
 
 def _bottom_right(q_len: int, kv_len: int) -> Tensor:

@@ -44,7 +44,7 @@ def _to_json(job: Job, reading: Reading, views: list[BlockView]) -> dict[str, An
         **job.describe(),
         "layers": [
             {"layer": call.layer, "sparse": call.sparse, "reason": call.reason,
-             "density": 1.0 if call.selection is None else call.selection.density()}
+             "density": call.density}
             for call in reading.calls
         ],
         "views": [
@@ -72,7 +72,4 @@ def _print(job: Job, reading: Reading, views: list[BlockView], console: Console)
     for row in sorted({*range(0, rows, max(1, rows // 12)), rows - 1}):
         budget.add_row(str(row), str(row + 1), *(f"{curve[row]:g}" for curve in counts.values()))
     console.print(budget)
-    densities = [1.0 if call.selection is None else call.selection.density() for call in reading.calls]
-    console.print(
-        f"{len(job.prompt.ids)} tokens, {len(densities)} layers, mean density {sum(densities) / len(densities):.3f}",
-    )
+    console.print(f"{len(job.prompt.ids)} tokens, {len(reading.calls)} layers, mean density {reading.density:.3f}")

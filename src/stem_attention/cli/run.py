@@ -36,16 +36,6 @@ class Outcome:
         """How near the two are."""
         return agreement(self.dense, self.sparse)
 
-    @property
-    def densities(self) -> list[float]:
-        """Kept density of every layer; 1 where it ran dense."""
-        return [1.0 if call.selection is None else call.selection.density() for call in self.sparse.calls]
-
-    @property
-    def density(self) -> float:
-        """Mean over layers."""
-        return sum(self.densities) / len(self.densities)
-
     def answer(self, reading: Reading) -> str:
         """The text of an answer."""
         return str(self.job.tokenizer.decode(reading.tokens, skip_special_tokens=True)).strip()
@@ -58,17 +48,17 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain types."""
         layers = [
-            {"layer": call.layer, "density": density, "sparse": call.sparse, "reason": call.reason,
+            {"layer": call.layer, "density": call.density, "sparse": call.sparse, "reason": call.reason,
              "dense_seconds": dense, "seconds": seconds}
-            for call, density, dense, seconds in zip(
-                self.sparse.calls, self.densities, self.dense.attention_seconds, self.sparse.attention_seconds, strict=True
+            for call, dense, seconds in zip(
+                self.sparse.calls, self.dense.attention_seconds, self.sparse.attention_seconds, strict=True
             )
         ]  # fmt: skip
         return {
             **self.job.describe(),
             "planted": self.job.prompt.answer,
             "dense": self._reading_json(self.dense),
-            "sparse": {**self._reading_json(self.sparse), "density": self.density, "layers": layers},
+            "sparse": {**self._reading_json(self.sparse), "density": self.sparse.density, "layers": layers},
             "ratio": {
                 "time_to_first_token": self.dense.seconds / self.sparse.seconds,
                 "attention": sum(self.dense.attention_seconds) / sum(self.sparse.attention_seconds),
@@ -148,7 +138,7 @@ def _summary_table(outcome: Outcome) -> Table:
     table = Table("", "dense", outcome.job.choice.name, "ratio")
     table.add_row(*_times("time to first token", dense.seconds, sparse.seconds))
     table.add_row(*_times("of it attention", sum(dense.attention_seconds), sum(sparse.attention_seconds)))
-    table.add_row("kept density", "1.000", f"{outcome.density:.3f}", "")
+    table.add_row("kept density", "1.000", f"{sparse.density:.3f}", "")
     table.add_row("answer", Text(outcome.answer(dense)), Text(outcome.answer(sparse)), "")
     if outcome.job.prompt.answer is not None:
         found = ("yes" if outcome.found(reading) else "no" for reading in (dense, sparse))
@@ -159,9 +149,9 @@ def _summary_table(outcome: Outcome) -> Table:
 def _layer_table(outcome: Outcome) -> Table:
     table = Table("layer", "density", "dense", outcome.job.choice.name, "ratio", "how")
     dense, sparse = outcome.dense.attention_seconds, outcome.sparse.attention_seconds
-    for call, density, before, after in zip(outcome.sparse.calls, outcome.densities, dense, sparse, strict=True):
+    for call, before, after in zip(outcome.sparse.calls, dense, sparse, strict=True):
         _, *times = _times("", before, after)
-        table.add_row(str(call.layer), f"{density:.3f}", *times, "sparse" if call.sparse else f"dense: {call.reason}")
+        table.add_row(str(call.layer), f"{call.density:.3f}", *times, "sparse" if call.sparse else f"dense: {call.reason}")
     return table
 
 

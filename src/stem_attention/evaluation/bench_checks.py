@@ -13,6 +13,7 @@ from torch import Tensor
 from stem_attention.api import block_sparse_attention, select_blocks, stem_attention
 from stem_attention.backends.reference import ReferenceBackend
 from stem_attention.config import StemConfig
+from stem_attention.policies.dense import keep_everything
 from stem_attention.selection import BlockSelection
 from stem_attention.testing import error_against_sdpa, worst_row_error
 
@@ -71,12 +72,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, seed: int = 0) ->
 
 def dense_problem(out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
     """What is wrong with a dense peer's result, judged by the last query block in fp64."""
-    length = k.shape[1]
-    first = (length - 1) // block_size
-    indices = torch.arange(first + 1, dtype=torch.int32, device=q.device).expand(1, q.shape[2], 1, -1)
-    counts = torch.full((1, q.shape[2], 1), first + 1, dtype=torch.int32, device=q.device)
-    everything = BlockSelection(indices, counts, block_size, length - first * block_size, length)
-    return _error_problem(*_row_errors(out, q, k, v, everything), q.dtype)
+    last = (k.shape[1] - 1) // block_size * block_size
+    return _error_problem(*_row_errors(out, q, k, v, keep_everything(q[:, last:], k, block_size)), q.dtype)
 
 
 def sparse_problem(out: Tensor, ours: Tensor, checked: Check) -> str | None:

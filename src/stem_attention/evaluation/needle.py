@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
-from stem_attention.evaluation.perplexity import mean_density
 from stem_attention.evaluation.prefill import Watcher, read
 from stem_attention.evaluation.prompts import Prompt, planted_prompt
 from stem_attention.policies import Policy
@@ -107,7 +106,7 @@ def try_needle(
         planted=planted,
         answer=answer,
         found=first_number(answer) == planted,
-        density=mean_density(reading),
+        density=reading.density,
         seconds=reading.seconds,
     )
 

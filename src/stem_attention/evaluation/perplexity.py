@@ -143,9 +143,3 @@ def score_text(model: PreTrainedModel, ids: list[int], dense: TextReading, other
         kl=torch.cat(divergences).mean().item(),
         top1=torch.cat(agreeing).double().mean().item(),
     )
-
-
-def mean_density(reading: Reading) -> float:
-    """Kept share of the causal block pairs, averaged over layers; 1 for a layer that ran dense."""
-    densities = [1.0 if call.selection is None else call.selection.density() for call in reading.calls]
-    return sum(densities) / len(densities) if densities else 1.0

@@ -53,6 +53,11 @@ class Reading:
     calls: list[stem_host.LayerCall] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
+    @property
+    def density(self) -> float:
+        """Kept share of the causal block pairs, averaged over layers; 1 for a layer that ran dense."""
+        return sum(call.density for call in self.calls) / len(self.calls) if self.calls else 1.0
+
 
 @contextmanager
 def watch(name: str, watcher: Watcher) -> Iterator[None]:

@@ -44,6 +44,11 @@ class LayerCall:
     selection: BlockSelection | None
     seconds: float
 
+    @property
+    def density(self) -> float:
+        """Kept share of the causal block pairs; 1 for a dense call."""
+        return 1.0 if self.selection is None else self.selection.density()
+
 
 Observer = Callable[[LayerCall], object]
 

@@ -66,3 +66,15 @@ def row_budgets(config: StemConfig, num_blocks: int) -> tuple[int, ...]:
         is_tail = row >= num_blocks - config.tail_blocks
         counts.append(row + 1 if is_tail else min(row + 1, total))
     return tuple(counts)
+
+
+@lru_cache(maxsize=256)
+def ranked_budgets(config: StemConfig, num_blocks: int) -> tuple[int, ...]:
+    """What the choice by score is asked for in every row; ``row + 1`` or more is everything.
+
+    With ``forced="inside"`` that is all a row keeps, with ``"extra"`` the top-k to which forced blocks are then added.
+    """
+    if config.forced == "inside":
+        return row_budgets(config, num_blocks)
+    tail = num_blocks - config.tail_blocks
+    return tuple(row + 1 if row >= tail else scored_budget(config, num_blocks, row) for row in range(num_blocks))

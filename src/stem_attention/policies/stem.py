@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stem_attention.config import StemConfig
-from stem_attention.policies.budget import block_count, row_budgets, scored_budget
+from stem_attention.policies.budget import block_count, ranked_budgets, row_budgets
 from stem_attention.policies.choose import choose, merge_forced
 from stem_attention.policies.metric import accumulator_dtype, group_sums, magnitude
 from stem_attention.selection import PAD, BlockSelection
@@ -48,11 +48,10 @@ class Stem:
 
     def _choose(self, scores: Tensor, row: int, num_blocks: int) -> Tensor:
         config, rows = self.config, scores.shape[2]
+        budgets = ranked_budgets(config, num_blocks)[row : row + rows]
         if config.forced == "inside":
-            budgets = row_budgets(config, num_blocks)[row : row + rows]
             return choose(scores, row, budgets, config.sink_blocks, config.local_blocks)
-        tail = num_blocks - config.tail_blocks
-        free = [i + 1 if i >= tail else min(i + 1, scored_budget(config, num_blocks, i)) for i in range(row, row + rows)]
+        free = [min(i + 1, budget) for i, budget in enumerate(budgets, row)]
         merged = merge_forced(choose(scores, row, free, 0, 0), row, scores.shape[3], config.sink_blocks, config.local_blocks)
         return merged[..., : max(row_budgets(config, num_blocks)[row : row + rows])]
 

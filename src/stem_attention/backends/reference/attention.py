@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``; fp64 inputs are computed in fp64, all others in fp32."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(q)
     group = q.shape[2] // k.shape[2]
     start, size = k.shape[1] - q.shape[1], selection.block_size
     keys = torch.arange(k.shape[1], device=q.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stem_attention.config import StemConfig
+from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 
@@ -42,7 +43,7 @@ def block_scores(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: floa
     The factorised sum of section 3 pairs query ``I*B + a*s + (s-1-t)`` with key ``J*B + b*s + t`` for all a, b, t. Those
     are exactly the pairs whose offsets in their blocks add up to ``s - 1`` modulo ``s``.
     """
-    size, s, dtype = config.block_size, config.stride, _dtype(q)
+    size, s, dtype = config.block_size, config.stride, accumulator_dtype(q)
     start = len(k) - len(q)
     rows = torch.arange(max(row * size, start), min((row + 1) * size, len(k)), device=q.device)
     keys = torch.arange(min((row + 1) * size, len(k)), device=q.device)
@@ -54,7 +55,7 @@ def block_scores(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: floa
 
 def block_magnitude(v: Tensor, config: StemConfig) -> Tensor:
     """The value term of every key block of one kv head."""
-    norm = v.to(_dtype(v)).pow(2).sum(-1).sqrt()
+    norm = v.to(accumulator_dtype(v)).pow(2).sum(-1).sqrt()
     if config.magnitude == "none" or len(v) == 0:
         return norm.new_zeros(math.ceil(len(v) / config.block_size))
     if config.magnitude == "log":
@@ -98,7 +99,3 @@ def choose_row(scores: Tensor, row: int, num_blocks: int, config: StemConfig) ->
         return sorted(forced | set(ranked[:k]))
     free = [j for j in ranked if j not in forced]
     return sorted(forced | set(free[: max(k - len(forced), 0)]))
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stem_attention.backends.dense import dense_attention
+from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 # Scores that one product may hold, in elements (16 MiB in fp32); a single head's row may need more.
@@ -39,7 +40,7 @@ class _Scratch:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``, ``lse`` empty unless asked for; fp64 inputs are computed in fp64, all others in fp32."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(q)
     (batch, q_len, q_heads, _), kv_heads, size = q.shape, k.shape[2], selection.block_size
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, q_heads, q_len) if return_lse else 0, dtype=torch.float32, device=q.device)
@@ -49,11 +50,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
     group = q_heads // kv_heads
     whole = [False] * selection.rows if return_lse else _whole_rows(selection)  # fused attention keeps its log-sum-exp
     _attend_whole(q, k, v, out, selection, whole, scale)
+    left = [row for row, done in enumerate(whole) if not done]
+    if not left:
+        return out, lse
     counts = torch.unflatten(selection.counts, 1, (kv_heads, group)).tolist()
     for b in range(batch):
         for g in range(kv_heads):
             keys, values = (_blocks(x[b, :, g], size, dtype) for x in (k, v))
-            for row in (row for row, done in enumerate(whole) if not done):
+            for row in left:
                 low, high = _positions(selection, row)
                 hidden = future[low % size :][: high - low]
                 low, high = low - selection.kv_len + q_len, high - selection.kv_len + q_len
@@ -79,7 +83,7 @@ def _attend_whole(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, selection: BlockSelection, whole: list[bool], scale: float
 ) -> None:
     """Fill the rows of ``out`` that keep everything, neighbouring ones together."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(q)
     start = selection.kv_len - selection.q_len
     for is_whole, run in groupby(range(selection.rows), key=whole.__getitem__):
         rows = list(run) if is_whole else []

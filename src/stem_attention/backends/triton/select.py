@@ -17,7 +17,7 @@ from stem_attention.backends.triton.launch import score_launch
 from stem_attention.backends.triton.pool_kernels import pool_keys, pool_queries
 from stem_attention.backends.triton.score_kernel import score_kernel
 from stem_attention.config import StemConfig
-from stem_attention.policies.budget import block_count, row_budgets, scored_budget
+from stem_attention.policies.budget import block_count, ranked_budgets, row_budgets
 from stem_attention.policies.metric import zscore_magnitude
 
 # Pooled queries and scores of one run of query blocks.
@@ -51,13 +51,8 @@ class _Span:
 
 
 def _scored(config: StemConfig, blocks: int, dense: bool) -> Sequence[int]:
-    """What the choose kernel keeps in each row of a prompt, forced blocks apart if they are extra. Row + 1 is everything."""
-    if dense:
-        return range(1, blocks + 1)
-    if config.forced == "inside":
-        return row_budgets(config, blocks)
-    tail = blocks - config.tail_blocks
-    return [row + 1 if row >= tail else scored_budget(config, blocks, row) for row in range(blocks)]
+    """What the choose kernel is asked for in each row of a prompt."""
+    return range(1, blocks + 1) if dense else ranked_budgets(config, blocks)
 
 
 @lru_cache(maxsize=256)
