@@ -40,7 +40,7 @@ def test_json_holds_every_repeat(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer["threads"] == 1
     assert answer["backend"] == "torch"
     assert {name: len(times) for name, times in result["seconds"].items()} == {
-        "dense SDPA": 3, "selection": 3, "attention": 3, "whole": 3,
+        "dense SDPA": 3, "selection": 3, "attention": 3, "whole": 3, "default": 3,
     }  # fmt: skip
     assert 0 < result["density"] < 1
     assert 0 < result["measures"]["selection share"] < 1

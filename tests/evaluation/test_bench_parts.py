@@ -115,11 +115,12 @@ def test_the_clock_runs_everyone_once_a_round_and_another_one_first() -> None:
     order: list[str] = []
     rounds: list[int] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    seconds = time_in_turn(calls, CPU, 3, lambda: rounds.append(len(order)))
+    times = time_in_turn(calls, CPU, 3, lambda: rounds.append(len(order)))
     assert "".join(order) == "abcbcacababc"
     assert rounds == [3, 6, 9, 12]
     assert len(rounds) == round_count(CPU, 3)
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert {name: len(taken.work) for name, taken in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert not any(taken.launch for taken in times.values())
 
 
 def test_same_seed_same_inputs() -> None:

@@ -23,12 +23,14 @@ from stem_attention.evaluation.bench_suites import EAGER, Result
 
 _MEASURES: dict[str, Callable[[float], str]] = {
     "ratio": "{:.2f}x".format,
+    "default ratio": "{:.2f}x".format,
     "dense ratio": "{:.2f}x".format,
     "selection share": "{:.1%}".format,
     "differing blocks": "{:.1e}".format,
 }
 _EXPLAINED = {
-    "attention": "ratio: the fastest dense time over the whole call's; selection and attention are its halves called apart.",
+    "attention": "ratio: the fastest dense time over that of the whole call, sparse at every length; default is the call as "
+    "dense_below has it; selection and attention are the whole's halves called apart.",
     "kernel": "ratio: FlexAttention's time on the same lists over Stem's; dense ratio: the fastest dense time over Stem's. "
     "Rates count kept blocks, the diagonal one half.",
     "selection": f"ratio: the time of the policy in eager torch ({EAGER}) over that of select_blocks, which on a CPU runs the "
@@ -74,8 +76,9 @@ def _to_json(result: Result) -> dict[str, Any]:
         "length": result.shape.length,
         "check": asdict(result.check),
         "density": result.density,
-        "seconds": result.seconds,
+        "seconds": {name: times.work for name, times in result.times.items()},
         "medians": result.medians,
+        "launch_medians": result.launches,
         "measures": result.measures,
         "tflops": {name: rate / 1e12 for name, rate in result.rates.items()},
         "left_out": result.left_out,
@@ -96,8 +99,10 @@ def print_report(suite: str, results: list[Result], config: StemConfig, console:
         f"suite {suite}, backend {facts['backend']}"
     )
     console.print(_table(results))
-    rounds = len(next(iter(results[0].seconds.values())))
+    rounds = len(next(iter(results[0].times.values())).work)
     console.print(f"Medians of {rounds} rounds, everyone in turn on the same inputs.")
+    for line in _launches(results):
+        console.print(line, soft_wrap=True)
     console.print(_EXPLAINED[suite], soft_wrap=True)
     for line in _left_out(results):
         console.print(line, soft_wrap=True, markup=False)
@@ -111,11 +116,11 @@ def print_report(suite: str, results: list[Result], config: StemConfig, console:
     shape = results[0].shape
     limit = dense_limit(device=shape.device, dtype=shape.dtype, head_dim=shape.head_dim, config=config)
     if any(result.shape.length < limit for result in results):
-        console.print(f"Selected at every length here; stem_attention runs prompts under {limit} tokens dense.")
+        console.print(f"By default stem_attention runs prompts under {limit} tokens dense.")
 
 
 def _table(results: list[Result]) -> Table:
-    contestants = list(dict.fromkeys(name for result in results for name in result.seconds))
+    contestants = list(dict.fromkeys(name for result in results for name in result.times))
     measures = list(dict.fromkeys(name for result in results for name in result.measures))
     table = Table("tokens", "density", *contestants, *measures, box=SIMPLE)
     for result in results:
@@ -129,7 +134,7 @@ def _table(results: list[Result]) -> Table:
 
 
 def _time(result: Result, name: str) -> str:
-    if name not in result.seconds:
+    if name not in result.times:
         return "-"
     seconds = result.medians[name]
     text = _duration(seconds)
@@ -140,6 +145,16 @@ def _duration(seconds: float) -> str:
     if seconds >= 10:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.1f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.3f} ms"
+
+
+def _launches(results: list[Result]) -> list[str]:
+    """On a GPU: what the table's times leave out."""
+    lines = [
+        f"  {result.shape.length} tokens: " + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in launches.items())
+        for result in results
+        if (launches := result.launches)
+    ]
+    return ["Times are the GPU's own, its queue kept busy. A call keeps the host this long:", *lines] if lines else []
 
 
 def _left_out(results: list[Result]) -> list[str]:

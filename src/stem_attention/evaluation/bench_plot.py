@@ -21,8 +21,8 @@ def plot_times(results: list[Result], title: str, file: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained", dpi=130)
     axes = figure.add_subplot()
     ordered = sorted(results, key=lambda result: result.shape.length)
-    for name in dict.fromkeys(name for result in results for name in result.seconds):
-        points = [(r.shape.length, r.medians[name] * 1e3) for r in ordered if name in r.seconds]
+    for name in dict.fromkeys(name for result in results for name in result.times):
+        points = [(r.shape.length, r.medians[name] * 1e3) for r in ordered if name in r.times]
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     lengths = [result.shape.length for result in ordered]
     axes.set_xscale("log", base=2)

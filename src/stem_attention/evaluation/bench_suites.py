@@ -22,7 +22,7 @@ from stem_attention.evaluation.bench_checks import (
 )
 from stem_attention.evaluation.bench_peers import FLEX, admit, dense_peers, flex_peer
 from stem_attention.evaluation.bench_shapes import Shape, random_inputs
-from stem_attention.evaluation.bench_timing import Call, time_in_turn
+from stem_attention.evaluation.bench_timing import Call, Times, time_in_turn
 from stem_attention.policies import Stem
 from stem_attention.selection import BlockSelection
 
@@ -45,7 +45,7 @@ class Result:
         shape: The shape.
         check: Stem's check, passed.
         density: Kept blocks over causal blocks.
-        seconds: Every timed round of every contestant.
+        times: Every timed round of every contestant.
         left_out: Peers that were not timed, and why.
         measures: What the suite is about: ratios (how many times faster Stem is), shares, rates.
         work: Floating-point operations of a call, where contestants are compared by their rate.
@@ -54,7 +54,7 @@ class Result:
     shape: Shape
     check: Check
     density: float
-    seconds: dict[str, list[float]]
+    times: dict[str, Times]
     left_out: dict[str, str]
     measures: dict[str, float]
     work: dict[str, float]
@@ -62,7 +62,12 @@ class Result:
     @property
     def medians(self) -> dict[str, float]:
         """Median seconds of every contestant."""
-        return _medians(self.seconds)
+        return _medians(self.times)
+
+    @property
+    def launches(self) -> dict[str, float]:
+        """Median seconds that a call keeps the host, on a GPU."""
+        return {name: statistics.median(times.launch) for name, times in self.times.items() if times.launch}
 
     @property
     def rates(self) -> dict[str, float]:
@@ -122,9 +127,9 @@ def run_suite(
     selection = select_blocks(q, k, v, config=config)
     contest = SUITES[suite](_Problem(q, k, v, config, selection, checked, too_long if dense else "not asked for"))
     on_step()
-    seconds = time_in_turn(contest.calls, shape.device, repeats, on_step)
-    measures = contest.measure(_medians(seconds))
-    return Result(shape, checked, selection.density(), seconds, contest.left_out, measures, contest.work)
+    times = time_in_turn(contest.calls, shape.device, repeats, on_step)
+    measures = contest.measure(_medians(times))
+    return Result(shape, checked, selection.density(), times, contest.left_out, measures, contest.work)
 
 
 def _attention(problem: _Problem) -> _Contest:
@@ -134,11 +139,13 @@ def _attention(problem: _Problem) -> _Contest:
         "selection": partial(select_blocks, *problem.qkv, config=problem.config),
         "attention": partial(block_sparse_attention, *problem.qkv, problem.selection),
         "whole": partial(stem_attention, *problem.qkv, config=always),
+        "default": partial(stem_attention, *problem.qkv, config=problem.config),
     }
 
     def measure(medians: dict[str, float]) -> dict[str, float]:
         share = medians["selection"] / (medians["selection"] + medians["attention"])
-        return {**_ratio("ratio", peers, "whole", medians), "selection share": share}
+        ratios = {**_ratio("ratio", peers, "whole", medians), **_ratio("default ratio", peers, "default", medians)}
+        return {**ratios, "selection share": share}
 
     return _Contest({**peers, **ours}, left_out, measure)
 
@@ -184,8 +191,8 @@ def _dense(problem: _Problem) -> tuple[dict[str, Callable[[], Tensor]], dict[str
     return admit(peers, lambda out: dense_problem(out, *problem.qkv, problem.config.block_size))
 
 
-def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(times) for name, times in seconds.items()}
+def _medians(times: dict[str, Times]) -> dict[str, float]:
+    return {name: statistics.median(taken.work) for name, taken in times.items()}
 
 
 def _ratio(name: str, rivals: Mapping[str, Any], ours: str, medians: dict[str, float]) -> dict[str, float]:

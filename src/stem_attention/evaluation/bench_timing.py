@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +12,27 @@ from torch import Tensor
 
 Call = Callable[[], object]
 
-# Written before every timed call, it pushes inputs out of the largest L2 cache and keeps the GPU busy while the call is
-# being launched.
+# Written before every timed call, it pushes inputs out of the largest L2 cache.
 _FLUSHED_BYTES = 256 << 20
+# It is written again and again until the call has surely been launched, so that an event pair times the GPU's work alone, as
+# in a model whose queue never runs dry. No GPU writes it faster than this.
+_LEAST_FLUSH_SECONDS = 25e-6
+_MOST_FLUSHES = 400
 _WARM_UP = 1
 _GPU_WARM_UP = 3  # clocks rise only under load
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the timed rounds of one call.
+
+    Attributes:
+        work: On a CPU the whole call, on a GPU what the GPU did.
+        launch: On a GPU, how long the call kept the host; empty on a CPU.
+    """
+
+    work: list[float] = field(default_factory=list)
+    launch: list[float] = field(default_factory=list)
 
 
 def round_count(device: torch.device, repeats: int) -> int:
@@ -25,7 +42,7 @@ def round_count(device: torch.device, repeats: int) -> int:
 
 def time_in_turn(
     calls: Mapping[str, Call], device: torch.device, repeats: int, on_round: Callable[[], None]
-) -> dict[str, list[float]]:
+) -> dict[str, Times]:
     """Run every call once per round, another one first in every round: whoever follows a large one finds cold caches.
 
     Args:
@@ -35,32 +52,28 @@ def time_in_turn(
         on_round: Called after every round.
 
     Returns:
-        Seconds of each timed round, by name.
+        Times by name.
     """
-    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    clock = _GpuClock(device) if device.type == "cuda" else _host_seconds
     names, rounds = list(calls), round_count(device, repeats)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    times = {name: Times() for name in names}
     for current in range(rounds):
         first = current % len(names)
-        order = [*names[first:], *names[:first]]
-        in_order = [calls[name] for name in order]
-        if flushed is None:
-            times = [_host_seconds(call, device) for call in in_order]
-        else:
-            times = _gpu_seconds(in_order, device, flushed)
-        if current >= rounds - repeats:
-            for name, taken in zip(order, times, strict=True):
-                seconds[name].append(taken)
+        for name in [*names[first:], *names[:first]]:
+            work, launch = clock(calls[name], device)
+            if current >= rounds - repeats:
+                times[name].work.append(work)
+                times[name].launch.extend(launch)
         on_round()
-    return seconds
+    return times
 
 
-def _host_seconds(call: Call, device: torch.device) -> float:
+def _host_seconds(call: Call, device: torch.device) -> tuple[float, list[float]]:
     _wait(device)
     start = time.perf_counter()
     call()
     _wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, []
 
 
 def _wait(device: torch.device) -> None:
@@ -68,16 +81,22 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _gpu_seconds(calls: list[Call], device: torch.device, flushed: Tensor) -> list[float]:
-    event: Any = torch.cuda.Event  # which torch has no types for
-    with torch.cuda.device(device):
-        spans = []
-        for call in calls:
-            flushed.zero_()
+class _GpuClock:
+    def __init__(self, device: torch.device) -> None:
+        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device)
+        self._launches: dict[Call, float] = {}
+
+    def __call__(self, call: Call, device: torch.device) -> tuple[float, list[float]]:
+        event: Any = torch.cuda.Event  # which torch has no types for
+        with torch.cuda.device(device):
             start, end = (event(enable_timing=True) for _ in range(2))
+            for _ in range(min(_MOST_FLUSHES, 1 + int(2 * self._launches.get(call, 0.0) / _LEAST_FLUSH_SECONDS))):
+                self._flushed.zero_()
             start.record()
+            began = time.perf_counter()
             call()
+            launch = time.perf_counter() - began
             end.record()
-            spans.append((start, end))
-        torch.cuda.synchronize(device)
-        return [start.elapsed_time(end) / 1e3 for start, end in spans]
+            torch.cuda.synchronize(device)
+        self._launches[call] = min(launch, self._launches.get(call, launch))  # the first launch compiles
+        return start.elapsed_time(end) / 1e3, [launch]

@@ -1,7 +1,8 @@
 """Choose the blocks of one row: the exact k-th largest score by bisection over ordered bits, then an ascending list.
 
-One program per row and head, the whole row in registers. The threshold is found bit by bit (32 counts), so the result
-is exact and deterministic; blocks that tie with it are taken from the smallest id on. NaN ranks above everything.
+One program per row and head, the whole row in registers. The threshold is found bit by bit from the first bit in which the
+row's scores differ (at most 32 counts), so the result is exact and deterministic; blocks that tie with it are taken from
+the smallest id on. NaN ranks above everything.
 """
 
 from __future__ import annotations
@@ -58,14 +59,21 @@ def choose_kernel(
         free = causal if EXTRA else causal & ~forced
         wanted = budget if EXTRA else budget - tl.sum(forced.to(tl.int32), 0)
         source = scores + ((z.to(tl.int64) * tl.num_programs(1) + head) * rows + row) * columns
-        # Blocks that are not free to be chosen get the one value below every float's.
-        key = tl.where(free, _ordered_bits(tl.load(source + j, mask=free, other=0.0)), -2147483648)
-        threshold, trial, bit, found = -2147483648, 0, 30, -1
-        while (bit >= -1) & (found != wanted):
+        order = _ordered_bits(tl.load(source + j, mask=free, other=0.0))
+        lowest = tl.min(tl.where(free, order, 0x7FFFFFFF), 0)
+        span = (tl.max(tl.where(free, order, -0x80000000), 0) - lowest).to(tl.uint32, bitcast=True)
+        # Distances from the lowest score are exact without a sign. Blocks that are not free to be chosen lie at 0, where
+        # no trial looks.
+        key = tl.where(free, order - lowest, 0).to(tl.uint32, bitcast=True)
+        threshold = tl.zeros_like(span)
+        step, found = tl.full([], 0x80000000, tl.uint32), -1
+        while step > span:
+            step >>= 1
+        while (step > 0) & (found != wanted):
+            trial = threshold | step
             found = tl.sum((key >= trial).to(tl.int32), 0)
             threshold = tl.where(found >= wanted, trial, threshold)
-            trial = threshold | (1 << tl.maximum(bit, 0))
-            bit -= 1
+            step >>= 1
         above = key > threshold
         level = free & (key == threshold)
         missing = wanted - tl.sum(above.to(tl.int32), 0)

@@ -22,6 +22,7 @@ from stem_attention.policies.metric import zscore_magnitude
 
 # Pooled queries and scores of one run of query blocks.
 _WORKSPACE_BYTES = 128 << 20
+_CHOOSE_COLUMNS_PER_WARP = 512
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,6 @@ def select(
             scores, budgets, indices, counts, span.cu_q, span.cu_k, budget_stride, span.q_len, span.kv_len, first, rows,
             span.rows, pitch, width, SINK=config.sink_blocks, LOCAL=config.local_blocks,
             EXTRA=config.forced == "extra", IMPLICIT=implicit,
-            COLUMNS=columns, num_warps=min(most_warps, max(1, columns // 256)), **common,
+            COLUMNS=columns, num_warps=min(most_warps, max(1, columns // _CHOOSE_COLUMNS_PER_WARP)), **common,
         )  # fmt: skip
     return indices, counts
