@@ -8,6 +8,7 @@ import torch
 
 from stem_attention import StemConfig, explain, select_blocks
 from stem_attention.policies import Stem
+from stem_attention.policies.choose import choose as eager_choose
 from stem_attention.testing import LAYOUTS, make_qkv, structured_qkv
 
 from .common import SPARSE, differing_rate, on_gpu, random_qkv
@@ -34,6 +35,19 @@ def test_long_prompts_keep_the_blocks_of_fp64(preset, maker):
     selection.validate()
     assert selection.density() < 0.6
     assert differing_rate(selection, exact_selection(q, k, v, PRESETS[preset])) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 100, 1024])
+def test_scores_of_any_policy_are_chosen_from_like_the_eager_twin(rows):
+    from stem_attention.backends.triton.choose import choose
+
+    scores = torch.randn(2, 4, rows, rows + 5, device="cuda")
+    scores[0] = scores[0].round()  # many ties
+    scores[1, 1, rows // 2, 0], scores[1, 2, rows // 2, 1] = math.nan, -math.inf
+    budgets = [min(5 + row + 1, max(8, 150 - row // 10)) for row in range(rows)]
+    indices, counts = choose(scores, 5, budgets, 4, 4)
+    assert torch.equal(indices.long(), eager_choose(scores, 5, budgets, 4, 4))
+    assert torch.equal(counts.long(), torch.tensor(budgets, device="cuda").expand(2, 4, -1))
 
 
 def test_scores_of_131072_tokens_are_as_good():

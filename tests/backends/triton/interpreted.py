@@ -17,7 +17,9 @@ from stem_attention import BlockSelection, StemConfig
 from stem_attention.backends.reference import ReferenceBackend
 from stem_attention.backends.triton import select as selecting
 from stem_attention.backends.triton.attention import Ragged, attend
+from stem_attention.backends.triton.choose import choose
 from stem_attention.backends.triton.select import select
+from stem_attention.policies.choose import choose as eager_choose
 from stem_attention.testing import make_qkv, random_selection, worst_row_error
 
 REFERENCE = ReferenceBackend()
@@ -89,6 +91,16 @@ def test_a_block_with_nan_in_its_values_ranks_first(magnitude):
         assert mask[:, :, 4:, 70 // 16].all()
     else:  # the statistics of the whole sequence are NaN, and with them every score: ties, so the smaller ids
         keeps_what_the_reference_keeps(q, k, v, config)
+
+
+@pytest.mark.parametrize("first_row", [0, 7])
+def test_scores_of_any_policy_are_chosen_from_like_the_eager_twin(first_row):
+    scores = torch.randint(-3, 4, (2, 3, 40, first_row + 40)).float()  # many ties
+    scores[0, 0, 5, 2], scores[1, 2, 30, 9] = math.nan, -math.inf
+    budgets = [min(first_row + row + 1, max(5, 9 - row // 8)) for row in range(40)]
+    indices, counts = choose(scores, first_row, budgets, 2, 3)
+    assert torch.equal(indices.long(), eager_choose(scores, first_row, budgets, 2, 3))
+    assert torch.equal(counts.long(), torch.tensor(budgets).expand(2, 3, -1))
 
 
 def test_infinite_scores_are_ranked():

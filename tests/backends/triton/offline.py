@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attention import StemConfig
-from stem_attention.backends.triton import attention, select
+from stem_attention.backends.triton import attention, choose, select
 from stem_attention.backends.triton.launch import Launch, launch_for, score_launch_for
 
 TARGETS = {
@@ -82,8 +82,10 @@ def record_selection(
     """Launches of a selection on a card, the last of each kernel by its name."""
     launches: list[Recorded] = []
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
-        for name in ("pool_keys", "pool_queries", "score_kernel", "choose_kernel"):
-            patch.setattr(select, name, _Recorder(getattr(select, name), launches))
+        for module, name in (
+            (select, "pool_keys"), (select, "pool_queries"), (select, "score_kernel"), (choose, "choose_kernel"),
+        ):  # fmt: skip
+            patch.setattr(module, name, _Recorder(getattr(module, name), launches))
         patch.setattr(select, "score_launch", lambda _: score_launch_for(target))
         patch.setattr(torch.version, "hip", None if target.startswith("sm") else "7.0")
         patch.setattr(select, "_budget_table", lambda *_: torch.empty((1, 9), dtype=torch.int32, device="cuda"))

@@ -12,7 +12,8 @@ import triton
 from torch import Tensor
 
 from stem_attention.backends.triton.attention import Ragged
-from stem_attention.backends.triton.choose_kernel import choose_kernel
+from stem_attention.backends.triton.choose import device_ints
+from stem_attention.backends.triton.choose import launch as launch_choice
 from stem_attention.backends.triton.launch import score_launch
 from stem_attention.backends.triton.pool_kernels import pool_keys, pool_queries
 from stem_attention.backends.triton.score_kernel import score_kernel
@@ -22,7 +23,6 @@ from stem_attention.policies.metric import zscore_magnitude
 
 # Pooled queries and scores of one run of query blocks.
 _WORKSPACE_BYTES = 128 << 20
-_CHOOSE_COLUMNS_PER_WARP = 512
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,7 @@ def _list_width(config: StemConfig, blocks: int, dense: bool, first: int, end: i
 @lru_cache(maxsize=64)
 def _budget_table(config: StemConfig, prompts: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
     """int32 ``(prompts, longest)``, the numbers of :func:`_scored`."""
-    longest = max(blocks for blocks, _ in prompts)
-    table = torch.zeros((len(prompts), longest), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for i, (blocks, dense) in enumerate(prompts):
-        table[i, :blocks] = torch.tensor(_scored(config, blocks, dense), dtype=torch.int32)
-    return table.to(device, non_blocking=True)
+    return device_ints([_scored(config, blocks, dense) for blocks, dense in prompts], device)
 
 
 def _pool_keys(
@@ -145,12 +141,10 @@ def select(
     q_high = torch.empty((span.batch, heads, step, stride * dim), **pooled)
     q_low = torch.empty_like(q_high) if split else q_high
     scores = q.new_empty((span.batch, heads, step, pitch), dtype=torch.float32)
-    most_warps = 8 if torch.version.hip else 16  # of AMD's warps, twice as wide, 16 leave too few registers
     common: dict[str, Any] = {"B": size, "RAGGED": ragged is not None}
     for first in range(0, span.rows, step):
         rows = min(step, span.rows - first)
         seen = min(span.blocks, span.first + first + rows) if ragged is None else span.blocks
-        columns = max(32, triton.next_power_of_2(seen))
         pool_queries[(rows, heads, span.batch)](
             q, q_high, q_low, span.cu_q, span.cu_k, *span.q_strides, span.q_len, span.kv_len, first, rows,
             S=stride, D=dim, BD=triton.next_power_of_2(dim), SPLIT=split, num_warps=2 if dim <= 128 else 4, **common,
@@ -161,10 +155,9 @@ def select(
             span.blocks, pitch, scale, WIDTH=stride * dim, R=size // stride, G=heads // kv_heads, BM=tile.rows, BN=tile.columns,
             BK=tile.inner, SPLIT=split, num_warps=tile.warps, num_stages=tile.stages, **common,
         )  # fmt: skip
-        choose_kernel[(rows, heads, span.batch)](
-            scores, budgets, indices, counts, span.cu_q, span.cu_k, budget_stride, span.q_len, span.kv_len, first, rows,
-            span.rows, pitch, width, SINK=config.sink_blocks, LOCAL=config.local_blocks,
-            EXTRA=config.forced == "extra", IMPLICIT=implicit,
-            COLUMNS=columns, num_warps=min(most_warps, max(1, columns // _CHOOSE_COLUMNS_PER_WARP)), **common,
+        launch_choice(
+            scores, budgets, indices, counts, span.batch, heads, span.cu_q, span.cu_k, budget_stride, span.q_len, span.kv_len,
+            first, rows, span.rows, pitch, width, seen, SINK=config.sink_blocks, LOCAL=config.local_blocks,
+            EXTRA=config.forced == "extra", IMPLICIT=implicit, **common,
         )  # fmt: skip
     return indices, counts
