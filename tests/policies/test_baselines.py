@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,16 +16,19 @@ from stem_attention.policies import (
     BigBird,
     Dense,
     Longformer,
+    Oracle,
     SinkWindow,
     Stem,
     Strided,
     UniformTopK,
     XAttention,
+    XAttentionTopK,
 )
 from stem_attention.policies.budget import first_row_budget, row_budgets
 from stem_attention.policies.xattention import cover
 
 SIZE = 16
+SMALL = StemConfig(block_size=SIZE, stride=4, sink_blocks=1, local_blocks=1, tail_blocks=1, ratio_short=0.3, knee_tokens=160)
 PATTERNS = {
     "dense": Dense(SIZE),
     "sink-window": SinkWindow(2, 3, SIZE),
@@ -32,6 +36,8 @@ PATTERNS = {
     "longformer": Longformer(3, 1, 2, SIZE),
     "bigbird": BigBird(2, 1, 2, 5, SIZE),
     "xattention": XAttention(4, 0.8, SIZE),
+    "xattention-topk": XAttentionTopK(SMALL),
+    "oracle": Oracle(SMALL),
     "uniform": UniformTopK(StemConfig(block_size=SIZE, sink_blocks=1, local_blocks=1, ratio_short=0.3, knee_tokens=160)),
 }
 
@@ -154,7 +160,7 @@ def test_uniform_is_stem_without_decay_value_term_and_tail():
 @pytest.mark.parametrize("config", [StemConfig(tail_blocks=0), StemConfig.paper()])
 @pytest.mark.parametrize("num_blocks", [128, 250, 1024])
 def test_uniform_with_scaling_asks_for_the_compute_of_stem(config, num_blocks):
-    scaled = UniformTopK(config, scaling=(1 + config.decay) / 2)._stem().config
+    scaled = UniformTopK(config, scaling=(1 + config.decay) / 2).as_stem().config
     mean = sum(row_budgets(scaled, num_blocks)) / sum(row_budgets(config, num_blocks))
     assert first_row_budget(scaled, num_blocks) == pytest.approx(0.85 * first_row_budget(config, num_blocks), abs=1)
     assert mean == pytest.approx(1, abs=0.08)
@@ -209,6 +215,26 @@ def test_xattention_heads_keep_different_numbers_and_a_higher_threshold_keeps_mo
     assert any(len(set(counts[1][0, :, row].tolist())) > 1 for row in range(20))
     assert all(bool((low <= high).all()) for low, high in pairwise(counts))
     assert counts[3][0, 0].tolist() == list(range(1, 21))
+
+
+def best(mass, budget):
+    """First and last block, then the heaviest ones up to the budget."""
+    forced = {0, len(mass) - 1}
+    rest = sorted((j for j in range(len(mass)) if j not in forced), key=lambda j: (-mass[j], j))
+    return sorted(forced | set(rest[: budget - len(forced)]))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(96, 96), (83, 83), (30, 91)])
+def test_xattention_topk_spends_stems_budget_on_the_heaviest_blocks(q_len, kv_len):
+    q, k, v = qkv(q_len, kv_len)
+    config = replace(SMALL, ratio_short=0.5, tail_blocks=0)
+    mask = XAttentionTopK(config)(q, k, v, scale=0.1).to_mask()
+    budgets = row_budgets(config, -(-kv_len // SIZE))
+    first = (kv_len - q_len) // SIZE
+    for head in range(4):
+        for i in range(mask.shape[2]):
+            mass = xattention_mass(q[0, :, head], k[0, :, head // 2], first + i, 4, SIZE, 0.1)
+            assert mask[0, head, i].nonzero().flatten().tolist() == best(mass, budgets[first + i])
 
 
 def test_xattention_scores_low_precision_inputs_in_fp32():

@@ -11,13 +11,15 @@ from stem_attention.policies.base import Policy
 from stem_attention.policies.bigbird import BigBird
 from stem_attention.policies.dense import Dense
 from stem_attention.policies.longformer import Longformer
+from stem_attention.policies.oracle import Oracle
 from stem_attention.policies.sink_window import SinkWindow
 from stem_attention.policies.stem import Stem
 from stem_attention.policies.strided import Strided
 from stem_attention.policies.uniform import UniformTopK
-from stem_attention.policies.xattention import XAttention
+from stem_attention.policies.xattention import XAttention, XAttentionTopK
 
-_POLICIES = {cls.name: cls for cls in (Stem, Dense, UniformTopK, SinkWindow, Strided, Longformer, BigBird, XAttention)}
+_CLASSES = (Stem, Dense, UniformTopK, SinkWindow, Strided, Longformer, BigBird, XAttention, XAttentionTopK, Oracle)
+_POLICIES = {cls.name: cls for cls in _CLASSES}
 
 
 def policy_names() -> tuple[str, ...]:

@@ -43,8 +43,9 @@ class UniformTopK:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None
     ) -> BlockSelection:
-        return self._stem()(q, k, v, scale=scale, prompt_len=prompt_len)
+        return self.as_stem()(q, k, v, scale=scale, prompt_len=prompt_len)
 
-    def _stem(self) -> Stem:
+    def as_stem(self) -> Stem:
+        """The same policy spelt as Stem."""
         short, long = (min(ratio * self.scaling, 1.0) for ratio in (self.config.ratio_short, self.config.ratio_long))
         return Stem(replace(self.config, decay=1.0, beta=0.0, tail_blocks=0, ratio_short=short, ratio_long=long))

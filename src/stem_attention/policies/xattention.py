@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
 from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.policies.pattern import check_counts
+from stem_attention.policies.ranked import Ranked, in_runs
 from stem_attention.selection import BlockSelection
 
 
@@ -48,17 +51,23 @@ class XAttention:
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None
     ) -> BlockSelection:
         (batch, q_len, heads, dim), kv_len, size = q.shape, k.shape[1], self.block_size
-        scale = dim**-0.5 if scale is None else scale
-        start, columns = kv_len - q_len, -(-kv_len // size)
-        first, end = start // size, columns if q_len else start // size
-        mask = torch.zeros(batch, heads, end - first, columns, dtype=torch.bool, device=q.device)
-        k_tiles = self._tiles(k, 0)
-        for row in range(first, end):  # one row at a time: all of them at once would be an (N / stride)^2 tensor
-            low, high = max(row * size, start), min((row + 1) * size, kv_len)
-            q_tiles = self._tiles(q[:, low - start : high - start], low % size, reverse=True)
-            mass = self._block_mass(q_tiles, k_tiles, scale, row, low, high)
+        first, columns = (kv_len - q_len) // size, -(-kv_len // size)
+        mask = torch.zeros(batch, heads, columns - first if q_len else 0, columns, dtype=torch.bool, device=q.device)
+        for row, mass in self.masses(q, k, dim**-0.5 if scale is None else scale):
             mask[:, :, row - first, : row + 1] = cover(mass, self.threshold)
         return BlockSelection.from_mask(mask, block_size=size, q_len=q_len, kv_len=kv_len)
+
+    def masses(self, q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+        """Yield every query block and its estimated masses ``(batch, q_heads, row + 1)``; they sum to its tile rows.
+
+        One row at a time: all of them at once would be an ``(N / stride)^2`` tensor.
+        """
+        (kv_len, q_len), size = (k.shape[1], q.shape[1]), self.block_size
+        start, k_tiles = kv_len - q_len, self._tiles(k, 0)
+        for row in range(start // size, -(-kv_len // size) if q_len else 0):
+            low, high = max(row * size, start), min((row + 1) * size, kv_len)
+            q_tiles = self._tiles(q[:, low - start : high - start], low % size, reverse=True)
+            yield row, self._block_mass(q_tiles, k_tiles, scale, row, low, high)
 
     def _tiles(self, x: Tensor, before: int, reverse: bool = False) -> Tensor:
         """``(batch, heads, tiles, stride * dim)``, in whole blocks; absent tokens are zero."""
@@ -79,6 +88,28 @@ class XAttention:
         later = torch.arange(logits.shape[3], device=device) > tiles[:, None]
         mass = logits.masked_fill(later, -torch.inf).softmax(-1).sum(2)
         return torch.unflatten(mass, 2, (-1, per_block)).sum(3)
+
+
+@dataclass(frozen=True)
+class XAttentionTopK(Ranked):
+    """XAttention's masses under Stem's budgets; see :class:`stem_attention.policies.Policy` for the call.
+
+    With a threshold every head keeps as much as it needs and nobody knows beforehand how much. Here the same masses rank
+    the blocks and ``config`` says how many are kept, so that the two scores can be compared at equal density.
+
+    Attributes:
+        config: Budgets, forced blocks, tail, and the ``stride`` of the tiles; ``beta`` and ``magnitude`` mean nothing here.
+    """
+
+    name: ClassVar[str] = "xattention-topk"
+
+    config: StemConfig = field(default_factory=StemConfig)
+
+    def scores(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, first_row: int, end_row: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Estimated masses; see :meth:`Ranked.scores`."""
+        return in_runs(XAttention(self.config.stride, block_size=self.config.block_size).masses(q, k, scale))
 
 
 def cover(mass: Tensor, threshold: float) -> Tensor:
