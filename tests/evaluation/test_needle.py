@@ -1,86 +1,158 @@
-"""The needle measure: its prompts, its verdict and its interval."""
+"""The needle measure: its grid, its verdict, and when it stops listening."""
 
-import math
+import json
 
 import pytest
 import torch
 
 from stem_attention import StemConfig
 from stem_attention.evaluation.models import take_stem
-from stem_attention.evaluation.needle import NeedleCase, first_number, needle_cases, try_needle, wilson_interval
-from stem_attention.evaluation.prompts import Prompt
+from stem_attention.evaluation.needle import Needle, Settings, complete_numbers, numbers, try_prompt
+from stem_attention.evaluation.prompts import KINDS, Prompt
+from stem_attention.evaluation.texts import Text
 
 SPARSE = StemConfig(block_size=64, ratio_short=0.1, min_blocks=1, dense_below=0)
 
 
-def test_cases_cover_every_depth_and_differ_in_text_and_number(tokenizer) -> None:
-    cases = needle_cases(tokenizer, 1000, [0.0, 0.5, 1.0], 2, first_seed=5)
-    assert [case.depth for case in cases] == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
-    assert [case.seed for case in cases] == [5, 6, 7, 8, 9, 10]
-    assert len({case.prompt.answer for case in cases}) == 6
-    assert all(len(case.prompt.ids) <= 1000 for case in cases)
-    with pytest.raises(ValueError, match="per_depth"):
-        needle_cases(tokenizer, 1000, [0.5], 0)
+def ignore(call) -> None:
+    pass
 
 
-def test_trial_reports_what_happened(model, tokenizer) -> None:
+def says(model, tokenizer, *texts: str) -> None:
+    """Make a model that answers with these texts one after the other, a token each, whatever it reads."""
+
+    class Head(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = [token for text in texts for token in tokenizer(text).input_ids]
+            self.place = 0
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(*hidden.shape[:-1], 257)
+            logits[..., self.tokens[self.place % len(self.tokens)]] = 1.0
+            self.place += 1
+            return logits
+
+    model.lm_head = Head()
     take_stem(model)
-    (case,) = needle_cases(tokenizer, 1200, [0.5], 1)
+
+
+def grid(model, tokenizer, **changes) -> Needle:
+    options = {"kinds": KINDS, "lengths": [1800, 2000], "depths": [0.0, 0.5], "samples": 2, "settings": Settings()}
+    return Needle(model, tokenizer, **{**options, **changes})
+
+
+def test_grid_covers_everything_by_stable_names(model, tokenizer) -> None:
+    keys = [case.key for case in grid(model, tokenizer).cases()]
+    assert len(keys) == len(set(keys)) == 4 * 2 * 2 * 2
+    assert keys[0] == "single-1800-0-0"
+    assert set(keys) < {case.key for case in grid(model, tokenizer, samples=3, depths=[0.0, 0.25, 0.5]).cases()}
+    first = grid(model, tokenizer).cases()[: 4 * 2]
+    assert {(case.about["kind"], case.about["depth"]) for case in first} == {
+        (kind, depth) for kind in KINDS for depth in (0, 0.5)
+    }
+
+
+def test_no_two_cases_ask_for_the_same_and_the_seed_changes_all(model, tokenizer) -> None:
+    def planted(seed: int) -> list[tuple[str, ...]]:
+        measure = grid(model, tokenizer, kinds=["single"], lengths=[900], settings=Settings(seed=seed))
+        says(model, tokenizer, "1 ")
+        return [tuple(measure.run(case, None, ignore)["planted"]) for case in measure.cases()]
+
+    assert len(set(planted(0))) == 4
+    assert planted(0) == planted(0)
+    assert not set(planted(0)) & set(planted(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_record_says_what_happened(model, tokenizer, kind: str) -> None:
+    says(model, tokenizer, "7 ")
+    measure = grid(model, tokenizer, kinds=[kind], lengths=[2000], depths=[0.5], samples=1)
     layers: list[int] = []
-    trial = try_needle(model, tokenizer, case, SPARSE, max_new_tokens=4, on_attention=lambda call: layers.append(call.layer))
-    assert not trial.found, "a random model cannot find the number"
-    assert (trial.planted, trial.tokens) == (case.prompt.answer, len(case.prompt.ids))
-    assert 0 < trial.density < 1
+    (case,) = measure.cases()
+    record = measure.run(case, SPARSE, lambda call: layers.append(call.layer))
+    asked = 4 if kind in ("multivalue", "multiquery") else 1
+    assert len(record["planted"]) == len(record["hits"]) == len(record["places"]) == asked
+    assert (record["found"], record["share"]) == (False, 0.0)
+    assert 1500 < record["prompt_tokens"] <= 2000 - 24 * asked
+    assert 0 < record["density"] < 1
     assert layers == [0, 1], "decoding is not watched"
-    assert try_needle(model, tokenizer, case, None, max_new_tokens=1).density == 1.0
-
-
-@pytest.mark.parametrize(("planted", "found"), [("111", True), ("112", False), ("11", False)])
-def test_verdict_follows_the_answer(model, tokenizer, planted: str, found: bool) -> None:
-    head = torch.nn.Linear(32, 257)  # with this head the model says 1, whatever it reads
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    with torch.no_grad():
-        head.bias[tokenizer("1").input_ids[0]] = 1.0
-    model.lm_head = head
-    take_stem(model)
-    case = NeedleCase(0.5, 0, Prompt(tokenizer("x" * 100).input_ids, planted, "is"))
-    trial = try_needle(model, tokenizer, case, SPARSE, max_new_tokens=3)
-    assert trial.answer == "111"
-    assert trial.found is found
-
-
-def test_prompt_that_hides_nothing_is_refused(model, tokenizer) -> None:
-    with pytest.raises(ValueError, match="planted number"):
-        try_needle(model, tokenizer, NeedleCase(0.5, 0, Prompt([1, 2, 3])), None)
+    assert measure.run(case, None, ignore)["density"] == 1.0
+    json.dumps(record)
 
 
 @pytest.mark.parametrize(
-    ("answer", "number"),
+    ("answer", "hits"),
     [
-        ("1234567.", "1234567"),
-        (": 1234567. The other is 7654321", "1234567"),
-        ("1,234,567", "1234567"),
-        ("12345678", "12345678"),
-        ("1,2345", "1"),
-        ("not mentioned", None),
+        ("111, 222.", (True, True)),
+        ("222 and 111.", (True, True)),
+        ("111 and 111 and 222.", (True, False)),  # only as many numbers count as were asked for
+        ("1112 and 222.", (False, True)),
+        ("none of them", (False, False)),
     ],
 )
-def test_answer_is_its_first_number(answer: str, number: str | None) -> None:
-    assert first_number(answer) == number
+def test_hits_are_the_numbers_among_the_first_of_the_answer(model, tokenizer, answer: str, hits: tuple[bool, ...]) -> None:
+    says(model, tokenizer, answer + " ")
+    prompt = Prompt(tokenizer("x" * 100).input_ids, ("111", "222"), "are", (0.0, 0.5))
+    trial = try_prompt(model, tokenizer, prompt, SPARSE)
+    assert trial.hits == hits
+    assert trial.found is all(hits)
+    assert trial.share == sum(hits) / 2
 
 
-@pytest.mark.parametrize(("hits", "trials"), [(0, 6), (1, 6), (3, 6), (6, 6), (8, 10), (90, 100)])
-def test_wilson_interval_ends_where_the_score_test_rejects(hits: int, trials: int) -> None:
-    low, high = wilson_interval(hits, trials)
-    assert 0 <= low <= hits / trials <= high <= 1
-    for end in {low, high} - {0.0, 1.0}:
-        assert abs(hits / trials - end) / math.sqrt(end * (1 - end) / trials) == pytest.approx(1.959964, rel=1e-6)
-    assert high - low < 1
+def test_listening_ends_when_the_numbers_are_complete(model, tokenizer) -> None:
+    says(model, tokenizer, " 12345. And 678, and so on")
+    prompt = Prompt(tokenizer("x" * 100).input_ids, ("12345",), "is", (0.5,))
+    assert try_prompt(model, tokenizer, prompt, None).answer == "12345."
 
 
-def test_wilson_interval_needs_trials_and_no_more_hits_than_those() -> None:
-    with pytest.raises(ValueError, match="trials"):
-        wilson_interval(0, 0)
-    with pytest.raises(ValueError, match="hits"):
-        wilson_interval(3, 2)
+def test_haystack_may_be_a_text(model, tokenizer) -> None:
+    says(model, tokenizer, "7 ")
+    haystack = Text("sea.txt", "Call me whoever you like. The sea was grey. " * 5)
+    plain, other = (
+        grid(model, tokenizer, kinds=["single"], lengths=[1500], depths=[0.5], samples=1, settings=Settings(haystack=text))
+        for text in (None, haystack)
+    )
+    assert plain.run(plain.cases()[0], None, ignore)["planted"] == other.run(other.cases()[0], None, ignore)["planted"]
+    assert Settings(haystack=haystack).to_dict()["haystack"] == {"name": "sea.txt", "sha256": haystack.sha256}
+
+
+def test_prompt_that_hides_nothing_is_refused(model, tokenizer) -> None:
+    with pytest.raises(ValueError, match="planted numbers"):
+        try_prompt(model, tokenizer, Prompt([1, 2, 3]), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kinds": ["magic"]}, "kinds: expected among single"),
+        ({"depths": [1.5]}, "depths"),
+        ({"samples": 0}, "samples"),
+        ({"lengths": [100]}, "for the question alone"),
+        ({"settings": Settings(count=65)}, "count"),
+    ],
+)
+def test_bad_grid_is_refused_before_anything_runs(model, tokenizer, changes: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        grid(model, tokenizer, **changes)
+
+
+@pytest.mark.parametrize(
+    ("answer", "found", "complete"),
+    [
+        ("1234567.", ["1234567"], 1),
+        ("1234567", ["1234567"], 0),
+        ("1234567,", ["1234567"], 0),
+        ("1234567, ", ["1234567"], 1),
+        (": 1234567. The other is 7654321", ["1234567", "7654321"], 1),
+        ("1,234,567", ["1234567"], 0),
+        ("1,234,567 ", ["1234567"], 1),
+        ("12345678", ["12345678"], 0),
+        ("1,2345 ", ["1", "2345"], 1),
+        ("not mentioned", [], 0),
+    ],
+)
+def test_numbers_of_an_answer_and_those_that_nothing_can_change(answer: str, found: list[str], complete: int) -> None:
+    assert numbers(answer) == found
+    assert complete_numbers(answer) == complete
+    assert numbers(answer + "000 9")[:complete] == found[:complete]

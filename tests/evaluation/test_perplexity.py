@@ -1,5 +1,6 @@
 """Perplexity of a tiny random model against the sums written out, and what sparse reading does to it."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 
 from stem_attention import StemConfig, UnsupportedError
 from stem_attention.evaluation.models import take_stem
-from stem_attention.evaluation.perplexity import read_text, score_text, stdlib_text, text_ids
+from stem_attention.evaluation.perplexity import BUCKETS, Perplexity, read_text, score_text
+from stem_attention.evaluation.texts import Text
 from stem_attention.policies import SinkWindow
 
 TOKENS = 700  # more than one slice of logits, and no multiple of one
@@ -42,10 +44,10 @@ def test_perplexity_is_that_of_the_models_own_logits(model, ids: list[int]) -> N
     dense = read_text(model, ids, None)
     score = score_text(model, ids, dense, dense)
     losses = torch.nn.functional.cross_entropy(logits(model, ids), torch.tensor(ids[1:]), reduction="none")
-    assert score.tokens == TOKENS - 1
-    assert score.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-5)
-    assert score.perplexity_last_half == pytest.approx(math.exp(losses[(TOKENS - 1) // 2 :].mean()), rel=1e-5)
-    assert (score.kl, score.top1) == (0.0, 1.0)
+    torch.testing.assert_close(score.loss, losses, rtol=1e-4, atol=1e-5)
+    assert torch.equal(score.loss, score.dense_loss)
+    assert (score.kl == 0).all()
+    assert (score.same == 1).all()
     assert dense.reading.density == 1.0
 
 
@@ -56,10 +58,11 @@ def test_sparse_scores_are_those_of_the_two_sets_of_logits(model, ids: list[int]
     p = logits(model, ids).log_softmax(-1)
     with torch.inference_mode():
         q = model.lm_head(sparse.hidden[:-1]).double().log_softmax(-1)
-    assert score.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
-    assert score.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
-    assert score.kl > 0
-    assert score.top1 < 1
+    torch.testing.assert_close(score.kl, (p.exp() * (p - q)).sum(-1), rtol=1e-3, atol=1e-6)
+    assert torch.equal(score.same, (p.argmax(-1) == q.argmax(-1)).double())
+    torch.testing.assert_close(score.dense_loss, score_text(model, ids, dense, dense).loss)
+    assert score.means()["kl"] > 0
+    assert 0 < score.means()["same"] < 1
 
 
 def test_keeping_everything_scores_as_dense(model, ids: list[int]) -> None:
@@ -67,8 +70,8 @@ def test_keeping_everything_scores_as_dense(model, ids: list[int]) -> None:
     score = score_text(model, ids, dense, all_kept)
     assert all_kept.reading.density == 1.0
     assert [call.sparse for call in all_kept.reading.calls] == [True, True]
-    assert score.perplexity == pytest.approx(score_text(model, ids, dense, dense).perplexity, rel=1e-5)
-    assert score.kl < 1e-9
+    torch.testing.assert_close(score.loss, score.dense_loss, rtol=1e-4, atol=1e-5)
+    assert score.kl.mean() < 1e-9
 
 
 def test_density_is_the_mean_over_layers_and_dense_layers_count_as_one(model, ids: list[int]) -> None:
@@ -93,23 +96,59 @@ def test_model_that_scales_its_logits_after_the_head_is_refused() -> None:
     assert not model.base_model._forward_hooks
 
 
-class Bytes:
-    """Stands for a tokenizer: one token per byte."""
-
-    def __call__(self, text: str) -> "Bytes":
-        self.input_ids = list(text.encode())
-        return self
-
-
-def test_text_is_cut_to_length_and_too_short_a_text_is_refused() -> None:
-    assert text_ids(Bytes(), "abcdef", 3) == [97, 98, 99]
-    with pytest.raises(ValueError, match="text: expected at least 7 tokens, got 6"):
-        text_ids(Bytes(), "abcdef", 7)
-    with pytest.raises(ValueError, match="tokens: expected an integer >= 2"):
-        text_ids(Bytes(), "abcdef", 1)
+@pytest.fixture(scope="module")
+def measure(model, tokenizer) -> Perplexity:
+    """Two windows of each of two lengths; every byte of the text is one of the model's 97 ids."""
+    text = Text("letters", "".join(chr(33 + (5 * i + i // 7) % 60) for i in range(1500)))
+    return Perplexity(model, tokenizer, [text], [400, 700], 2)
 
 
-def test_standard_library_gives_a_long_text_that_repeats() -> None:
-    text = stdlib_text()
-    assert len(text) > 500_000
-    assert text == stdlib_text()
+def ignore(call) -> None:
+    pass
+
+
+def test_cases_are_windows_of_every_length_by_stable_names(measure: Perplexity) -> None:
+    assert [case.key for case in measure.cases()] == ["letters-400-0", "letters-400-1100", "letters-700-0", "letters-700-800"]
+    assert [case.tokens for case in measure.cases()] == [400, 400, 700, 700]
+
+
+def test_record_has_totals_and_buckets_that_add_up(measure: Perplexity) -> None:
+    record = measure.run(measure.cases()[2], SPARSE, ignore)
+    buckets = record["buckets"]
+    assert len(buckets) == BUCKETS
+    assert (buckets[0]["first"], buckets[-1]["last"]) == (1, record["predicted"]) == (1, 699)
+    for name in ("loss", "dense_loss", "kl", "same"):
+        total = sum(bucket[name] * (bucket["last"] - bucket["first"] + 1) for bucket in buckets)
+        assert total / 699 == pytest.approx(record[name])
+    assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+    assert 0 < record["density"] < 1
+    json.dumps(record)
+
+
+def test_record_does_not_depend_on_what_ran_before(measure: Perplexity) -> None:
+    case, other = measure.cases()[:2]
+    measure.run(case, None, ignore)
+    in_order = measure.run(case, SPARSE, ignore)
+    measure.run(other, None, ignore)
+    resumed = measure.run(case, SPARSE, ignore)  # its dense reading has to be made again
+    assert {**resumed, "seconds": 0} == {**in_order, "seconds": 0}
+
+
+def test_dense_is_read_once_for_all_contenders_of_a_case(measure: Perplexity) -> None:
+    case, other = measure.cases()[:2]
+    measure.run(other, None, ignore)
+    layers: list[int] = []
+    for what in (None, SPARSE, SinkWindow(1, 1, 32)):
+        measure.run(case, what, lambda call: layers.append(call.layer))
+    assert layers == [0, 1] * 3
+    record = measure.run(case, None, ignore)
+    assert (record["density"], record["kl"], record["same"], record["loss"]) == (1.0, 0.0, 1.0, record["dense_loss"])
+
+
+def test_texts_that_do_not_fit_are_refused(model, tokenizer) -> None:
+    with pytest.raises(ValueError, match="text: expected at least 800 tokens"):
+        Perplexity(model, tokenizer, [Text("short", "x" * 500)], [400], 2)
+    with pytest.raises(ValueError, match="different names"):
+        Perplexity(model, tokenizer, [Text("a", "x" * 500), Text("a", "y" * 500)], [400], 1)
+    with pytest.raises(ValueError, match="lengths"):
+        Perplexity(model, tokenizer, [Text("a", "x" * 500)], [BUCKETS], 1)

@@ -4,7 +4,14 @@ from itertools import islice
 
 import pytest
 
-from stem_attention.evaluation.prompts import chat_ids, haystack_sentences, planted_prompt
+from stem_attention.evaluation.prompts import (
+    KINDS,
+    chat_ids,
+    file_sentences,
+    haystack_sentences,
+    make_riddle,
+    planted_prompt,
+)
 
 
 @pytest.mark.parametrize("tokens", [500, 1000, 5000])
@@ -54,3 +61,50 @@ def test_chat_template_wraps_the_message_when_there_is_one(tokenizer) -> None:
         assert tokenizer.decode(chat_ids(tokenizer, "hello", use_template=False)) == "hello"
     finally:
         tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_plants_each_fact_once_where_it_says(tokenizer, kind: str) -> None:
+    prompt = planted_prompt(tokenizer, 4000, kind=kind, depth=0.25, count=4)
+    text = tokenizer.decode(prompt.ids)
+    assert text.endswith(prompt.answer_prefix)
+    assert text.count("One of the special magic numbers") == (1 if kind == "single" else 4)
+    assert len(prompt.answers) == len(set(prompt.answers)) == (4 if kind in ("multivalue", "multiquery") else 1)
+    assert prompt.places == (0.25, 0.5, 0.75, 0.0)[: len(prompt.answers)]
+    for number, place in zip(prompt.answers, prompt.places, strict=True):
+        assert text.count(number) == 1
+        assert abs(text.index(number) / len(text) - place) < 0.2
+
+
+def test_multikey_asks_for_one_of_different_names() -> None:
+    riddle = make_riddle("multikey", 0, 0.5, 4)
+    names = [name for name, _, _ in riddle.facts]
+    question, prefix = riddle.question
+    assert len(set(names)) == 4
+    assert [name for name in names if name in question] == [names[0]]
+    assert (question[:7], prefix[-3:]) == ("What is", " is")
+
+
+def test_multivalue_has_one_name_and_multiquery_asks_for_all() -> None:
+    assert len({name for name, _, _ in make_riddle("multivalue", 0, 0.5, 4).facts}) == 1
+    riddle = make_riddle("multiquery", 0, 0.5, 4)
+    question, prefix = riddle.question
+    assert all(name in question and name in prefix for name, _, _ in riddle.facts)
+    assert prefix.endswith(" are")
+
+
+def test_sentences_of_a_text_go_round_from_where_the_seed_says() -> None:
+    text = "One is\nfirst. Two follows! Is three? Four"
+    found = list(islice(file_sentences(text, 0), 8))
+    assert set(found) == {"One is first.", "Two follows!", "Is three?", "Four"}
+    assert found[:4] == found[4:]
+    assert len({next(file_sentences(text, seed)) for seed in range(20)}) > 1
+    with pytest.raises(ValueError, match="haystack"):
+        next(file_sentences(" ", 0))
+
+
+def test_haystack_of_a_text_holds_its_sentences(tokenizer) -> None:
+    prompt = planted_prompt(tokenizer, 1500, haystack="The sea was grey. Nobody spoke.")
+    text = tokenizer.decode(prompt.ids)
+    assert text.count("The sea was grey.") > 10
+    assert text.count(prompt.answer) == 1

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from stem_attention.cli.bench_report import print_report, report
 from stem_attention.cli.errors import UserError
-from stem_attention.cli.options import check_counts, check_plot, read_choice, read_device, read_dtype
+from stem_attention.cli.options import check_counts, check_plot, read_choice, read_device, read_dtype, read_lengths
 from stem_attention.cli.system import output, progress_console
 from stem_attention.evaluation.bench_shapes import MODELS, Heads, Shape
 from stem_attention.evaluation.bench_suites import SUITES, Result, WrongResultError, run_suite
@@ -94,11 +94,7 @@ def read_shapes(options: BenchOptions) -> list[Shape]:
     heads = _read_heads(options)
     device = read_device(options.device)
     dtype = read_dtype(options.dtype, device)
-    lengths = []
-    for text in options.lengths.split(","):
-        if not text.strip().isdecimal() or int(text) < 1:
-            raise UserError(f"--lengths: expected numbers of tokens such as 8192,32768, got {text.strip()!r}; correct it")
-        lengths.append(int(text))
+    lengths = read_lengths(options.lengths)
     return [Shape(length, heads.heads, heads.kv_heads, heads.head_dim, dtype, device) for length in lengths]
 
 

@@ -16,6 +16,7 @@ import torch
 
 from stem_attention.cli.errors import UserError, need
 from stem_attention.config import StemConfig
+from stem_attention.evaluation.contenders import read_value
 from stem_attention.policies import Policy, Stem, make_policy
 
 PRESETS: dict[str, Callable[[], StemConfig]] = {
@@ -60,7 +61,7 @@ def read_choice(name: str, preset: str, file: Path | None, settings: list[str]) 
         if not equals or not field:
             raise UserError(f"--set: expected FIELD=VALUE, got {setting!r}; for example --set beta=0.1")
         target = changes if field in known or name == Stem.name else options
-        target[field.strip()] = _value(value.strip())
+        target[field.strip()] = read_value(value.strip())
     try:
         config = StemConfig.from_dict({**_preset(preset).to_dict(), **changes})
         return Choice(name, config, make_policy(name, config, **options))
@@ -72,13 +73,6 @@ def _preset(name: str) -> StemConfig:
     if name not in PRESETS:
         raise UserError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}; pick one of these names")
     return PRESETS[name]()
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text  # names such as "log" need no quotes
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -184,6 +178,20 @@ def check_plot(file: Path | None) -> None:
         raise UserError(f"--plot: cannot write {file}: {error.strerror}; check the path") from error
     if not existed:
         file.unlink()
+
+
+def read_lengths(text: str) -> list[int]:
+    """Numbers of tokens with commas between.
+
+    Raises:
+        UserError: One is not a number, or below 1.
+    """
+    lengths = []
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < 1:
+            raise UserError(f"--lengths: expected numbers of tokens such as 8192,32768, got {part.strip()!r}; correct it")
+        lengths.append(int(part))
+    return lengths
 
 
 def check_counts(**counts: int) -> None:

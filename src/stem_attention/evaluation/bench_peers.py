@@ -87,7 +87,10 @@ def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
         raise LeftOutError("not installed")
-    flash_attn_func = importlib.import_module("flash_attn.cute").flash_attn_func
+    try:
+        flash_attn_func = importlib.import_module("flash_attn.cute").flash_attn_func
+    except ImportError as error:
+        raise LeftOutError(f"installed, but does not load: {error}") from error
 
     def attend() -> Tensor:
         result = flash_attn_func(q, k, v, causal=True)

@@ -1,54 +1,28 @@
-"""How well a model predicts a long text when attention is sparse, against the same model dense."""
+"""How well a model predicts a long text when attention is sparse, against the same model dense, position by position."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stem_attention.config import StemConfig
 from stem_attention.errors import UnsupportedError, bad_argument
+from stem_attention.evaluation.measure import Case, Record, What
 from stem_attention.evaluation.prefill import Reading, Watcher, read
-from stem_attention.policies import Policy
+from stem_attention.evaluation.texts import Text, TokenizedText
 
-STDLIB_MODULES = ("argparse", "difflib", "inspect", "optparse", "pdb", "tarfile", "turtle", "typing")
-"""Long modules that have stayed single files since Python 3.10."""
+BUCKETS = 8
+"""Equal stretches of positions whose scores are told apart."""
 
 # Logits are made for this many positions at a time: those of a whole prompt would take gigabytes.
 _POSITIONS = 256
 _HEAD_TOLERANCE = 1e-2
-
-
-def stdlib_text() -> str:
-    """Python source that every machine has: some long modules of the running interpreter's standard library, joined."""
-    return "\n".join(_module_file(name).read_text(encoding="utf-8") for name in STDLIB_MODULES)
-
-
-def _module_file(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise UnsupportedError(f"this Python has no source file of its module {name}; give a text of your own")
-    return Path(spec.origin)
-
-
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> list[int]:
-    """The first ``tokens`` tokens of a text.
-
-    Raises:
-        ValueError: The text is shorter, or fewer than 2 tokens are asked for.
-    """
-    if tokens < 2:
-        raise bad_argument("tokens", "an integer >= 2", tokens, "the first token predicts nothing before it")
-    ids = list(tokenizer(text).input_ids)
-    if len(ids) < tokens:
-        raise bad_argument("text", f"at least {tokens} tokens", f"{len(ids)}", "give a longer text or ask for fewer tokens")
-    return ids[:tokens]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +38,7 @@ class TextReading:
     reading: Reading
 
 
-def read_text(
-    model: PreTrainedModel,
-    ids: list[int],
-    what: StemConfig | Policy | None,
-    *,
-    on_attention: Watcher = lambda call: None,
-) -> TextReading:
+def read_text(model: PreTrainedModel, ids: list[int], what: What, *, on_attention: Watcher = lambda call: None) -> TextReading:
     """Prefill ``ids`` in one go and keep the final hidden states of every position.
 
     Args:
@@ -105,41 +73,102 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
     return logits
 
 
-@dataclass(frozen=True)
-class TextScore:
-    """How a text was predicted.
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How each token but the first was predicted; fp64 on the CPU, ``(tokens - 1,)`` each.
 
     Attributes:
-        tokens: Tokens predicted: all but the first.
-        perplexity: Exponential of their mean negative log-likelihood.
-        perplexity_last_half: The same over the last half of them.
-        kl: Mean Kullback-Leibler divergence of the next-token distribution from the dense one, in nats.
-        top1: Share of positions whose likeliest next token is that of dense attention.
+        loss: Negative log-likelihood in nats.
+        dense_loss: The same of the dense reading.
+        kl: Kullback-Leibler divergence of the next-token distribution from the dense one, in nats.
+        same: 1 where the likeliest next token is that of dense attention, else 0.
     """
 
-    tokens: int
-    perplexity: float
-    perplexity_last_half: float
-    kl: float
-    top1: float
+    loss: Tensor
+    dense_loss: Tensor
+    kl: Tensor
+    same: Tensor
+
+    def means(self, rows: slice = slice(None)) -> Record:
+        """Means over some positions, as plain types."""
+        return {name: values[rows].mean().item() for name, values in vars(self).items()}
 
 
 @torch.inference_mode()
-def score_text(model: PreTrainedModel, ids: list[int], dense: TextReading, other: TextReading) -> TextScore:
+def score_text(model: PreTrainedModel, ids: list[int], dense: TextReading, other: TextReading) -> Scores:
     """Score one reading of ``ids`` against the dense one; ``other`` may be ``dense`` itself."""
-    targets, losses, divergences, agreeing = torch.tensor(ids[1:], device=other.hidden.device), [], [], []
+    targets, parts = torch.tensor(ids[1:], device=other.hidden.device), list[Tensor]()
     for start in range(0, len(targets), _POSITIONS):
         wanted = targets[start : start + _POSITIONS, None]
         rows = slice(start, start + len(wanted))
-        p, q = (_logits(model, reading.hidden[rows]).log_softmax(-1) for reading in (dense, other))
-        losses.append(-q.gather(1, wanted)[:, 0])
-        divergences.append(torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1))
-        agreeing.append(p.argmax(-1) == q.argmax(-1))
-    loss = torch.cat(losses)
-    return TextScore(
-        tokens=len(loss),
-        perplexity=math.exp(loss.mean().item()),
-        perplexity_last_half=math.exp(loss[len(loss) // 2 :].mean().item()),
-        kl=torch.cat(divergences).mean().item(),
-        top1=torch.cat(agreeing).double().mean().item(),
-    )
+        p = _logits(model, dense.hidden[rows]).log_softmax(-1)
+        q = p if other is dense else _logits(model, other.hidden[rows]).log_softmax(-1)
+        kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        same = (p.argmax(-1) == q.argmax(-1)).double()
+        parts.append(torch.stack([-q.gather(1, wanted)[:, 0], -p.gather(1, wanted)[:, 0], kl, same]).cpu())
+    return Scores(*torch.cat(parts, 1))
+
+
+class Perplexity:
+    """Windows of texts, predicted under each contender; see :class:`stem_attention.evaluation.measure.Measure`.
+
+    Args:
+        model: Loaded by :func:`stem_attention.evaluation.models.load_model`.
+        tokenizer: Its tokenizer.
+        texts: What to predict.
+        lengths: Tokens of a window; all lengths are run.
+        windows: Windows of each length and text, spread through the text without overlap.
+
+    Raises:
+        ValueError: A text is too short, two share a name, or there are fewer tokens than buckets.
+    """
+
+    name = "perplexity"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[Text],
+        lengths: Sequence[int],
+        windows: int,
+    ) -> None:
+        if min(lengths) <= BUCKETS:
+            raise bad_argument("lengths", f"more than {BUCKETS} tokens", min(lengths), "ask for longer windows")
+        self._model = model
+        self._texts = {text.name: TokenizedText(tokenizer, text) for text in texts}
+        if len(self._texts) < len(texts):
+            raise bad_argument("text", "files of different names", "the same name twice", "rename one")
+        self._cases = [
+            Case(f"{name}-{tokens}-{start}", tokens, {"text": name, "start": start})
+            for tokens in lengths
+            for name, text in self._texts.items()
+            for start in text.starts(tokens, windows)
+        ]
+        self._dense: tuple[str, TextReading] | None = None
+
+    def cases(self) -> Sequence[Case]:
+        return self._cases
+
+    def run(self, case: Case, what: What, watcher: Watcher) -> Record:
+        ids = self._texts[case.about["text"]].window(case.about["start"], case.tokens)
+        dense = self._dense_reading(case, ids, watcher)
+        reading = dense if what is None else read_text(self._model, ids, what, on_attention=watcher)
+        scores, count = score_text(self._model, ids, dense, reading), len(ids) - 1
+        ends = [round(count * bucket / BUCKETS) for bucket in range(BUCKETS + 1)]
+        means = scores.means()
+        return {
+            "density": reading.reading.density,
+            "seconds": reading.reading.seconds,
+            "predicted": count,
+            "perplexity": math.exp(means["loss"]),
+            **means,
+            "buckets": [{"first": low + 1, "last": high, **scores.means(slice(low, high))} for low, high in pairwise(ends)],
+        }
+
+    def _dense_reading(self, case: Case, ids: list[int], watcher: Watcher) -> TextReading:
+        """The reading that the others of a case are compared with; a resumed run has to make it again."""
+        if self._dense is None or self._dense[0] != case.key:
+            self._dense = None  # two of them need not be held at once
+            self._dense = case.key, read_text(self._model, ids, None, on_attention=watcher)
+        return self._dense[1]

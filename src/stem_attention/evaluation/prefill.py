@@ -96,6 +96,7 @@ def read(
     max_new_tokens: int = 0,
     on_attention: Watcher = lambda call: None,
     on_token: Callable[[], None] = lambda: None,
+    is_done: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> Reading:
     """Prefill ``ids`` in one go and answer greedily.
 
@@ -107,6 +108,7 @@ def read(
         max_new_tokens: Longest answer; decoding is dense either way.
         on_attention: Told about every attention call of the prefill.
         on_token: Called after each new token.
+        is_done: Whether an answer may end after these tokens, since later ones do not matter.
     """
     name, calls, seconds = (DENSE if what is None else SPARSE), list[stem_host.LayerCall](), list[float]()
 
@@ -126,17 +128,24 @@ def read(
         first = int(output.logits[0, -1].argmax())
         reading = Reading(output.logits[0].float().cpu(), time.perf_counter() - start, seconds, calls)
     if max_new_tokens:
-        reading.tokens = _continue(model, first, output.past_key_values, max_new_tokens, on_token)
+        reading.tokens = _continue(model, first, output.past_key_values, max_new_tokens, on_token, is_done)
     return reading
 
 
-def _continue(model: PreTrainedModel, token: int, cache: Any, limit: int, on_token: Callable[[], None]) -> list[int]:
-    """Greedy tokens from ``token`` on, up to ``limit`` of them or the end of the sequence."""
+def _continue(
+    model: PreTrainedModel,
+    token: int,
+    cache: Any,
+    limit: int,
+    on_token: Callable[[], None],
+    is_done: Callable[[list[int]], bool],
+) -> list[int]:
+    """Greedy tokens from ``token`` on, up to ``limit`` of them, the end of the sequence or an answer that is done."""
     ends, tokens = _end_tokens(model), list[int]()
     while token not in ends:
         tokens.append(token)
         on_token()
-        if len(tokens) == limit:
+        if len(tokens) == limit or is_done(tokens):
             break
         output = model(torch.tensor([[token]], device=model.device), past_key_values=cache, use_cache=True)
         token = int(output.logits[0, -1].argmax())

@@ -1,11 +1,12 @@
-"""Long prompts with a planted fact and a question about it, made from seeded templates.
+"""Long prompts with planted facts and a question about them, made from seeded templates.
 
-The wording of the fact and of the question is that of RULER's single-needle task, which the smallest models still answer.
+The wording of facts and questions is that of RULER's needle tasks, which the smallest models still answer.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,13 @@ from stem_attention.errors import bad_argument
 _OPENING = (
     "A special magic number is hidden in the text below. Read it with care, for I will ask you about the number afterwards."
 )
+_OPENING_PLURAL = (
+    "Some special magic numbers are hidden in the text below. Read it with care, for I will ask you about the numbers "
+    "afterwards."
+)
+
+KINDS = ("single", "multikey", "multivalue", "multiquery")
+"""One fact; one fact among competing ones; all values of one name; several facts at once."""
 
 _WORDS = {
     "who": (
@@ -85,7 +93,7 @@ _COLOURS = ("amber", "scarlet", "silver", "cobalt", "emerald", "ivory", "violet"
 _THINGS = ("lantern", "compass", "orchard", "harbour", "falcon", "violin", "anchor", "meadow")
 
 
-def haystack_sentences(seed: int) -> Iterator[str]:
+def haystack_sentences(seed: int | str) -> Iterator[str]:
     """Endless made-up village prose, the same for the same ``seed``; verbatim repeats are rare."""
     rng = random.Random(seed)
     while True:
@@ -96,19 +104,41 @@ def haystack_sentences(seed: int) -> Iterator[str]:
         yield sentence[:start] + sentence[start].upper() + sentence[start + 1 :]
 
 
+def file_sentences(text: str, seed: int | str) -> Iterator[str]:
+    """Endless sentences of a text, from one that ``seed`` decides on and again from its start after its end.
+
+    Raises:
+        ValueError: There is no sentence in it.
+    """
+    sentences = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+    if not sentences[0]:
+        raise bad_argument("haystack", "a text with sentences", "an empty one", "name another file")
+    first = random.Random(seed).randrange(len(sentences))
+    while True:
+        yield from sentences[first:]
+        yield from sentences[:first]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt as the model reads it.
 
     Attributes:
         ids: Its tokens, chat template included.
-        answer: Text that a right answer contains, or None when there is no planted fact.
+        answers: Numbers that a right answer contains; empty when there is no planted fact.
         answer_prefix: Start of the reply, already part of ``ids``; empty unless there is a planted fact.
+        places: Where each answer stands: 0 at the start of the text, 1 at its end.
     """
 
     ids: list[int]
-    answer: str | None = None
+    answers: tuple[str, ...] = ()
     answer_prefix: str = ""
+    places: tuple[float, ...] = ()
+
+    @property
+    def answer(self) -> str | None:
+        """The first of the answers, or None when there is no planted fact."""
+        return self.answers[0] if self.answers else None
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, message: str, answer_prefix: str = "", use_template: bool = True) -> list[int]:
@@ -121,39 +151,99 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, message: str, answer_prefix: st
     return list(tokenizer(f"{rendered}{answer_prefix}", add_special_tokens=False).input_ids)
 
 
+@dataclass(frozen=True)
+class Riddle:
+    """What is planted, and the question about it.
+
+    Attributes:
+        facts: Name, number and place of everything planted.
+        asked: Indices of the facts that the question is about.
+    """
+
+    facts: tuple[tuple[str, str, float], ...]
+    asked: tuple[int, ...]
+
+    @property
+    def question(self) -> tuple[str, str]:
+        """The question and the start of the reply."""
+        names = list(dict.fromkeys(self.facts[index][0] for index in self.asked))
+        listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+        what = f"for {listed} mentioned in the provided text"
+        if len(self.asked) == 1:
+            return f"What is the special magic number {what}?", f"The special magic number {what} is"
+        return f"What are all the special magic numbers {what}?", f"The special magic numbers {what} are"
+
+
+def make_riddle(kind: str, seed: int | str, depth: float, count: int) -> Riddle:
+    """Names, numbers and places.
+
+    Args:
+        kind: One of :data:`KINDS`.
+        seed: Decides names and numbers.
+        depth: Where the first asked fact stands; the others follow at equal distances and go on at the start of the text.
+        count: Facts in all. ``"single"`` has one whatever this says.
+
+    Raises:
+        ValueError: No such kind, a bad depth, or more facts than there are names.
+    """
+    if kind not in KINDS:
+        raise bad_argument("kind", f"one of {', '.join(KINDS)}", repr(kind), "pick one of these names")
+    if not 0 <= depth <= 1:
+        raise bad_argument("depth", "a number from 0 to 1", depth, "0 plants the fact at the start, 1 at the end")
+    if not 1 <= count <= len(_COLOURS) * len(_THINGS):
+        raise bad_argument("count", f"1 to {len(_COLOURS) * len(_THINGS)}", count, "plant fewer facts")
+    rng, count = random.Random(seed), 1 if kind == "single" else count
+    names: list[str] = []
+    numbers: list[str] = []
+    while len(numbers) < count:
+        name, number = f"{rng.choice(_COLOURS)}-{rng.choice(_THINGS)}", str(rng.randrange(1_000_000, 10_000_000))
+        if name not in names and number not in numbers:
+            names.append(names[0] if names and kind == "multivalue" else name)
+            numbers.append(number)
+    places = [depth, *((depth + index / count) % 1 for index in range(1, count))]
+    asked = range(1 if kind in ("single", "multikey") else count)
+    return Riddle(tuple(zip(names, numbers, places, strict=True)), tuple(asked))
+
+
 def planted_prompt(
-    tokenizer: PreTrainedTokenizerBase, tokens: int, *, seed: int = 0, depth: float = 0.5, use_template: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    *,
+    seed: int | str = 0,
+    depth: float = 0.5,
+    kind: str = "single",
+    count: int = 1,
+    haystack: str | None = None,
+    use_template: bool = True,
 ) -> Prompt:
-    """A prompt of at most ``tokens`` tokens (and close to it) that hides one number and asks for it.
+    """A prompt of at most ``tokens`` tokens (and close to it) that hides numbers and asks for one or all of them.
 
     Args:
         tokenizer: The model's tokenizer.
         tokens: Length to fill.
-        seed: Decides the text, the number and what it is called.
-        depth: Where the fact stands: 0 at the start of the text, 1 at its end.
+        seed: Decides the text, the numbers and what they are called.
+        depth: Where the (first) asked fact stands: 0 at the start of the text, 1 at its end.
+        kind: One of :data:`KINDS`.
+        count: Facts in all, for every kind but ``"single"``.
+        haystack: Text whose sentences lie around the facts; made-up prose unless given.
         use_template: Use the tokenizer's chat template if it has one.
 
     Raises:
-        ValueError: ``tokens`` is too few for the question alone, or ``depth`` lies outside 0 to 1.
+        ValueError: ``tokens`` is too few for the question alone, ``depth`` lies outside 0 to 1, or there is no such kind.
     """
-    if not 0 <= depth <= 1:
-        raise bad_argument("depth", "a number from 0 to 1", depth, "0 plants the fact at the start, 1 at the end")
-    rng = random.Random(seed)
-    name, number = f"{rng.choice(_COLOURS)}-{rng.choice(_THINGS)}", str(rng.randrange(1_000_000, 10_000_000))
-    needle = f"One of the special magic numbers for {name} is: {number}."
-    question = f"What is the special magic number for {name} mentioned in the provided text?"
-    prefix = f"The special magic number for {name} mentioned in the provided text is"
+    riddle = make_riddle(kind, seed, depth, count)
+    opening = _OPENING if len(riddle.facts) == 1 else _OPENING_PLURAL
+    question, prefix = riddle.question
 
     def build(sentences: list[str]) -> list[int]:
-        cut = round(depth * len(sentences))
-        text = " ".join([*sentences[:cut], needle, *sentences[cut:]])
-        return chat_ids(tokenizer, f"{_OPENING}\n{text}\n{question}", prefix, use_template)
+        text = " ".join(_planted(sentences, riddle))
+        return chat_ids(tokenizer, f"{opening}\n{text}\n{question}", prefix, use_template)
 
     least = len(build([]))
     if least > tokens:
         raise bad_argument("tokens", f"at least {least} for the question alone", tokens, "ask for a longer prompt")
     sentences, used = [], least
-    for sentence in haystack_sentences(seed):
+    for sentence in haystack_sentences(seed) if haystack is None else file_sentences(haystack, seed):
         used += len(tokenizer(f" {sentence}", add_special_tokens=False).input_ids)
         if used > tokens:
             break
@@ -162,4 +252,16 @@ def planted_prompt(
     while len(ids) > tokens:  # tokens merge differently inside the whole text
         sentences.pop()
         ids = build(sentences)
-    return Prompt(ids, number, prefix)
+    asked = [riddle.facts[index] for index in riddle.asked]
+    return Prompt(ids, tuple(number for _, number, _ in asked), prefix, tuple(place for *_, place in asked))
+
+
+def _planted(sentences: list[str], riddle: Riddle) -> Iterator[str]:
+    """The sentences with every fact at its place."""
+    start = 0
+    for name, number, place in sorted(riddle.facts, key=lambda fact: fact[2]):
+        end = round(place * len(sentences))
+        yield from sentences[start:end]
+        yield f"One of the special magic numbers for {name} is: {number}."
+        start = end
+    yield from sentences[start:]
