@@ -35,7 +35,7 @@ CASES = [Case("a", 2048, {"depth": 0.5}), Case("b", 4096)]
 
 
 @contextmanager
-def watching(name: str) -> Iterator[object]:
+def watching(name: str, prefills: int) -> Iterator[object]:
     yield lambda call: None
 
 

@@ -134,15 +134,16 @@ def _say_what_is_left(console: Console, plan: Plan, journal: Journal) -> None:
 
 @dataclass(frozen=True)
 class _Bars:
-    """Records of the run, and layers of the present one."""
+    """Records of the run, and layers of the present one's prefills."""
 
     progress: Progress
     run: TaskID
     layers: TaskID
+    count: int
 
     @contextmanager
-    def watching(self, name: str) -> Iterator[Watcher]:
-        self.progress.reset(self.layers, description=name)
+    def watching(self, name: str, prefills: int) -> Iterator[Watcher]:
+        self.progress.reset(self.layers, description=name, total=self.count * prefills)
         yield lambda call: self.progress.advance(self.layers)
         self.progress.advance(self.run)
 
@@ -155,5 +156,5 @@ def _bars(console: Console, setup: Setup, plan: Plan, journal: Journal) -> Itera
     columns = (name, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         run = progress.add_task("records", total=left)
-        layers = progress.add_task("", total=setup.model.config.get_text_config().num_hidden_layers)
-        yield _Bars(progress, run, layers).watching
+        count = setup.model.config.get_text_config().num_hidden_layers
+        yield _Bars(progress, run, progress.add_task("", total=count), count).watching

@@ -13,8 +13,8 @@ from stem_attention.evaluation.journal import Journal
 from stem_attention.evaluation.measure import Case, Measure, What
 from stem_attention.evaluation.prefill import Watcher
 
-Watching: TypeAlias = Callable[[str], AbstractContextManager[Watcher]]
-"""Opens what shows one task by its name, and gives what is told about its attention calls."""
+Watching: TypeAlias = Callable[[str, int], AbstractContextManager[Watcher]]
+"""Opens what shows one task by its name and the prefills it takes, and gives what is told about its attention calls."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def run_plan(plan: Plan, journal: Journal, watching: Watching) -> None:
         place = contender.name, case.tokens
         if place not in built:
             built[place] = contender.at(case.tokens)
-        with watching(f"{measure.name} {case.key}, {contender.name}") as watcher:
+        with watching(f"{measure.name} {case.key}, {contender.name}", case.prefills) as watcher:
             record = measure.run(case, built[place], watcher)
         about = {"measure": measure.name, "case": case.key, "tokens": case.tokens, "contender": contender.name}
         journal.add({**about, **case.about, **record})

@@ -137,7 +137,7 @@ class Layers:
         self._model = model
         self._texts = {text.name: TokenizedText(tokenizer, text) for text in texts}
         self._cases = [
-            Case(f"{name}-{tokens}-{start}", tokens, {"text": name, "start": start})
+            Case(f"{name}-{tokens}-{start}", tokens, {"text": name, "start": start}, prefills=2)
             for tokens in lengths
             for name, text in self._texts.items()
             for start in text.starts(tokens, windows)
