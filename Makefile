@@ -50,7 +50,7 @@ test: lint test-newest-triton ## Everything that CI runs: lint, types, tests (JO
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-newest-triton: $(NEWEST) ## Compile every kernel with the newest Triton that is supported
-	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist load -q tests/backends/triton
+	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist load -q tests/backends/triton tests/backends/hopper
 
 $(NEWEST): | $(FOR_TEST)
 	$(INSTALL) --no-deps --target $@ '$(NEWEST_TRITON)'

@@ -7,6 +7,7 @@ plainly, which costs a call 0.1 ms less than ``torch.library.custom_op``; gradie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -29,18 +30,23 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _without_autocast(op: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:
-    """Autocast would reach inside an operator and round what is promised in the precision of its inputs."""
+def _guarded(op: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:
+    """Run an operator on its tensors' device and in their precision.
+
+    Kernels start on the current device, from where they may even reach another one's memory, but unordered with what runs
+    there. Autocast would reach inside and round what is promised in the precision of the inputs.
+    """
 
     @wraps(op)
     def run(q: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch.autocast(q.device.type, enabled=False):
+        place: AbstractContextManager[None] = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
+        with place, torch.autocast(q.device.type, enabled=False):
             return op(q, *args, **kwargs)
 
     return run
 
 
-@_without_autocast
+@_guarded
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, return_lse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -58,7 +64,7 @@ def _fake_forward(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(shape, dtype=torch.float32)
 
 
-@_without_autocast
+@_guarded
 def _select(q: Tensor, k: Tensor, v: Tensor, config: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
     """Indices and counts of the blocks that a config keeps."""
     settings = _parse(config)
@@ -88,7 +94,7 @@ def _fake_select(
     return q.new_empty((*shape, width), dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
 
 
-@_without_autocast
+@_guarded
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float,
     return_lse: bool, backend: str,
@@ -108,7 +114,7 @@ def _fake_attend(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-@_without_autocast
+@_guarded
 def _forward_varlen(
     q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], page_table: Tensor | None, config: str,
     scale: float, prompt_lens: Sequence[int], return_lse: bool, backend: str,

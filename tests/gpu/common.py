@@ -90,6 +90,19 @@ def no_synchronisation() -> Iterator[None]:
 
 
 @contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """``torch.empty`` gives NaN, so that a number which nobody writes shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
 def at_most_extra_bytes(limit: int) -> Iterator[None]:
     """At no time may more than ``limit`` bytes be allocated beyond what there was."""
     torch.cuda.synchronize()

@@ -14,6 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+from stem_attention import explain
+
+
+@pytest.fixture(params=["hopper", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each GPU backend that can run the test on this card."""
+    head_dim = request.node.callspec.params.get("dim", 128)
+    found = explain(device="cuda", dtype=torch.bfloat16, head_dim=head_dim, backend=request.param)
+    if found.chosen is None:
+        pytest.skip(found.reasons[request.param])
+    return request.param
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-report", type=Path, help="write the GPU tests' result to this file as JSON")

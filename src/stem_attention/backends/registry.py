@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from stem_attention.backends.base import Backend, Request
+from stem_attention.backends.hopper import HopperBackend
 from stem_attention.backends.reference import ReferenceBackend
 from stem_attention.backends.torch import TorchBackend
 from stem_attention.backends.triton import TritonBackend
@@ -17,7 +18,7 @@ AUTO = "auto"
 @cache
 def _backends() -> dict[str, Backend]:
     """All backends, fastest first."""
-    return {backend.name: backend for backend in (TritonBackend(), TorchBackend(), ReferenceBackend())}
+    return {backend.name: backend for backend in (HopperBackend(), TritonBackend(), TorchBackend(), ReferenceBackend())}
 
 
 def backend_names() -> tuple[str, ...]:

@@ -72,7 +72,7 @@ class Ranked(ABC):
 
 
 def in_runs(rows: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    """Join the scores of single query blocks, ``(batch, q_heads, row + 1)`` in order, into what :meth:`Ranked.scores` yields."""
+    """Join scores of single query blocks, ``(batch, q_heads, row + 1)`` in order, into what :meth:`Ranked.scores` yields."""
     rows = iter(rows)
     while run := list(islice(rows, _RUN)):
         columns = run[-1][1].shape[2]

@@ -1,0 +1,221 @@
+"""The consumers of the Hopper kernel: a warpgroup of four warps computes 64 query rows, its partner the other 64."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from stem_attention.backends.hopper.gluon_api import async_store, pinned
+from stem_attention.backends.hopper.schedule import place_of, steps_of, task_of
+
+
+@gluon.jit
+def _weights(scores, scale, m):
+    """Weights of a tile, the running maximum (in base 2), what older weights shrink by, and the tile's sums per thread."""
+    new_m = gl.maximum(m, gl.max(scores, 1) * scale)
+    p = gl.exp2(scores * scale - new_m[:, None])
+    # A thread holds two of every eight columns: eight sums a row need no exchange between threads.
+    sums = gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
+    return p, new_m, gl.exp2(m - new_m), sums
+
+
+@gluon.jit
+def _grown(total, shrink, sums):
+    return total * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
+
+
+@gluon.jit
+def _masked(scores, w: gl.constexpr, sub: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
+    """Scores of the diagonal block's ``sub``-th tile, minus infinity right of the diagonal."""
+    rows = w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    columns = sub * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    return gl.where(rows[:, None] >= columns[None, :], scores, -float("inf"))
+
+
+@gluon.jit
+def _clear_tail(tile, present, BN: gl.constexpr, D: gl.constexpr):
+    """Zeros behind a sequence's last value, where a neighbour's lie: a zero weight times NaN would be NaN."""
+    if present < BN:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        step: gl.constexpr = 32
+        for i in gl.static_range(BN // step):
+            part = tile.slice(i * step, step)
+            rows = i * step + gl.arange(0, step, layout=gl.SliceLayout(1, layout))
+            values = part.load(layout)
+            part.store(gl.where(rows[:, None] < present, values, gl.zeros_like(values)))
+        fence_async_shared()
+
+
+@gluon.jit
+def _store_rows(staging, out, stride_s, stride_h, z, head, q_first, first, q_len, D: gl.constexpr, RAGGED: gl.constexpr):
+    """Those of 64 result rows from ``first`` on that are rows of the sequence."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    # Results are contiguous: a rectangular batch is packed too.
+    base = q_first.to(gl.int64) if RAGGED else z.to(gl.int64) * q_len
+    out_rows = out + (base + rows) * stride_s + head.to(gl.int64) * stride_h
+    gl.store(out_rows[:, None] + dims[None, :], staging.load(layout), mask=((rows >= 0) & (rows < q_len))[:, None])
+    fence_async_shared()
+
+
+@gluon.jit
+def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
+          BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
+    """Scores of the ``t``-th tile beside the weighted values of the one before, then softmax while the values still run.
+
+    ``SUB`` is the tile's place in the diagonal block, which is masked, or 0 for every tile of another block. ``present``
+    are the sequence's keys from the tile's first on.
+    """
+    _, k_s, v_s, _, k_full, v_full, k_empty, v_empty, _, _, turns = shared
+    scores_layout: gl.constexpr = blank.type.layout
+    out_layout: gl.constexpr = acc.type.layout
+    before = (t - 1) % STAGES
+    s = t % STAGES
+    mbarrier.wait(k_full.index(s), (t // STAGES) & 1)
+    if WGS == 2:
+        mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
+    scores = warpgroup_mma(q, k_s.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
+    weights = gl.convert_layout(p.to(v_s.dtype), gl.DotOperandLayout(0, out_layout, 2))
+    mbarrier.wait(v_full.index(before), ((t - 1) // STAGES) & 1)
+    acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
+    if WGS == 2:
+        mbarrier.arrive(turns.index(1 - w), count=1)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(k_empty.index(s), count=1)
+    if SUB > 0:
+        scores = _masked(scores, w, SUB, BN, scores_layout)
+    p, m, shrink, sums = _weights(scores, scale, m)
+    total = _grown(total, shrink, sums)
+    if SUB == 0:
+        total = pinned(total)
+    elif RAGGED:
+        mbarrier.wait(v_full.index(s), (t // STAGES) & 1)
+        _clear_tail(v_s.index(s), present, BN, D)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+    return p, m, total, acc
+
+
+@gluon.jit
+def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr,
+              D: gl.constexpr, STAGES: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr):  # fmt: skip
+    B: gl.constexpr = 64 * WGS
+    SUB: gl.constexpr = B // BN
+    _, _, _, o_tiles = tiles
+    q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns = shared
+    _, counts, width, tickets, _ = lists
+    out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h = results
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+    ticket_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dtype: gl.constexpr = q_s.dtype
+    blank = gl.zeros([64, BN], gl.float32, scores_layout)
+    t = 0
+    n = 0
+    served = 0
+    ticket = gl.program_id(0)
+    while ticket < tickets:
+        z, head, from_end = task_of(ticket, batch)
+        block, row, start, q_first, _, kv_len = place_of(z, from_end, batch, B, RAGGED)
+        if row >= 0:
+            _, _, _, steps = steps_of(z, head, block, row, batch, counts, width, SUB)
+            mbarrier.wait(q_bars.index(0), n & 1)
+            q = q_s.index(w)
+            if QREG:
+                q = q.load(q_layout)
+            n += 1
+            acc = gl.zeros([64, D], gl.float32, out_layout)
+            m = gl.full([64], -float("inf"), gl.float32, row_layout)
+
+            # The diagonal block, peeled: its first tile has no values before it to weigh.
+            s = t % STAGES
+            phase = (t // STAGES) & 1
+            mbarrier.wait(k_full.index(s), phase)
+            if WGS == 2:
+                mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
+            scores = warpgroup_mma(q, k_s.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
+            if WGS == 2:
+                mbarrier.arrive(turns.index(1 - w), count=1)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(k_empty.index(s), count=1)
+            p, m, _, total = _weights(_masked(scores, w, 0, BN, scores_layout), scale, m)
+            present = kv_len - block * B
+            if RAGGED:
+                mbarrier.wait(v_full.index(s), phase)
+                _clear_tail(v_s.index(s), present, BN, D)
+            t += 1
+            for sub in gl.static_range(1, SUB):
+                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scale, present - sub * BN,
+                                         w, sub, WGS, BN, D, STAGES, RAGGED)  # fmt: skip
+                t += 1
+            for _ in range(SUB, steps):
+                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scale, present,
+                                         w, 0, WGS, BN, D, STAGES, RAGGED)  # fmt: skip
+                t += 1
+
+            before = (t - 1) % STAGES
+            weights = gl.convert_layout(p.to(dtype), p_layout)
+            mbarrier.wait(v_full.index(before), ((t - 1) // STAGES) & 1)
+            acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
+            row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
+            positions = block * B + w * 64 + gl.arange(0, 64, layout=row_layout)
+            if LSE:
+                rows = (q_first + positions - start).to(gl.int64)
+                lse_base = lse + head.to(gl.int64) * lse_stride_h
+                if not RAGGED:
+                    lse_base += z.to(gl.int64) * lse_stride_b
+                gl.store(lse_base + rows, (m + gl.log2(row_total)) * 0.6931471805599453,
+                         mask=(positions >= start) & (positions < kv_len))  # fmt: skip
+            inverse = gl.convert_layout(1.0 / row_total, out_rows)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(v_empty.index(before), count=1)
+            # Results leave through the queries' shared memory, which this task needs no more.
+            staging = q_s.index(w)
+            staging.store((acc * inverse[:, None]).to(dtype))
+            first = block * B - start + w * 64
+            # The copy engine drops rows behind a tensor's end. Rows before its beginning are an error to it.
+            whole = first >= 0
+            if RAGGED:
+                whole = whole & (first + 64 <= kv_len - start)
+            if whole:
+                fence_async_shared()
+                o_z = 0 if RAGGED else z
+                async_store(
+                    o_tiles, [o_z, q_first + first, head, 0], staging._reinterpret(dtype, [1, 64, 1, D], o_tiles.layout)
+                )
+                tma.store_wait(0)
+            else:
+                _store_rows(staging, out, o_stride_s, o_stride_h, z, head, q_first, first, kv_len - start, D, RAGGED)
+            mbarrier.arrive(q_bars.index(1), count=1)
+        slot = served % 2
+        mbarrier.wait(ticket_bars.index(slot), (served // 2) & 1)
+        ticket = gl.max(ticket_s.index(slot).load(ticket_layout), 0)
+        mbarrier.arrive(ticket_bars.index(2 + slot), count=1)
+        served += 1
+
+
+@gluon.jit
+def first_consumer(tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+                   STAGES: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr):  # fmt: skip
+    """Rows 0 to 63 of every block."""
+    _consumer(0, tiles, shared, batch, lists, results, scale, WGS, BN, D, STAGES, RAGGED, LSE, QREG)
+
+
+@gluon.jit
+def second_consumer(tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+                    STAGES: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr):  # fmt: skip
+    """Rows 64 to 127."""
+    _consumer(1, tiles, shared, batch, lists, results, scale, WGS, BN, D, STAGES, RAGGED, LSE, QREG)

@@ -1,0 +1,55 @@
+"""Which program computes which query block of which head, and in what order. Shared by producer and consumers."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def task_of(ticket, batch):
+    """``(sequence, head, rows from the sequence's end)`` of the ``ticket``-th task.
+
+    Dense tail rows are many times longer than the others: those of all heads go first. The others go in bands of
+    neighbouring rows, head by head, so that programs running together read the same keys; a sequence's first rows, which
+    are the shortest, come last and level out who finishes when.
+    """
+    _, _, _, _, sequences, heads, _, heavy, band = batch
+    heavy_tasks = heavy * heads * sequences
+    rest = ticket - heavy_tasks
+    column = rest // band
+    is_heavy = ticket < heavy_tasks
+    head = gl.where(is_heavy, ticket, column) % heads
+    z = (gl.where(is_heavy, ticket, column) // heads) % sequences
+    from_end = gl.where(is_heavy, ticket // (heads * sequences), heavy + column // (heads * sequences) * band + rest % band)
+    return z, head, from_end
+
+
+@gluon.jit
+def place_of(z, from_end, batch, B: gl.constexpr, RAGGED: gl.constexpr):
+    """``(block, row, first position, query's first token, key's first token, kv_len)``; the row is negative where none is."""
+    cu_q, cu_k, q_len, kv_len, _, _, rows, _, _ = batch
+    q_first = 0
+    k_first = 0
+    if RAGGED:
+        q_first = gl.load(cu_q + z)
+        q_len = gl.load(cu_q + z + 1) - q_first
+        k_first = gl.load(cu_k + z)
+        kv_len = gl.load(cu_k + z + 1) - k_first
+    start = kv_len - q_len
+    block = (kv_len - 1) // B - from_end
+    row = block - start // B
+    if (q_len <= 0) | (from_end >= rows):
+        row = -1
+    return block, row, start, q_first, k_first, kv_len
+
+
+@gluon.jit
+def steps_of(z, head, block, row, batch, counts, width, SUB: gl.constexpr):
+    """``(list's offset, entries, whole, steps)`` of a row. Nothing has validated the selection: reads stay inside the list."""
+    _, _, _, _, _, heads, rows, _, _ = batch
+    at = (z.to(gl.int64) * heads + head) * rows + row
+    count = gl.load(counts + at)
+    whole = count > block  # such a row keeps everything: its list is 0, 1, 2, ... and need not be there
+    entries = gl.where(whole, block + 1, gl.maximum(gl.minimum(count, width), 1))
+    return at * width, entries, whole, entries * SUB

@@ -1,0 +1,101 @@
+"""Every row of every head and sequence is some ticket's task, once, and the backend says what it cannot do."""
+
+import pytest
+import torch
+
+from stem_attention.backends import Request
+from stem_attention.backends.hopper import HopperBackend
+from stem_attention.backends.hopper.attention import can_copy
+from stem_attention.backends.hopper.schedule import place_of, task_of
+
+
+class Numbers(list):
+    """Borders that the schedule's pointer arithmetic and loads work on."""
+
+    def __add__(self, offset):
+        return Numbers(self[offset:])
+
+
+def tasks(monkeypatch, lengths, heads, block, heavy, resident, ragged):
+    """``(sequence, head, row)`` of every ticket that has a row, in order, by the kernel's own functions."""
+    from stem_attention.backends.hopper import schedule
+
+    class Language:
+        constexpr = schedule.gl.constexpr
+
+        @staticmethod
+        def where(condition, a, b):
+            return a if condition else b
+
+        @staticmethod
+        def load(pointer):
+            return pointer[0]
+
+    monkeypatch.setitem(task_of.fn.__globals__, "gl", Language)
+    monkeypatch.setitem(place_of.fn.__globals__, "gl", Language)
+    cu_q, cu_k = (Numbers([sum(x[:i]) for i in range(len(x) + 1)]) for x in zip(*lengths, strict=True))
+    rows = max(-(-k // block) - (k - q) // block if q else 0 for q, k in lengths)
+    heavy = min(heavy, rows)
+    band = max(1, min(resident, rows - heavy))
+    batch = (cu_q, cu_k, lengths[0][0], lengths[0][1], len(lengths), heads, rows, heavy, band)
+    found = []
+    for ticket in range(len(lengths) * heads * (heavy + -(-(rows - heavy) // band) * band)):
+        z, head, from_end = task_of.fn(ticket, batch)
+        _, row, *_ = place_of.fn(z, from_end, batch, block, ragged)
+        if row >= 0:
+            found.append((z, head, row))
+    return found
+
+
+@pytest.mark.parametrize("resident", [1, 5, 33, 1000])
+@pytest.mark.parametrize("heavy", [0, 2, 99])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("lengths", [
+    [(2000, 2000)], [(700, 1000)] * 3, [(1, 1)], [(300, 300), (1, 4097), (0, 900), (2500, 2500), (1300, 3011), (7, 7)],
+], ids=["one", "even", "smallest", "ragged"])  # fmt: skip
+def test_every_row_is_done_once(lengths, block, heavy, resident, monkeypatch):
+    found = tasks(monkeypatch, lengths, 4, block, heavy, resident, len(set(lengths)) > 1)
+    expected = {
+        (z, head, row)
+        for z, (q, k) in enumerate(lengths) if q
+        for head in range(4)
+        for row in range((k - 1) // block - (k - q) // block + 1)
+    }  # fmt: skip
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+
+
+def test_heavy_rows_of_all_heads_start_first(monkeypatch):
+    found = tasks(monkeypatch, [(2000, 2000)], 4, 128, 2, 5, False)
+    assert {row for _, _, row in found[:8]} == {15, 14}
+    assert found[-1][2] == 0
+
+
+@pytest.mark.parametrize(("changed", "reason"), [
+    ({"device": torch.device("cpu")}, "needs a GPU"),
+    ({"dtype": torch.float32}, "bfloat16 and float16"),
+    ({"head_dim": 96}, "head_dim must be"),
+    ({"block_size": 32}, "block_size must be"),
+])  # fmt: skip
+def test_the_backend_says_what_it_cannot_do(changed, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    asked = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128, "block_size": 128}
+    assert HopperBackend().supports(Request(**asked)) is None
+    assert reason in HopperBackend().supports(Request(**{**asked, **changed}))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_cards_are_told_so(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert "9.0" in HopperBackend().supports(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
+
+
+def test_what_the_copy_engine_takes():
+    q = torch.zeros(1, 64, 4, 64, dtype=torch.bfloat16)
+    assert can_copy(q, q, q, paged=False)
+    assert can_copy(q.transpose(1, 2), q, q, paged=True)
+    assert not can_copy(q, torch.zeros(9, 48, 2, 64, dtype=torch.bfloat16), q, paged=True)
+    assert not can_copy(q, torch.zeros(1, 64, 4, 67, dtype=torch.bfloat16)[..., :64], q, paged=False)
+    assert not can_copy(q, q, torch.zeros(1, 64, 4, 72, dtype=torch.bfloat16)[..., 1:65], paged=False)
