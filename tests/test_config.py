@@ -138,10 +138,11 @@ def test_presets_hold_what_the_method_page_says():
     default, paper, public = StemConfig(), StemConfig.paper(), StemConfig.angelslim()
     assert (default.block_size, default.stride, default.beta, default.decay) == (128, 16, 0.2, 0.7)
     assert (default.schedule, default.magnitude, default.forced) == ("smooth", "log", "inside")
-    assert (default.sink_blocks, default.local_blocks, default.tail_blocks) == (4, 4, 2)
+    assert (default.sink_blocks, default.local_blocks, default.tail_blocks) == (1, 2, 2)
     assert (default.ratio_short, default.ratio_long, default.knee_tokens) == (0.2, 0.1, 16384)
     assert (default.min_blocks, default.dense_layers) == (None, 0)
     assert (paper.schedule, paper.tail_blocks, paper.min_blocks) == ("step", 0, None)
+    assert (paper.sink_blocks, paper.local_blocks) == (public.sink_blocks, public.local_blocks) == (4, 4)
     assert (public.schedule, public.magnitude, public.forced, public.stride) == ("angelslim", "zscore", "extra", 8)
     assert (public.tail_blocks, public.dense_layers) == (0, 2)
 

@@ -23,8 +23,8 @@ _SWEEPS: dict[str, tuple[Value, ...]] = {
     "stride": (8, 32),
     "block_size": (64,),
     "magnitude": ("none", "zscore"),
-    "sink_blocks": (0, 1),
-    "local_blocks": (1, 8),
+    "sink_blocks": (0, 2, 4),
+    "local_blocks": (1, 4, 8),
     "tail_blocks": (1, 2, 4),
     "dense_layers": (2,),
 }
