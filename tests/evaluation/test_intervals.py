@@ -22,6 +22,13 @@ def test_wilson_interval_ends_where_the_score_test_rejects(hits: int, trials: in
     assert high - low < 1
 
 
+@pytest.mark.parametrize("trials", range(1, 200))
+def test_wilson_interval_holds_the_share_in_spite_of_rounding(trials: int) -> None:
+    for hits in (0, 1, trials - 1, trials):
+        low, high = wilson_interval(hits, trials)
+        assert 0 <= low <= hits / trials <= high <= 1
+
+
 def test_wilson_interval_needs_trials_and_no_more_hits_than_those() -> None:
     with pytest.raises(ValueError, match="trials"):
         wilson_interval(0, 0)

@@ -113,3 +113,14 @@ def test_section_counts_right_answers_and_compares_with_dense() -> None:
     ((stem_of_file, figure),) = part.figures
     assert stem_of_file == "stress"
     assert [axes.get_title() for axes in figure.axes] == ["recall"]
+
+
+def test_section_draws_bars_where_every_answer_is_right() -> None:
+    records = [
+        {"task": "recall", "tokens": 256, "contender": "dense", "case": f"recall-256-{sample}", "sample": sample,
+         "found": True, "density": 1.0, "seconds": 0.5}
+        for sample in range(30)
+    ]  # fmt: skip
+    part = section(records)
+    assert part.tables[0].rows[0][4] == "30 of 30"
+    assert len(part.figures) == 1

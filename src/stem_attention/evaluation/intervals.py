@@ -76,7 +76,8 @@ def wilson_interval(hits: float, trials: int) -> tuple[float, float]:
     share, weight = hits / trials, _Z95**2 / trials
     centre = (share + weight / 2) / (1 + weight)
     half = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Where all went the same way, one end is the share itself, which rounding would put outside.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def share_interval(shares: Sequence[float]) -> Estimate:

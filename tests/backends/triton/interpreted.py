@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from stem_attention import BlockSelection, StemConfig
+from stem_attention.backends.ragged import Ragged
 from stem_attention.backends.reference import ReferenceBackend
 from stem_attention.backends.triton import select as selecting
-from stem_attention.backends.triton.attention import Ragged, attend
+from stem_attention.backends.triton.attention import attend
 from stem_attention.backends.triton.choose import choose
 from stem_attention.backends.triton.select import select
 from stem_attention.policies.choose import choose as eager_choose

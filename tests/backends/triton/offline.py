@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attention import StemConfig
+from stem_attention.backends.ragged import Ragged
 from stem_attention.backends.triton import attention, choose, select
 from stem_attention.backends.triton.launch import Launch, launch_for, score_launch_for
 
@@ -121,7 +122,7 @@ def record_attention(
 
 def _inputs(
     length: int, dim: int, dtype: torch.dtype, device: str, ragged: bool, page: int
-) -> tuple[Tensor, Tensor, attention.Ragged | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Ragged | None, Tensor | None]:
     """Queries and keys of 8 and 2 heads; borders and page table where asked for. A fake tensor cannot be indexed."""
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -130,7 +131,7 @@ def _inputs(
     if not ragged and not page:
         return empty(1, length, 8, dim), empty(1, length, 2, dim), None, None
     borders = empty(2, kind=torch.int32)
-    packing = attention.Ragged(borders, borders, length, length)
+    packing = Ragged(borders, borders, length, length)
     if not page:
         return empty(length, 8, dim), empty(length, 2, dim), packing, None
     pages = length // page + 1

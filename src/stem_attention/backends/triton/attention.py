@@ -13,8 +13,6 @@ from stem_attention.backends.ragged import Ragged
 from stem_attention.backends.triton.attention_kernel import attention_kernel
 from stem_attention.backends.triton.launch import attention_launch, has_tma
 
-__all__ = ["Ragged", "attend"]
-
 
 def attend(
     q: Tensor,

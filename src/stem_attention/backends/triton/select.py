@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from stem_attention.backends.triton.attention import Ragged
+from stem_attention.backends.ragged import Ragged
 from stem_attention.backends.triton.choose import device_ints
 from stem_attention.backends.triton.choose import launch as launch_choice
 from stem_attention.backends.triton.launch import score_launch
