@@ -61,6 +61,7 @@ def test_facts_are_all_that_is_needed_to_repeat(finished: Path) -> None:
     assert session["command"].startswith("stem-attention eval perplexity needle --model ")
     assert session["commit"] == "c0ffee"
     assert {"torch", "transformers", "python", "stem-attention"} <= session["versions"].keys()
+    assert session["backend"] == "torch"
     assert len(facts["model"]["sha256"]) == len(facts["texts"]["text.txt"]["sha256"]) == 64
     assert facts["dtype"] == "float32"
     assert facts["contenders"][SPARSE]["at"]["1500"]["fields"]["block_size"] == 64

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
-from stem_attention.backends.base import Backend, Packing
+from stem_attention.backends.base import Backend, Packing, Request
 from stem_attention.backends.ragged import Ragged
 from stem_attention.config import StemConfig
 from stem_attention.selection import BlockSelection
+
+AttentionKernel: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+"""Takes what :func:`stem_attention.backends.triton.attention.attend` takes."""
+
+
+def gpu_obstacle(request: Request) -> str | None:
+    """Why no kernel in Triton could serve a request on any card, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'stem-attention[gpu]'"
+    if request.device.type != "cuda":
+        return f"it needs a GPU, not {request.device.type}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes bfloat16 and float16, not {request.dtype}"
+    return None
 
 
 class FusedBackend(Backend):
     """Never waits for the device. Triton itself is imported at the first call."""
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        indices: Tensor,
-        counts: Tensor,
-        block_size: int,
-        scale: float,
-        *,
-        return_lse: bool = True,
-        heavy: int = 0,
-        ragged: Ragged | None = None,
-        page_table: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The portable kernel: see :func:`stem_attention.backends.triton.attention.attend`."""
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, *, paged: bool) -> AttentionKernel:
+        """What attends: the portable kernel, see :func:`stem_attention.backends.triton.attention.attend`."""
         from stem_attention.backends.triton.attention import attend
 
-        return attend(
-            q, k, v, indices, counts, block_size, scale, return_lse=return_lse, heavy=heavy, ragged=ragged,
-            page_table=page_table,
-        )  # fmt: skip
+        return attend
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_len: int) -> BlockSelection:
         """Choose blocks by the factorised score, on the device."""
@@ -49,7 +51,8 @@ class FusedBackend(Backend):
         self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Run the attention kernel."""
-        return self.attention(q, k, v, selection.indices, selection.counts, selection.block_size, scale, return_lse=return_lse)
+        attend, lists = self.kernel(q, k, v, paged=False), (selection.indices, selection.counts)
+        return attend(q, k, v, *lists, selection.block_size, scale, return_lse=return_lse)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_len: int, return_lse: bool
@@ -62,7 +65,8 @@ class FusedBackend(Backend):
         indices, counts = select(q, k, v, config, scale, (prompt_len,), implicit=True)
         # The tail's rows are the prompt's last: a chunk before the end has none.
         heavy = config.tail_blocks if prompt_len == k.shape[1] else 0
-        return self.attention(q, k, v, indices, counts, config.block_size, scale, return_lse=return_lse, heavy=heavy)
+        attend = self.kernel(q, k, v, paged=False)
+        return attend(q, k, v, indices, counts, config.block_size, scale, return_lse=return_lse, heavy=heavy)
 
     def forward_varlen(
         self,
@@ -86,7 +90,8 @@ class FusedBackend(Backend):
             q, k, v, config, scale, prompt_lens, implicit=True, dense_below=self.dense_limit(config),
             ragged=ragged, page_table=page_table,
         )  # fmt: skip
-        return self.attention(
+        attend = self.kernel(q, k, v, paged=page_table is not None)
+        return attend(
             q, k, v, indices, counts, config.block_size, scale, return_lse=return_lse, heavy=config.tail_blocks,
             ragged=ragged, page_table=page_table,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from stem_attention import explain
 from stem_attention.cli.errors import UserError
 from stem_attention.cli.eval_measures import EvalOptions, Setup, make_measures, read_measures, read_setup
 from stem_attention.cli.system import cpu_model, progress_console
@@ -116,8 +117,15 @@ def _header(options: EvalOptions, setup: Setup, plan: Plan, settings: dict[str, 
         texts=text_facts(setup.texts),
         contenders={name: contender_facts(one, able) for name, (one, able) in lengths.items()},
         settings=settings,
-        session=session_facts(arguments, options.commit),
+        session={**session_facts(arguments, options.commit), "backend": backend_of(setup)},
     )
+
+
+def backend_of(setup: Setup) -> str | None:
+    """The backend that runs the default's sparse attention in this model."""
+    text = setup.model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return explain(device=setup.model.device, dtype=setup.dtype, head_dim=head_dim).chosen
 
 
 def _say_what_is_left(console: Console, plan: Plan, journal: Journal) -> None:

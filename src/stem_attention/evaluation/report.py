@@ -127,6 +127,7 @@ def _facts(chapter: Chapter) -> Table:
         ("dtype", first["dtype"]),
         ("device", every([header["device"] for header in chapter.headers])),
         ("commit", every([session["commit"] for session in sessions])),
+        ("backend", every([session["backend"] for session in sessions if session.get("backend")]) or "not on record"),
         ("changed since the commit", every([path for session in sessions for path in session["uncommitted"]]) or "nothing"),
         *((name, every([session["versions"][name] for session in sessions])) for name in sessions[0]["versions"]),
         *(("command", command) for command in dict.fromkeys(session["command"] for session in sessions)),

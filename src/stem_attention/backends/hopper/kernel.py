@@ -5,9 +5,8 @@ task and keys and values into rings of ``STAGES`` slots by the copy engine; cons
 with the weighted values of the tile before, and their softmax runs beside the latter. Two warpgroups take turns in issuing.
 Persistent programs take tasks from a queue, long rows first.
 
-One H200, bf16, heads 32/8/128, blocks of 128: 690 TFLOP/s of kept work at 128K and density 0.16, where cuDNN's dense
-attention reached 570 in the same run; 654 at 32K, 665 at 16K. In back-to-back runs the card limits its power to 600 W, and
-128K takes 630 to 646. docs/kernels.md has the rest.
+One H200, bf16, heads 32/8/128, blocks of 128: 664, 687 and 679 TFLOP/s of kept work at 16K, 32K and 128K (densities 0.30,
+0.20, 0.16), where cuDNN's dense attention reached 661, 668 and 565 in the same run. docs/kernels.md has the rest.
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from stem_attention.backends.base import Request
-from stem_attention.backends.fused import FusedBackend
+from stem_attention.backends.fused import FusedBackend, gpu_obstacle
 
 HEAD_DIMS = range(16, 257, 8)
 BLOCK_SIZES = (64, 128)
@@ -22,16 +20,11 @@ class TritonBackend(FusedBackend):
 
     def supports(self, request: Request) -> str | None:
         """bf16 and fp16, head dimensions 16 to 256, blocks of 64 and 128, on cards since Ampere or with ROCm."""
-        if find_spec("triton") is None:
-            return "triton is not installed: pip install 'stem-attention[gpu]'"
-        if request.device.type != "cuda":
-            return f"it needs a GPU, not {request.device.type}"
-        if not torch.cuda.is_available():
-            return "torch sees no GPU"
+        obstacle = gpu_obstacle(request)
+        if obstacle is not None:
+            return obstacle
         if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < (8, 0):
             return "it needs compute capability 8.0 (Ampere) or newer"
-        if request.dtype not in (torch.bfloat16, torch.float16):
-            return f"it computes bfloat16 and float16, not {request.dtype}"
         if request.head_dim not in HEAD_DIMS:
             return f"head_dim must be a multiple of 8 between 16 and 256, not {request.head_dim}"
         if request.block_size not in BLOCK_SIZES:
