@@ -1,4 +1,4 @@
-"""The borders of a packed batch on the device, for the backends that run it in one launch."""
+"""What launches of the attention kernels share: the borders of a packed batch on the device, and room for results."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ class Ragged:
     def sequences(self) -> int:
         """Sequences in the batch."""
         return self.cu_q.shape[0] - 1
+
+
+def empty_results(q: Tensor, packed: bool, return_lse: bool) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Room for what a kernel writes.
+
+    Returns:
+        ``out`` like ``q``; fp32 ``lse``, ``(batch, q_heads, q_len)`` or ``(q_heads, total_q)`` if packed, empty unless asked
+        for; and its strides by batch entry and head.
+    """
+    heads, out = q.shape[-2], torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if packed:
+        lse = q.new_empty((heads, q.shape[0]) if return_lse else (0, 0), dtype=torch.float32)
+        return out, lse, (0, lse.stride(0))
+    lse = q.new_empty((q.shape[0], heads, q.shape[1]) if return_lse else (0, 0, 0), dtype=torch.float32)
+    return out, lse, (lse.stride(0), lse.stride(1))

@@ -17,7 +17,7 @@ from stem_attention.errors import UnsupportedError
 from stem_attention.evaluation.measure import Case, Record, What
 from stem_attention.evaluation.perplexity import read_text
 from stem_attention.evaluation.prefill import AttentionCall, Watcher
-from stem_attention.evaluation.texts import Text, TokenizedText
+from stem_attention.evaluation.texts import Text, tokenized, window_cases
 from stem_attention.policies import Dense
 from stem_attention.policies.oracle import block_mass
 from stem_attention.selection import BlockSelection
@@ -117,7 +117,7 @@ class Layers:
         windows: Windows of each length and text, spread through the text without overlap.
 
     Raises:
-        ValueError: A text is too short.
+        ValueError: A text is too short, or two share a name.
         UnsupportedError: Some layers of the model attend to something else than all earlier tokens.
     """
 
@@ -135,13 +135,8 @@ class Layers:
         if kinds - {"full_attention"}:
             raise UnsupportedError(f"layers compares full causal attention; {type(model).__name__} has {', '.join(kinds)}")
         self._model = model
-        self._texts = {text.name: TokenizedText(tokenizer, text) for text in texts}
-        self._cases = [
-            Case(f"{name}-{tokens}-{start}", tokens, {"text": name, "start": start}, prefills=2)
-            for tokens in lengths
-            for name, text in self._texts.items()
-            for start in text.starts(tokens, windows)
-        ]
+        self._texts = tokenized(tokenizer, texts)
+        self._cases = window_cases(self._texts, lengths, windows, prefills=2)
 
     def cases(self) -> Sequence[Case]:
         return self._cases

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from statistics import fmean
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import tqdm
 from transformers import PreTrainedModel
 
-from stem_attention.errors import UnsupportedError
+from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.evaluation.measure import Record, What
 from stem_attention.evaluation.models import take_stem
 from stem_attention.evaluation.prefill import DENSE, SPARSE, AttentionCall, Watcher, wait, watch
@@ -130,3 +130,14 @@ def quiet() -> Iterator[None]:
     finally:
         bar.__init__ = show
         logger.setLevel(level)
+
+
+def check_tasks(names: Sequence[str], known: Collection[str]) -> None:
+    """Check task names before anything is loaded.
+
+    Raises:
+        ValueError: One is not among ``known``.
+    """
+    for name in names:
+        if name not in known:
+            raise bad_argument("tasks", f"among {', '.join(known)}", repr(name), "pick among these names")

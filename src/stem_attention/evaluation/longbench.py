@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stem_attention.errors import UnsupportedError, bad_argument
-from stem_attention.evaluation.lm_host import load_task, need_packages, quiet
+from stem_attention.errors import UnsupportedError
+from stem_attention.evaluation.lm_host import check_tasks, load_task, need_packages, quiet
 from stem_attention.evaluation.lm_tasks import LmTasks, Load
 
 DATASET = "Xnhyacinth/LongBench"
@@ -56,9 +56,7 @@ def longbench(
     """
     need_packages("jieba", "fuzzywuzzy", "rouge")
     names = TASKS if tasks is None else tuple(tasks)
-    for name in names:
-        if name not in TASKS:
-            raise bad_argument("tasks", f"among {', '.join(TASKS)}", repr(name), "pick among these names")
+    check_tasks(names, TASKS)
 
     def load(name: str, tokens: int) -> Any:
         with warnings.catch_warnings():

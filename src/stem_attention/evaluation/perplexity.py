@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.evaluation.measure import Case, Record, What
 from stem_attention.evaluation.prefill import Reading, Watcher, read
-from stem_attention.evaluation.texts import Text, TokenizedText
+from stem_attention.evaluation.texts import Text, tokenized, window_cases
 
 BUCKETS = 8
 """Equal stretches of positions whose scores are told apart."""
@@ -136,15 +136,8 @@ class Perplexity:
         if min(lengths) <= BUCKETS:
             raise bad_argument("lengths", f"more than {BUCKETS} tokens", min(lengths), "ask for longer windows")
         self._model = model
-        self._texts = {text.name: TokenizedText(tokenizer, text) for text in texts}
-        if len(self._texts) < len(texts):
-            raise bad_argument("text", "files of different names", "the same name twice", "rename one")
-        self._cases = [
-            Case(f"{name}-{tokens}-{start}", tokens, {"text": name, "start": start})
-            for tokens in lengths
-            for name, text in self._texts.items()
-            for start in text.starts(tokens, windows)
-        ]
+        self._texts = tokenized(tokenizer, texts)
+        self._cases = window_cases(self._texts, lengths, windows)
         self._dense: tuple[str, TextReading] | None = None
 
     def cases(self) -> Sequence[Case]:

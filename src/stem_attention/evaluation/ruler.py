@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stem_attention.errors import bad_argument
-from stem_attention.evaluation.lm_host import load_task, need_packages, quiet
+from stem_attention.evaluation.lm_host import check_tasks, load_task, need_packages, quiet
 from stem_attention.evaluation.lm_tasks import LmTasks
 from stem_attention.evaluation.ruler_data import ESSAYS, HOTPOT, SQUAD, check_data, imported
 from stem_attention.evaluation.ruler_prompts import MAX_SAMPLES, Maker, TaskSource
@@ -66,9 +66,7 @@ def ruler(
     """
     need_packages("nltk", "scipy", "wonderwords")
     names = (OFFLINE if data is None else tuple(TASKS)) if tasks is None else tuple(tasks)
-    for name in names:
-        if name not in TASKS:
-            raise bad_argument("tasks", f"among {', '.join(TASKS)}", repr(name), "pick among these names")
+    check_tasks(names, TASKS)
     if min(lengths, default=MIN_LENGTH) < MIN_LENGTH:
         raise bad_argument("lengths", f"integers >= {MIN_LENGTH}", min(lengths), "RULER has no shorter prompts")
     if samples > MAX_SAMPLES:

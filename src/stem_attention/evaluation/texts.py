@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from stem_attention.errors import UnsupportedError, bad_argument
+from stem_attention.evaluation.measure import Case
 
 STDLIB_MODULES = ("argparse", "difflib", "inspect", "optparse", "pdb", "tarfile", "turtle", "typing")
 """Long modules that have stayed single files since Python 3.10."""
@@ -74,3 +76,29 @@ class TokenizedText:
     def window(self, start: int, tokens: int) -> list[int]:
         """``tokens`` tokens from ``start`` on, behind the tokenizer's opening token."""
         return [*self._opening, *self._ids[start : start + tokens - len(self._opening)]]
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> dict[str, TokenizedText]:
+    """Texts by name.
+
+    Raises:
+        ValueError: Two share a name.
+    """
+    named = {text.name: TokenizedText(tokenizer, text) for text in texts}
+    if len(named) < len(texts):
+        raise bad_argument("text", "files of different names", "the same name twice", "rename one")
+    return named
+
+
+def window_cases(texts: dict[str, TokenizedText], lengths: Sequence[int], windows: int, prefills: int = 1) -> list[Case]:
+    """A case for each of the ``windows`` windows of every length and text.
+
+    Raises:
+        ValueError: A text is too short.
+    """
+    return [
+        Case(f"{name}-{tokens}-{start}", tokens, {"text": name, "start": start}, prefills)
+        for tokens in lengths
+        for name, text in texts.items()
+        for start in text.starts(tokens, windows)
+    ]

@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stem_attention.backends.hopper.kernel import attention_kernel
 from stem_attention.backends.hopper.launch import LAUNCHES, Launch, multiprocessors
-from stem_attention.backends.ragged import Ragged
+from stem_attention.backends.ragged import Ragged, empty_results
 
 _LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
 
@@ -43,36 +43,15 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention over given blocks, for tensors that :func:`can_copy` accepts.
 
-    Args:
-        q: ``(batch, q_len, q_heads, dim)``, or ``(total_q, q_heads, dim)`` with ``ragged``.
-        k: ``(batch, kv_len, kv_heads, dim)``, ``(total_k, kv_heads, dim)``, or the cache ``(pages, page_size, kv_heads, dim)``.
-        v: The shape of ``k``.
-        indices: int32 ``(batch, q_heads, rows, width)``. A row whose count is its diagonal block + 1 needs no list.
-        counts: int32 ``(batch, q_heads, rows)``.
-        block_size: Tokens per block.
-        scale: Softmax scale.
-        return_lse: Fill ``lse``; it is empty otherwise.
-        heavy: Rows at the end that are much longer than the rest, and are therefore started first.
-        ragged: Borders of a packed batch.
-        page_table: int32 ``(batch, max_pages)``.
-        launch: How to run, the library's choice unless given.
-
-    Returns:
-        ``out`` like ``q``, and fp32 ``lse``: ``(batch, q_heads, q_len)``, or ``(q_heads, total_q)`` with ``ragged``.
+    Arguments and results are those of :func:`stem_attention.backends.triton.attention.attend`; ``launch`` says how to run, the
+    library's choice unless given.
     """
     heads, dim = q.shape[-2:]
     page = k.shape[1] if page_table is not None else 0
     choice = LAUNCHES[block_size, dim] if launch is None else launch
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if ragged is None:
-        lse = q.new_empty((q.shape[0], heads, q.shape[1]) if return_lse else (0, 0, 0), dtype=torch.float32)
-        lse_strides = lse.stride()[:2]
-        q4, o4, k4, v4 = q, out, k, v
-    else:
-        lse = q.new_empty((heads, q.shape[0]) if return_lse else (0, 0), dtype=torch.float32)
-        lse_strides = (0, lse.stride(0))
-        q4, o4 = q[None], out[None]
-        k4, v4 = (k, v) if page else (k[None], v[None])
+    out, lse, lse_strides = empty_results(q, ragged is not None, return_lse)
+    q4, o4 = (q, out) if ragged is None else (q[None], out[None])
+    k4, v4 = (k, v) if ragged is None or page else (k[None], v[None])
     batch, _, rows, width = indices.shape
     if rows == 0 or q.numel() == 0:
         return out, lse

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stem_attention.backends.ragged import Ragged
+from stem_attention.backends.ragged import Ragged, empty_results
 from stem_attention.backends.triton.attention_kernel import attention_kernel
 from stem_attention.backends.triton.launch import attention_launch, has_tma
 
@@ -48,16 +47,9 @@ def attend(
     """
     heads, dim = q.shape[-2:]
     page = k.shape[1] if page_table is not None else 0
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if ragged is None:
-        lse = q.new_empty((q.shape[0], heads, q.shape[1]) if return_lse else (0, 0, 0), dtype=torch.float32)
-        lse_strides = lse.stride()[:2]
-        q4, o4, k4, v4 = q, out, k, v
-    else:
-        lse = q.new_empty((heads, q.shape[0]) if return_lse else (0, 0), dtype=torch.float32)
-        lse_strides = (0, lse.stride(0))
-        q4, o4 = q[None], out[None]
-        k4, v4 = (k, v) if page else (k[None], v[None])
+    out, lse, lse_strides = empty_results(q, ragged is not None, return_lse)
+    q4, o4 = (q, out) if ragged is None else (q[None], out[None])
+    k4, v4 = (k, v) if ragged is None or page else (k[None], v[None])
     batch, _, rows, width = indices.shape
     choice = attention_launch(q.device, dim, block_size, True)
     padded_dim = triton.next_power_of_2(dim)
