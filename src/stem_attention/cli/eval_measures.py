@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 
 from stem_attention.cli.errors import UserError
+from stem_attention.cli.loading import open_model
 from stem_attention.cli.options import check_counts, read_device, read_dtype, read_lengths, read_text
 from stem_attention.evaluation.measure import Measure, Record
-from stem_attention.evaluation.models import Model, ModelSource, Tokenizer, context_length, find_model, load_model, take_stem
+from stem_attention.evaluation.models import Model, ModelSource, Tokenizer, context_length
 from stem_attention.evaluation.texts import Text, stdlib_text
 
 LONGEST_DEFAULT = 8192
@@ -177,13 +178,7 @@ def read_setup(options: EvalOptions, console: Console) -> Setup:
     dtype = read_dtype(options.dtype, device)
     lengths = None if options.lengths is None else sorted(set(read_lengths(options.lengths)))
     texts = [Text(file.name, read_text(file, "--text")) for file in options.texts] or [stdlib_text()]
-    try:
-        source = find_model(options.model)
-        with console.status(f"loading {source}"):
-            model, tokenizer = load_model(source, device, dtype)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
-    take_stem(model)
+    source, model, tokenizer = open_model(options.model, device, dtype, console)
     limit = context_length(model)
     if lengths is None:
         lengths = [min(limit or LONGEST_DEFAULT, LONGEST_DEFAULT)]

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stem_attention.cli.errors import UserError
+from stem_attention.cli.loading import open_model
 from stem_attention.cli.options import (
     Choice,
     check_counts,
@@ -20,7 +21,7 @@ from stem_attention.cli.options import (
     read_dtype,
     read_prompt,
 )
-from stem_attention.evaluation.models import Model, ModelSource, Tokenizer, context_length, find_model, load_model, take_stem
+from stem_attention.evaluation.models import Model, ModelSource, Tokenizer, context_length
 from stem_attention.evaluation.prefill import Reading, read
 from stem_attention.evaluation.prompts import Prompt, chat_ids, planted_prompt
 from stem_attention.evaluation.views import HeadRecorder
@@ -102,13 +103,7 @@ def prepare(options: JobOptions, progress: Console) -> Job:
     if options.context is not None:
         check_counts(context=options.context)
     text = read_prompt(options.prompt_file)
-    try:
-        source = find_model(options.model)
-        with progress.status(f"loading {source}"):
-            model, tokenizer = load_model(source, device, dtype)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
-    take_stem(model)
+    source, model, tokenizer = open_model(options.model, device, dtype, progress)
     _check_indices(model, options)
     prompt = _prompt(model, tokenizer, text, options)
     return Job(source, model, tokenizer, prompt, choice, dtype, options.layers, options.heads)
