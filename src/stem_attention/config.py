@@ -15,11 +15,20 @@ from stem_attention.errors import bad_argument
 MAGNITUDES = ("log", "zscore", "none")
 SCHEDULES = ("smooth", "step", "angelslim")
 FORCED_RULES = ("inside", "extra")
+KEEP_RULES = ("budget", "mass")
 
 # Constants of the public code's schedule, in blocks: prompts shorter than the first keep everything, longer ones
 # get the second on top of their ratio.
 ANGELSLIM_KEEP_ALL_BELOW = 56
 ANGELSLIM_EXTRA_BLOCKS = 30
+
+# Fields that mean something under one rule only: under the other they must be left alone, so that no setting does nothing.
+_ONLY: dict[str, tuple[str, ...]] = {
+    "budget": (
+        "stride", "beta", "magnitude", "decay", "schedule", "ratio_short", "ratio_long", "knee_tokens", "min_blocks", "forced",
+    ),
+    "mass": ("share", "query_pool", "key_pool"),
+}  # fmt: skip
 
 # Where the default departs from the paper and the public code (docs/evidence.md says why).
 _PUBLISHED: dict[str, Any] = {"sink_blocks": 4, "local_blocks": 4, "tail_blocks": 0}
@@ -29,10 +38,18 @@ _PUBLISHED: dict[str, Any] = {"sink_blocks": 4, "local_blocks": 4, "tail_blocks"
 class StemConfig:
     """Configuration of Stem (arXiv 2603.06274). Immutable; every field changes the result.
 
-    Blocks lie on absolute positions: block ``J`` holds tokens ``[J * block_size, (J + 1) * block_size)``.
+    Blocks lie on absolute positions: block ``J`` holds tokens ``[J * block_size, (J + 1) * block_size)``. Fields that belong
+    to the other ``keep`` rule are refused when they are set.
 
     Attributes:
-        block_size: Tokens per block (``B``). A multiple of ``stride``.
+        keep: Which blocks a row keeps besides the forced ones. ``"budget"``: the published method, as many of the best as the
+            schedule allows. ``"mass"``: every block that holds ``share`` of what an average block gets, however many those
+            are (:class:`stem_attention.policies.Mass`).
+        block_size: Tokens per block (``B``). A multiple of ``stride``, or of both pools.
+        share: Of ``"mass"``: a block is kept if any pool of queries of the row gives it at least ``share / NB`` of its
+            estimated attention, ``NB`` being the blocks of the whole prompt. Lower keeps more.
+        query_pool: Of ``"mass"``: queries that are averaged to one.
+        key_pool: Of ``"mass"``: keys that are averaged to one.
         stride: Stride ``s`` of the antidiagonal pooling of the routing score.
         beta: Weight of the value magnitude in the block score. 0 is the score-aware metric of earlier methods.
         magnitude: ``"log"``: largest ``max(0, ln |v|)`` of the block. ``"zscore"``: the public code's normalised
@@ -57,7 +74,11 @@ class StemConfig:
         ValueError: A field has the wrong type or lies outside its range; the message names it.
     """
 
+    keep: str = "budget"
     block_size: int = 128
+    share: float = 1.0
+    query_pool: int = 16
+    key_pool: int = 32
     stride: int = 16
     beta: float = 0.2
     magnitude: str = "log"
@@ -80,6 +101,8 @@ class StemConfig:
         for name, least in (
             ("stride", 1),
             ("block_size", 1),
+            ("query_pool", 1),
+            ("key_pool", 1),
             ("knee_tokens", 1),
             ("sink_blocks", 0),
             ("local_blocks", 1),
@@ -91,19 +114,27 @@ class StemConfig:
             if getattr(self, name) is not None:
                 self._check_int(name, least)
         self._check_float("beta", 0.0, math.inf)
+        self._check_float("share", 0.0, math.inf, open_below=True)
         for name in ("decay", "ratio_short", "ratio_long"):
             self._check_float(name, 0.0, 1.0, open_below=True)
-        for name, choices in (("magnitude", MAGNITUDES), ("schedule", SCHEDULES), ("forced", FORCED_RULES)):
+        for name, choices in (
+            ("keep", KEEP_RULES),
+            ("magnitude", MAGNITUDES),
+            ("schedule", SCHEDULES),
+            ("forced", FORCED_RULES),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise bad_argument(name, f"one of {', '.join(choices)}", repr(value), "pick one of these names")
-        if self.block_size % self.stride:
-            raise bad_argument(
-                "block_size",
-                f"a multiple of stride={self.stride}",
-                self.block_size,
-                "change block_size or stride so that one divides the other",
-            )
+        for name in ("stride",) if self.keep == "budget" else ("query_pool", "key_pool"):
+            if self.block_size % getattr(self, name):
+                raise bad_argument(
+                    "block_size",
+                    f"a multiple of {name}={getattr(self, name)}",
+                    self.block_size,
+                    f"change block_size or {name} so that one divides the other",
+                )
+        self._check_unused()
         if self.ratio_long > self.ratio_short:
             raise bad_argument(
                 "ratio_long",
@@ -113,6 +144,15 @@ class StemConfig:
             )
 
         object.__setattr__(self, "_json", json.dumps(self.to_dict()))
+
+    def _check_unused(self) -> None:
+        """Refuse settings of the rule that is not in force."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for rule, names in _ONLY.items():
+            for name in names if rule != self.keep else ():
+                if getattr(self, name) != defaults[name]:
+                    fix = f"it means nothing under keep={self.keep!r}; leave it out, or take keep={rule!r}"
+                    raise bad_argument(name, f"its default, {defaults[name]!r}", repr(getattr(self, name)), fix)
 
     def _check_int(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -152,6 +192,11 @@ class StemConfig:
         }
         return cls(**{**preset, **changes})
 
+    @classmethod
+    def mass(cls, **changes: Any) -> StemConfig:
+        """Keep by mass, in blocks of 64: as accurate at half the density (docs/mass.md). ``changes`` override."""
+        return cls(**{"keep": "mass", "block_size": 64, **changes})
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types."""
         return {name: getattr(self, name) for name in _field_names(type(self))}
@@ -182,12 +227,13 @@ class StemConfig:
         Raises:
             ValueError: ``text`` is not a JSON object of StemConfig fields.
         """
+        expected = "a JSON object of StemConfig fields"
+        if not isinstance(text, str):
+            raise bad_argument("text", expected, type(text).__name__, "pass a string")
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise bad_argument(
-                "text", "a JSON object of StemConfig fields", f"invalid JSON ({error})", "fix the JSON"
-            ) from None
+        except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of too many digits
+            raise bad_argument("text", expected, f"invalid JSON ({error})", "fix the JSON") from None
         return cls.from_dict(fields)
 
 

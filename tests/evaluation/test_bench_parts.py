@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from stem_attention.evaluation.bench_checks import (
 )
 from stem_attention.evaluation.bench_peers import LeftOutError, admit, dense_peers
 from stem_attention.evaluation.bench_shapes import MODELS, Shape, random_inputs
-from stem_attention.evaluation.bench_timing import round_count, time_in_turn
+from stem_attention.evaluation.bench_timing import Times, round_count, time_in_turn
 
 CPU = torch.device("cpu")
 SHAPE = Shape(1000, 4, 2, 64, torch.float32, CPU)
@@ -111,16 +112,30 @@ def test_rows_of_a_selection_are_those_rows() -> None:
     assert torch.equal(part.to_mask(), selection.to_mask()[:, :, 5:8])
 
 
-def test_the_clock_runs_everyone_once_a_round_and_another_one_first() -> None:
+def orders(names: str, repeats: int) -> tuple[list[str], list[int], dict[str, Times]]:
+    """Who ran in each round, how many calls there had been after each, and the times."""
     order: list[str] = []
-    rounds: list[int] = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    times = time_in_turn(calls, CPU, 3, lambda: rounds.append(len(order)))
-    assert "".join(order) == "abcbcacababc"
-    assert rounds == [3, 6, 9, 12]
-    assert len(rounds) == round_count(CPU, 3)
+    after: list[int] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in names}
+    times = time_in_turn(calls, CPU, repeats, lambda: after.append(len(order)))
+    width = len(names)
+    return ["".join(order[at : at + width]) for at in range(0, len(order), width)], after, times
+
+
+def test_the_clock_runs_everyone_once_a_round() -> None:
+    rounds, after, times = orders("abc", 3)
+    assert [sorted(one) for one in rounds] == [["a", "b", "c"]] * round_count(CPU, 3)
+    assert after == [3, 6, 9, 12]
     assert {name: len(taken.work) for name, taken in times.items()} == {"a": 3, "b": 3, "c": 3}
     assert not any(taken.launch for taken in times.values())
+
+
+def test_everyone_follows_everyone_else_in_an_order_that_is_the_same_in_every_run() -> None:
+    """Who always followed the selection found a rested card, and who always followed dense attention a hot one."""
+    rounds, *_ = orders("abcd", 30)
+    assert {pair for one in rounds for pair in pairwise(one)} == set(permutations("abcd", 2))
+    assert {one[0] for one in rounds} == set("abcd")
+    assert orders("abcd", 30)[0] == rounds
 
 
 def test_same_seed_same_inputs() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -13,6 +11,21 @@ from torch import Tensor
 
 from stem_attention import BlockSelection, StemConfig
 from stem_attention.testing import exact_attention, relative_error, token_mask, worst_row_error
+from stem_attention.testing.packed import borders, to_pages
+from stem_attention.testing.poison import new_memory_is_nan
+
+__all__ = [
+    "SPARSE",
+    "assert_accurate",
+    "at_most_extra_bytes",
+    "borders",
+    "differing_rate",
+    "new_memory_is_nan",
+    "no_synchronisation",
+    "on_gpu",
+    "paged",
+    "random_qkv",
+]
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")]
 
@@ -56,26 +69,9 @@ def differing_rate(got: BlockSelection, expected: BlockSelection) -> float:
     return (a != b).sum().item() / b.sum().item()
 
 
-def borders(lengths: list[int]) -> Tensor:
-    """int32 cumulative lengths, on the CPU."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-
-
 def paged(x: Tensor, cu_seqlens: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """A cache of shuffled pages, NaN wherever no key lies, and its table; unused entries of the table name no page."""
-    starts = cu_seqlens.tolist()
-    needed = [-(-(high - low) // page) for low, high in pairwise(starts)]
-    order = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(page))
-    cache = x.new_full((sum(needed) + 3, page, *x.shape[1:]), math.nan)
-    table = torch.full((len(needed), max(needed) + 1), 1 << 30, dtype=torch.int32)
-    taken = 0
-    for i, (low, high) in enumerate(pairwise(starts)):
-        pages = order[taken : taken + needed[i]]
-        taken += needed[i]
-        table[i, : needed[i]] = pages
-        slots = (pages[:, None] * page + torch.arange(page)).flatten()[: high - low]
-        cache.view(-1, *x.shape[1:])[slots.to(x.device)] = x[low:high]
-    return cache, table.to(x.device)
+    """:func:`to_pages` for cumulative lengths."""
+    return to_pages(x, cu_seqlens.diff().tolist(), page)
 
 
 @contextmanager
@@ -87,19 +83,6 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@contextmanager
-def new_memory_is_nan() -> Iterator[None]:
-    """``torch.empty`` gives NaN, so that a number which nobody writes shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = before
-        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager

@@ -7,12 +7,13 @@ import torch
 
 from stem_attention import BlockSelection, block_sparse_attention, explain
 from stem_attention.backends.ragged import Ragged
-from stem_attention.testing import random_selection
+from stem_attention.testing import exact_attention, random_selection, relative_error, token_mask
 
 from .common import assert_accurate, borders, new_memory_is_nan, on_gpu, paged, random_qkv
 
 pytestmark = on_gpu
 
+SHAPES = [(64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256)]
 LENGTHS = [(300, 300), (1, 4097), (0, 900), (2500, 2500), (1300, 3011), (128, 128), (7, 7), (64, 1000)]
 
 
@@ -37,7 +38,7 @@ def packed_lists(block_size, seed):
 
 
 @pytest.mark.parametrize("page", [0, 64, 128, 192])
-@pytest.mark.parametrize(("block_size", "dim"), [(64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256)])
+@pytest.mark.parametrize(("block_size", "dim"), SHAPES)
 def test_no_row_of_a_packed_batch_is_lost(block_size, dim, page):
     from stem_attention.backends.hopper.attention import attend
 
@@ -61,7 +62,7 @@ def test_no_row_of_a_packed_batch_is_lost(block_size, dim, page):
                 assert_accurate(out[None, low:high], lse[None, :, low:high], *single[i], lists[i])
 
 
-@pytest.mark.parametrize(("block_size", "dim"), [(64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256)])
+@pytest.mark.parametrize(("block_size", "dim"), SHAPES)
 def test_a_hundred_runs_of_many_tasks_give_the_same_right_bits(block_size, dim):
     q, k, v = random_qkv(2, 3700, 4000, 16, 4, dim)  # starts at 300, inside a block
     selection = random_selection(2, 16, 3700, 4000, block_size, density=0.1, device="cuda")
@@ -79,6 +80,45 @@ def test_a_hundred_runs_of_many_tasks_give_the_same_right_bits(block_size, dim):
         assert_accurate(out, lse, q[:, :, heads], k[:, :, kv_head], v[:, :, kv_head], part)
 
 
+@pytest.mark.parametrize(("block_size", "dim"), SHAPES)
+def test_lists_of_odd_and_even_length_read_no_block_beside_theirs(block_size, dim):
+    q, k, v = random_qkv(1, 2048, 2048, 2, 1, dim)
+    rows = range(2048 // block_size)
+    kept = [[sorted({0, row, *range(2, row, 1 + head)} - ({1} if row > 1 else set())) for row in rows] for head in range(2)]
+    assert {len(row) % 2 for row in kept[0]} == {0, 1}
+    selection = BlockSelection.from_lists([kept], block_size=block_size, q_len=2048, kv_len=2048, device="cuda")
+    clean = block_sparse_attention(q, k, v, selection, backend="hopper")
+    skipped = slice(block_size, 2 * block_size)
+    k[:, skipped], v[:, skipped] = torch.inf, torch.nan
+    out = block_sparse_attention(q, k, v, selection, backend="hopper")
+    for tokens in (slice(0, block_size), slice(2 * block_size, None)):
+        assert torch.equal(out[:, tokens], clean[:, tokens])
+
+
+@pytest.mark.parametrize(("block_size", "dim"), SHAPES)
+def test_nonsense_in_lists_and_counts_stays_inside_the_keys(block_size, dim):
+    q, k, v = random_qkv(1, 700, 900, 4, 2, dim)
+    selection = random_selection(1, 4, 700, 900, block_size, device="cuda")
+    for number in (1 << 20, -(1 << 20)):
+        indices, counts = (torch.full_like(x, number) for x in (selection.indices, selection.counts))
+        for wild in ((indices, counts), (indices, selection.counts)):
+            out = block_sparse_attention(q, k, v, BlockSelection(*wild, block_size, 700, 900), backend="hopper")
+            assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("block_size", "dim"), SHAPES)
+def test_of_many_numbers_the_error_is_at_most_a_tenth_above_that_of_sdpa(block_size, dim):
+    """Without the slack of ``assert_accurate``: the mean of a million errors is no matter of chance."""
+    q, k, v = random_qkv(1, 8000, 8000, 4, 2, dim)
+    selection = random_selection(1, 4, 8000, 8000, block_size, density=0.2, device="cuda")
+    mask = token_mask(selection)
+    exact, _ = exact_attention(q, k, v, mask)
+    repeated = (x.transpose(1, 2).repeat_interleave(2, 1) for x in (k, v))
+    sdpa = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), *repeated, attn_mask=mask).transpose(1, 2)
+    out = block_sparse_attention(q, k, v, selection, backend="hopper")
+    assert relative_error(out, exact) <= 1.1 * relative_error(sdpa, exact)
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_strides_that_the_copy_engine_cannot_take_run_portably(dim):
     q, k, v = random_qkv(1, 700, 900, 4, 2, dim)
@@ -86,3 +126,12 @@ def test_strides_that_the_copy_engine_cannot_take_run_portably(dim):
     selection = random_selection(1, 4, 700, 900, 128, device="cuda")
     out, lse = block_sparse_attention(q, odd, v, selection, return_lse=True, backend="hopper")
     assert_accurate(out, lse, q, k, v, selection)
+
+
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+def test_keys_that_sequences_share_run_through_pointers(backend):
+    q, k, v = random_qkv(2, 700, 900, 4, 2, 128)
+    shared = [x[:1].expand(2, -1, -1, -1) for x in (k, v)]
+    selection = random_selection(2, 4, 700, 900, 128, device="cuda")
+    out, lse = block_sparse_attention(q, *shared, selection, return_lse=True, backend=backend)
+    assert_accurate(out, lse, q, *shared, selection)

@@ -48,6 +48,9 @@ class Backend(ABC):
     crossover: int = 4096
     """Prompt length from which it was measured to beat dense attention (here: the torch backend on two CPU cores)."""
 
+    caveat: str = ""
+    """What else of a call, which a :class:`Request` does not show, decides how it runs, as a clause."""
+
     @abstractmethod
     def supports(self, request: Request) -> str | None:
         """None when the backend can serve ``request``, else the reason why not, as a clause."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, results keep the precision of their inputs. Costs nothing where autocast is off, as it is nearly always."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """``(batch, q_len, q_heads, dim)`` by torch's own ``scaled_dot_product_attention``."""
     square = q.shape[1] == k.shape[1]
-    with torch.autocast(q.device.type, enabled=False):  # the result keeps the dtype of its inputs
+    with without_autocast(q.device):
         out: Tensor = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

@@ -1,4 +1,4 @@
-"""What launches of the attention kernels share: the borders of a packed batch on the device, and room for results."""
+"""What launches of the attention kernels share: a packed batch's borders on the device, the copy engine's terms, results."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ class Ragged:
     def sequences(self) -> int:
         """Sequences in the batch."""
         return self.cu_q.shape[0] - 1
+
+
+def describable(x: Tensor) -> bool:
+    """Tensor descriptors want 16-byte aligned addresses and strides, and not the strides of 0 that expanded tensors have."""
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    return aligned and x.data_ptr() % 16 == 0 and x.stride(-1) == 1
 
 
 def empty_results(q: Tensor, packed: bool, return_lse: bool) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -63,7 +63,8 @@ def explain_request(request: Request, backend: str = AUTO) -> Explanation:
             reasons[name] = f"cannot run: {obstacle}"
         elif backend == name or (backend == AUTO and chosen is None and name != "reference"):
             chosen = name
-            reasons[name] = "runs: asked for by name" if backend == name else "runs: the fastest that supports this"
+            reason = "runs: asked for by name" if backend == name else "runs: the fastest that supports this"
+            reasons[name] = f"{reason}; {candidate.caveat}" if candidate.caveat else reason
         elif backend != AUTO:
             reasons[name] = f"not asked for: backend={backend!r}"
         else:

@@ -150,8 +150,10 @@ def _row_difference(
 ) -> float:
     """Share of a query block's kept blocks that the fp64 reference does not keep. ``heads``: one of every kv head."""
     mine = rows_of(selection, row, row + 1)
-    queries = q[:, mine.kv_len - mine.q_len : mine.kv_len, heads].double()
-    keys, values = (x[:, : mine.kv_len].double() for x in (k, v))
+    # The estimate of mass is made from pools in the inputs' dtype, the published score from the inputs as they are.
+    dtype = q.dtype if config.keep == "mass" else torch.float64
+    queries = q[:, mine.kv_len - mine.q_len : mine.kv_len, heads].to(dtype)
+    keys, values = (x[:, : mine.kv_len].to(dtype) for x in (k, v))
     reference = ReferenceBackend().select(queries, keys, values, config, q.shape[3] ** -0.5, k.shape[1])
     kept, wanted = mine.to_mask()[:, heads], reference.to_mask()
     return int((kept & ~wanted).sum()) / int(kept.sum())

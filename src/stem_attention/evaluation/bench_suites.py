@@ -23,7 +23,7 @@ from stem_attention.evaluation.bench_checks import (
 from stem_attention.evaluation.bench_peers import FLEX, admit, dense_peers, flex_peer
 from stem_attention.evaluation.bench_shapes import Shape, random_inputs
 from stem_attention.evaluation.bench_timing import Call, Times, time_in_turn
-from stem_attention.policies import Stem
+from stem_attention.policies import policy_of
 from stem_attention.selection import BlockSelection
 
 # Dense attention at a million tokens takes half a minute a call on the fastest card and says nothing new.
@@ -167,7 +167,7 @@ def _kernel(problem: _Problem) -> _Contest:
 
 
 def _selection(problem: _Problem) -> _Contest:
-    policy = Stem(problem.config)
+    policy = policy_of(problem.config)
     peers, left_out = admit(
         {EAGER: lambda: partial(policy, *problem.qkv)}, lambda theirs: selection_problem(theirs, problem.selection)
     )

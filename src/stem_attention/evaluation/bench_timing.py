@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +43,10 @@ def round_count(device: torch.device, repeats: int) -> int:
 def time_in_turn(
     calls: Mapping[str, Call], device: torch.device, repeats: int, on_round: Callable[[], None]
 ) -> dict[str, Times]:
-    """Run every call once per round, another one first in every round: whoever follows a large one finds cold caches.
+    """Run every call once per round, in an order drawn anew for every round, the same in every run.
+
+    Whoever follows a large call finds a hot card with a lower clock, who follows a small one a rested card: nobody may always
+    follow the same one.
 
     Args:
         calls: By name.
@@ -56,9 +60,10 @@ def time_in_turn(
     clock = _GpuClock(device) if device.type == "cuda" else _host_seconds
     names, rounds = list(calls), round_count(device, repeats)
     times = {name: Times() for name in names}
+    draw = random.Random(0)
     for current in range(rounds):
-        first = current % len(names)
-        for name in [*names[first:], *names[:first]]:
+        draw.shuffle(names)
+        for name in names:
             work, launch = clock(calls[name], device)
             if current >= rounds - repeats:
                 times[name].work.append(work)

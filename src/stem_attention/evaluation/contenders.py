@@ -20,7 +20,7 @@ import torch
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
 from stem_attention.evaluation.row_range import RowRange, row_range
-from stem_attention.policies import BigBird, Policy, Stem, UniformTopK, XAttention, make_policy, policy_names
+from stem_attention.policies import BigBird, Policy, UniformTopK, XAttention, make_policy, policy_names, policy_of
 from stem_attention.policies.budget import block_count, row_budgets
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ PRESETS: dict[str, Callable[..., StemConfig]] = {
     "stem": StemConfig,
     "paper": StemConfig.paper,
     "angelslim": StemConfig.angelslim,
+    "mass": StemConfig.mass,
 }
 TOLERANCE = 0.05
 """How far a tuned density may lie from its target, relative to it."""
@@ -111,7 +112,7 @@ class Contender:
         what = _sized_for(self, tokens)
         if self.rows == _WHOLE or what is None:
             return what
-        return RowRange(Stem(what) if isinstance(what, StemConfig) else what, self.rows)
+        return RowRange(policy_of(what) if isinstance(what, StemConfig) else what, self.rows)
 
     def is_reachable(self, tokens: int) -> bool:
         """Whether :meth:`at` can build the contender for that length."""
@@ -231,6 +232,8 @@ def _row_counts(what: StemConfig | Policy, tokens: int) -> tuple[int, ...] | Non
         return None
     config = what.as_stem().config if isinstance(what, UniformTopK) else getattr(what, "config", what)
     if isinstance(config, StemConfig):
+        if config.keep == "mass":
+            return None
         return row_budgets(config, block_count(tokens, config.block_size)) if config.forced == "inside" else None
     zeros = torch.zeros(1, 1, 1, 1).expand(1, tokens, 1, 1)
     counts: list[int] = config(zeros, zeros, zeros).counts[0, 0].tolist()

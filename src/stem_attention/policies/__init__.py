@@ -4,6 +4,8 @@ from stem_attention.policies.base import Policy
 from stem_attention.policies.bigbird import BigBird
 from stem_attention.policies.dense import Dense
 from stem_attention.policies.longformer import Longformer
+from stem_attention.policies.mass import Mass
+from stem_attention.policies.of_config import policy_of
 from stem_attention.policies.oracle import Oracle
 from stem_attention.policies.ranked import Ranked
 from stem_attention.policies.registry import make_policy, policy_names
@@ -17,6 +19,7 @@ __all__ = [
     "BigBird",
     "Dense",
     "Longformer",
+    "Mass",
     "Oracle",
     "Policy",
     "Ranked",
@@ -28,4 +31,5 @@ __all__ = [
     "XAttentionTopK",
     "make_policy",
     "policy_names",
+    "policy_of",
 ]

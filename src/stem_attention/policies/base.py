@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from stem_attention.config import StemConfig
+from stem_attention.errors import bad_argument
 from stem_attention.selection import BlockSelection
 
 
@@ -30,3 +32,13 @@ class Policy(Protocol):
             prompt_len: Tokens of the whole prompt, ``>= kv_len``; ``kv_len`` unless prefill comes in chunks.
         """
         ...
+
+
+def check_is_config(config: object) -> None:
+    """Check what a policy takes as its config.
+
+    Raises:
+        ValueError: It is no StemConfig.
+    """
+    if not isinstance(config, StemConfig):
+        raise bad_argument("config", "a StemConfig", type(config).__name__, "build one with StemConfig(...)")

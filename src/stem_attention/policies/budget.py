@@ -57,8 +57,11 @@ def forced_count(config: StemConfig, row: int) -> int:
 def row_budgets(config: StemConfig, num_blocks: int) -> tuple[int, ...]:
     """``n(I)`` for every query block of a prompt of ``num_blocks`` blocks: blocks that row keeps.
 
-    With ``forced="extra"`` the forced blocks may overlap the top-k, so a head's row keeps *at most* this many.
+    With ``forced="extra"`` the forced blocks may overlap the top-k, so a head's row keeps *at most* this many. Under
+    ``keep="mass"`` only the data can tell, and this is everything.
     """
+    if config.keep == "mass":
+        return tuple(range(1, num_blocks + 1))
     counts = []
     for row in range(num_blocks):
         wanted, forced = scored_budget(config, num_blocks, row), forced_count(config, row)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from stem_attention.config import StemConfig
+from stem_attention.errors import bad_argument
+from stem_attention.policies.base import check_is_config
 from stem_attention.policies.budget import block_count, ranked_budgets, row_budgets
 from stem_attention.policies.choose import choose, merge_forced
 from stem_attention.selection import PAD, BlockSelection
@@ -22,6 +24,12 @@ class Ranked(ABC):
     """Keeps the best blocks of every row, as many as Stem's schedule allows; subclasses say how good a block is."""
 
     config: StemConfig
+
+    def __post_init__(self) -> None:
+        check_is_config(self.config)
+        if self.config.keep != "budget":
+            fix = "take StemConfig() or StemConfig.paper(); Mass is the policy of the other rule"
+            raise bad_argument("config", 'one with keep="budget"', f"keep={self.config.keep!r}", fix)
 
     @abstractmethod
     def scores(

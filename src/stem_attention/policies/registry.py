@@ -7,10 +7,11 @@ from typing import Any
 
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
-from stem_attention.policies.base import Policy
+from stem_attention.policies.base import Policy, check_is_config
 from stem_attention.policies.bigbird import BigBird
 from stem_attention.policies.dense import Dense
 from stem_attention.policies.longformer import Longformer
+from stem_attention.policies.mass import Mass
 from stem_attention.policies.oracle import Oracle
 from stem_attention.policies.sink_window import SinkWindow
 from stem_attention.policies.stem import Stem
@@ -32,16 +33,17 @@ def make_policy(name: str, config: StemConfig, **options: Any) -> Policy:
 
     Args:
         name: One of :func:`policy_names`.
-        config: What Stem keeps; from here every policy also takes the fields that it shares with ``StemConfig``, such as
+        config: What Stem keeps, by whichever rule; from here every policy also takes the fields that it shares with ``StemConfig``, such as
             ``block_size``.
         options: The policy's own fields; they override what ``config`` says.
 
     Raises:
         ValueError: The name or an option is unknown (the message lists those there are), or a value is bad.
     """
-    if name not in _POLICIES:
+    if not isinstance(name, str) or name not in _POLICIES:
         raise bad_argument("policy", f"one of {', '.join(_POLICIES)}", repr(name), "pick one of these names")
-    policy = _POLICIES[name]
+    check_is_config(config)
+    policy: Any = Mass if name == Stem.name and config.keep == "mass" else _POLICIES[name]
     known = [field.name for field in dataclasses.fields(policy) if field.name not in ("name", "config")]
     unknown = sorted(set(options) - set(known))
     if unknown:

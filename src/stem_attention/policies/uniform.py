@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
+from stem_attention.policies.base import check_is_config
 from stem_attention.policies.stem import Stem
 from stem_attention.selection import BlockSelection
 
@@ -32,6 +33,7 @@ class UniformTopK:
     scaling: float = 1.0
 
     def __post_init__(self) -> None:
+        check_is_config(self.config)
         number = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
         most = 1 / self.config.ratio_short
         if not number or not 0 < self.scaling <= most:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from stem_attention.backends import Request
+from stem_attention.backends import Request, explain_request
 from stem_attention.backends.hopper import HopperBackend
 from stem_attention.backends.hopper.attention import can_copy
-from stem_attention.backends.hopper.schedule import place_of, task_of
+from stem_attention.backends.hopper.schedule import keys_of, place_of, task_of
+from stem_attention.backends.ragged import describable
 
 
 class Numbers(list):
@@ -65,6 +66,42 @@ def test_every_row_is_done_once(lengths, block, heavy, resident, monkeypatch):
     assert set(found) == expected
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("entries", range(1, 8))
+@pytest.mark.parametrize(("block_size", "tile"), [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_a_row_reads_the_keys_of_its_list_once_and_the_diagonal_first(block_size, tile, entries, whole, monkeypatch):
+    from stem_attention.backends.hopper import schedule
+
+    class Language:
+        constexpr = schedule.gl.constexpr
+        minimum, maximum = min, max
+
+        @staticmethod
+        def where(condition, a, b):
+            return a if condition else b
+
+        @staticmethod
+        def load(pointer, mask, other):
+            return pointer[0] if mask else other
+
+    monkeypatch.setitem(keys_of.fn.__globals__, "gl", Language)
+    monkeypatch.setitem(keys_of.fn.__globals__, "_block_of", keys_of.fn.__globals__["_block_of"].fn)
+    listed = list(range(entries)) if whole else [3 * x + 1 for x in range(entries)]
+    block = listed[-1]
+    lists = Numbers([77777] * 5 + listed[:-1] + [99999] * 3)  # nothing behind the list, nor its last entry, may be followed
+    steps = -(-entries * block_size // tile)
+    firsts = []
+    for i in range(steps):
+        first, second = keys_of.fn(i, lists, 5, entries, whole, block, block_size, tile)
+        firsts += [first + x for x in range(0, min(tile, block_size), 64)] + [second] * (tile > block_size)
+    parts = range(0, block_size, 64)
+    expected = sorted(x * block_size + part for x in listed for part in parts)
+    assert set(firsts[: max(tile, block_size) // 64]) >= {block * block_size + part for part in parts}
+    if tile > block_size and entries % 2:
+        assert firsts.pop(1) == firsts[0] == block * block_size
+    assert sorted(firsts) == expected
+
+
 def test_heavy_rows_of_all_heads_start_first(monkeypatch):
     found = tasks(monkeypatch, [(2000, 2000)], 4, 128, 2, 5, False)
     assert {row for _, _, row in found[:8]} == {15, 14}
@@ -99,3 +136,21 @@ def test_what_the_copy_engine_takes():
     assert not can_copy(q, torch.zeros(9, 48, 2, 64, dtype=torch.bfloat16), q, paged=True)
     assert not can_copy(q, torch.zeros(1, 64, 4, 67, dtype=torch.bfloat16)[..., :64], q, paged=False)
     assert not can_copy(q, q, torch.zeros(1, 64, 4, 72, dtype=torch.bfloat16)[..., 1:65], paged=False)
+
+
+def test_neither_kernel_describes_expanded_tensors_to_the_copy_engine():
+    """The driver asks for strides that are multiples of 16; that it takes 0 for one is nowhere promised."""
+    q = torch.zeros(2, 64, 4, 64, dtype=torch.bfloat16)
+    shared = q[:1].expand(2, -1, -1, -1)
+    assert describable(q)
+    assert not describable(shared)
+    assert not can_copy(q, shared, q, paged=False)
+
+
+def test_explain_says_which_calls_run_portably_after_all(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    explanation = explain_request(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
+    assert explanation.chosen == "hopper"
+    assert "multiple of 64 tokens, run portably" in explanation.reasons["hopper"]
+    assert "portably" not in explanation.reasons["triton"]

@@ -67,6 +67,66 @@ def test_selection_is_the_references(config, batch, q_len, kv_len, heads, dim):
     assert selection.density() < 1
 
 
+BY_MASS = StemConfig.mass(block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, dense_below=0)
+
+
+def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys whose attention is far from even, so that something is dropped."""
+    q, k, v = make_qkv(*shape)
+    return (3 * q).to(dtype), (3 * k).to(dtype), v.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("config", "shape", "prompt_len"),
+    [
+        (BY_MASS, (2, 90, 149, 4, 2, 32), 149),
+        (replace(BY_MASS, query_pool=16, key_pool=16), (1, 45, 160, 3, 1, 24), 400),
+        (replace(BY_MASS, query_pool=2, key_pool=1, share=8.0), (1, 161, 161, 1, 1, 16), 161),
+        (replace(BY_MASS, sink_blocks=0, tail_blocks=0), (1, 200, 200, 2, 1, 16), 200),
+    ],
+    ids=["chunk", "whole-blocks", "single-keys", "no-sink"],
+)
+def test_selection_by_mass_is_the_references(config, shape, prompt_len, dtype):
+    assert keeps_what_the_reference_keeps(*peaked(*shape, dtype=dtype), config, prompt_len).density() < 1
+
+
+def test_a_poisoned_key_is_kept_by_mass():
+    q, k, v = peaked(1, 160, 160, 1, 1, 16)
+    k[0, 40] = math.nan
+    assert keeps_what_the_reference_keeps(q, k, v, BY_MASS).to_mask()[0, 0, 3:, 2].all()
+
+
+@pytest.mark.parametrize("page", [0, 1, 12])
+def test_a_packed_batch_keeps_by_mass_what_each_sequence_keeps(page):
+    lengths = [(40, 90), (0, 20), (161, 161), (3, 50)]
+    single = [peaked(1, q_len, kv_len, 2, 1, 16) for q_len, kv_len in lengths]
+    q, k, v = (torch.cat(x, 1)[0] for x in zip(*single, strict=True))
+    starts = [[0, *accumulate(x)] for x in zip(*lengths, strict=True)]
+    ragged = Ragged(*(torch.tensor(x, dtype=torch.int32) for x in starts), *(max(x) for x in zip(*lengths, strict=True)))
+    table = None
+    if page:
+        needed = [-(-kv_len // page) for _, kv_len in lengths]
+        order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+        table = torch.full((len(needed), max(needed)), 1 << 30, dtype=torch.int32)
+        cache = torch.full((sum(needed), page, 1, 16), math.nan)
+        for i, (low, first) in enumerate(zip(starts[1], [0, *accumulate(needed)], strict=False)):
+            if i < len(needed):
+                table[i, : needed[i]] = order[first : first + needed[i]]
+                padded = torch.full((needed[i] * page, 1, 16), math.nan)
+                padded[: lengths[i][1]] = k[low : low + lengths[i][1]]
+                cache[table[i, : needed[i]].long()] = padded.unflatten(0, (-1, page))
+        k = v = cache
+    prompts = [kv_len for _, kv_len in lengths]
+    indices, counts = select(q, k, v, BY_MASS, 0.25, prompts, ragged=ragged, page_table=table)
+    for i, (one_q, one_k, one_v) in enumerate(single):
+        if lengths[i][0]:
+            alone = selected(one_q, one_k, one_v, BY_MASS)
+            rows = alone.rows
+            assert torch.equal(counts[i, :, :rows], alone.counts[0])
+            assert torch.equal(indices[i, :, :rows, : alone.indices.shape[3]], alone.indices[0])
+
+
 @pytest.mark.parametrize("kv_len", [1, 15, 16, 17, 33])
 def test_prompts_of_any_length_have_a_selection(kv_len):
     keeps_what_the_reference_keeps(*make_qkv(1, kv_len, kv_len, 2, 1, 16), SMALL)
@@ -243,6 +303,26 @@ def test_a_packed_batch_gives_what_each_sequence_gives(page, forced):
         expected, expected_lse = REFERENCE.attend(*single[i], alone, 0.25)
         torch.testing.assert_close(out[low:high], expected[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(lse[:, low:high], expected_lse[0], atol=1e-5, rtol=1e-5)
+
+
+def test_pages_and_neighbours_change_no_bit():
+    single, q, k, v, ragged = packed()
+    prompts = tuple(b + 40 for _, b in LENGTHS)  # chunks: more of every prompt is still to come
+
+    def run(k, v, ragged, prompts, q=q, table=None):
+        indices, counts = select(q, k, v, SMALL, 0.25, prompts, implicit=True, ragged=ragged, page_table=table)
+        return attend(q, k, v, indices, counts, 16, 0.25, ragged=ragged, page_table=table)
+
+    out, lse = run(k, v, ragged, prompts)
+    for page in (1, 16, 64):
+        (cache_k, table), (cache_v, _) = paged(k, ragged, page), paged(v, ragged, page)
+        assert all(map(torch.equal, run(cache_k, cache_v, ragged, prompts, table=table), (out, lse)))
+    for i, (low, high) in enumerate(pairwise(ragged.cu_q.tolist())):
+        if low < high:
+            alone_q, alone_k, alone_v = (x[0] for x in single[i])
+            own = (torch.tensor([0, len(x)], dtype=torch.int32) for x in (alone_q, alone_k))
+            alone = run(alone_k, alone_v, Ragged(*own, *LENGTHS[i]), prompts[i : i + 1], q=alone_q)
+            assert all(map(torch.equal, alone, (out[low:high], lse[:, low:high])))
 
 
 def test_unselected_blocks_are_not_read():

@@ -21,8 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attention import StemConfig
 from stem_attention.backends.ragged import Ragged
-from stem_attention.backends.triton import attention, choose, select
-from stem_attention.backends.triton.launch import Launch, launch_for, score_launch_for
+from stem_attention.backends.triton import attention, choose, masses, routes, select
+from stem_attention.backends.triton.launch import Launch, launch_for, mass_launch_for, score_launch_for
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -84,10 +84,12 @@ def record_selection(
     launches: list[Recorded] = []
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         for module, name in (
-            (select, "pool_keys"), (select, "pool_queries"), (select, "score_kernel"), (choose, "choose_kernel"),
+            (routes, "pool_keys"), (routes, "pool_queries"), (routes, "score_kernel"), (choose, "choose_kernel"),
+            (masses, "pool_key_means"), (masses, "pool_query_means"), (masses, "mass_kernel"),
         ):  # fmt: skip
             patch.setattr(module, name, _Recorder(getattr(module, name), launches))
-        patch.setattr(select, "score_launch", lambda _: score_launch_for(target))
+        patch.setattr(routes, "score_launch", lambda _: score_launch_for(target))
+        patch.setattr(masses, "mass_launch", lambda _: mass_launch_for(target))
         patch.setattr(torch.version, "hip", None if target.startswith("sm") else "7.0")
         patch.setattr(select, "_budget_table", lambda *_: torch.empty((1, 9), dtype=torch.int32, device="cuda"))
         q, k, borders, table = _inputs(length, dim, dtype, "cuda", ragged, page)
@@ -153,11 +155,13 @@ def compile_for(target: str, launch: Recorded) -> Compiled:
     """Compile a recorded launch as Triton would on the card itself."""
     names = launch.kernel.arg_names
     fixed = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    general = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     signature = {name: "constexpr" if name in fixed else _type(value) for name, value in launch.arguments.items()}
     constants = {(i,): launch.arguments[name] for i, name in enumerate(names) if signature[name] == "constexpr"}
     aligned = [
         i for i, name in enumerate(names)
-        if signature[name].startswith("*") or (signature[name] == "i32" and launch.arguments[name] % 16 == 0)
+        if signature[name].startswith("*")
+        or (signature[name] == "i32" and name not in general and launch.arguments[name] % 16 == 0)
     ]  # fmt: skip
     source = ASTSource(launch.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)

@@ -86,6 +86,28 @@ def test_selection(target, inputs):
         fits(target, launch)
 
 
+MASSES = {
+    "default": {},
+    "short": {"length": 4000, "implicit": False},
+    "million": {"length": 1 << 20},
+    "block-128-pools-of-8": {"config": StemConfig.mass(block_size=128, query_pool=8, key_pool=8), "dtype": FP16},
+    "pools-of-a-block-dim-80": {"config": StemConfig.mass(query_pool=64, key_pool=64), "dim": 80},
+    "dim-256": {"dim": 256, "length": 9999},
+    "ragged-dim-64": {"ragged": True, "length": 9999, "dim": 64},
+    "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
+    "page-16": {"page": 16, "length": 300000},
+}
+
+
+@pytest.mark.parametrize("inputs", MASSES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_selection_by_mass(target, inputs):
+    launches = record_selection(target, **{"config": StemConfig.mass(), **MASSES[inputs]})
+    assert set(launches) == {"pool_key_means", "pool_query_means", "mass_kernel", "choose_kernel"}
+    for launch in launches.values():
+        fits(target, launch)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_norms_of_the_z_score(target):
     fits(target, record_selection(target)["pool_keys"].changed(NORMS=8))

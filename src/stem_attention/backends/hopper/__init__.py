@@ -15,11 +15,12 @@ BLOCK_SIZES = (64, 128)
 class HopperBackend(FusedBackend):
     """Warp-specialised attention. Calls that the copy engine cannot serve run the portable kernel instead.
 
-    Those are: queries, keys or values whose address or strides are no multiple of 16 bytes, and caches whose pages hold no
-    whole multiple of 64 tokens. :meth:`supports` does not see either, only the device, the dtype and the sizes.
+    Those are: queries, keys or values whose address or strides are no multiple of 16 bytes or whose strides are 0, and caches
+    whose pages hold no whole multiple of 64 tokens. :meth:`supports` does not see either, but ``explain()`` says so.
     """
 
     name = "hopper"
+    caveat = "addresses and strides that are no multiple of 16 bytes, and pages of no multiple of 64 tokens, run portably"
     # H200: at 8192 tokens the whole call beats cuDNN 2.19x (32/8/128), 2.09x (32/8/64), 1.62x (8/4/256); at 4096 1.28x
     # (32/8/128), but there it keeps the host longer than the GPU.
     crossover = 8192

@@ -11,19 +11,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stem_attention.backends.hopper.kernel import attention_kernel
 from stem_attention.backends.hopper.launch import LAUNCHES, Launch, multiprocessors
-from stem_attention.backends.ragged import Ragged, empty_results
+from stem_attention.backends.ragged import Ragged, describable, empty_results
 
 _LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
 
 
 def can_copy(q: Tensor, k: Tensor, v: Tensor, *, paged: bool) -> bool:
     """Whether the copy engine takes these tensors: 16-byte aligned, and pages of whole boxes of 64 keys."""
-    return all(_describable(x) for x in (q, k, v)) and (not paged or k.shape[1] % 64 == 0)
-
-
-def _describable(x: Tensor) -> bool:
-    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    return aligned and x.data_ptr() % 16 == 0 and x.stride(-1) == 1
+    return all(describable(x) for x in (q, k, v)) and (not paged or k.shape[1] % 64 == 0)
 
 
 def attend(
@@ -61,7 +56,8 @@ def attend(
     resident = multiprocessors(q.device) * choice.programs
     band = max(1, min(resident // group, rows - heavy))
     tickets = batch * heads * (heavy + -(-(rows - heavy) // band) * band)
-    box = choice.tile if page % choice.tile == 0 else 64
+    # Boxes of 64 keys fit into every page, and two blocks of 64 lie apart.
+    box = choice.tile if page % choice.tile == 0 and choice.tile <= block_size else 64
     queue = torch.zeros(1, dtype=torch.int32, device=q.device)
     columns = dim if box == choice.tile else 64
     options = {} if choice.programs == 1 else {"maxnreg": choice.entry_registers(block_size)}
@@ -71,7 +67,7 @@ def attend(
         *o4.stride()[1:3], *lse_strides, page_table.stride(0) if page_table is not None else 0, k4.shape[0],
         0 if ragged else q.shape[1], 0 if ragged else k.shape[1], batch, heads, rows, heavy, band, width, tickets,
         group, scale * math.log2(math.e),
-        WGS=block_size // 64, BN=choice.tile, D=dim, STAGES=choice.stages, PAGE=page,
+        WGS=block_size // 64, BN=choice.tile, D=dim, KS=choice.key_slots, VS=choice.value_slots, PAGE=page,
         RAGGED=ragged is not None, LSE=return_lse, BOX=box, QREG=choice.queries_in_registers,
         num_warps=4, **options,
     )  # fmt: skip

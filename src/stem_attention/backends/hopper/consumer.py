@@ -13,17 +13,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from stem_attention.backends.hopper.gluon_api import async_store, pinned
-from stem_attention.backends.hopper.schedule import place_of, steps_of, task_of
+from stem_attention.backends.hopper.schedule import open_task, steps_of
 
 
 @gluon.jit
-def _weights(scores, scale, m):
+def _weights(scores, scale, m, HELD: gl.constexpr):
     """Weights of a tile, the running maximum (in base 2), what older weights shrink by, and the tile's sums per thread."""
     new_m = gl.maximum(m, gl.max(scores, 1) * scale)
     p = gl.exp2(scores * scale - new_m[:, None])
     # A thread holds two of every eight columns: eight sums a row need no exchange between threads.
     sums = gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
-    return p, new_m, gl.exp2(m - new_m), sums
+    return p.to(HELD), new_m, gl.exp2(m - new_m), sums
 
 
 @gluon.jit
@@ -32,17 +32,19 @@ def _grown(total, shrink, sums):
 
 
 @gluon.jit
-def _masked(scores, w: gl.constexpr, sub: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
-    """Scores of the diagonal block's ``sub``-th tile, minus infinity right of the diagonal."""
+def _masked(scores, first, w: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
+    """Minus infinity right of the diagonal; keys begin at the diagonal block's ``first``, before it where that is negative."""
     rows = w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    columns = sub * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    columns = first + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     return gl.where(rows[:, None] >= columns[None, :], scores, -float("inf"))
 
 
 @gluon.jit
-def _clear_tail(tile, present, BN: gl.constexpr, D: gl.constexpr):
-    """Zeros behind a sequence's last value, where a neighbour's lie: a zero weight times NaN would be NaN."""
+def _clear_tail(t, v_s, v_full, present, BN: gl.constexpr, D: gl.constexpr, VS: gl.constexpr):
+    """Zeros behind a tile's last value, where a neighbour's lie: a zero weight times NaN would be NaN."""
     if present < BN:
+        tile = v_s.index(t % VS)
+        mbarrier.wait(v_full.index(t % VS), (t // VS) & 1)
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         step: gl.constexpr = 32
         for i in gl.static_range(BN // step):
@@ -68,7 +70,7 @@ def _store_rows(staging, out, stride_s, stride_h, z, head, q_first, first, q_len
 
 @gluon.jit
 def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
-          BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
+          BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
     """Scores of the ``t``-th tile beside the weighted values of the one before, then softmax while the values still run.
 
     ``SUB`` is the tile's place in the diagonal block, which is masked, or 0 for every tile of another block. ``present``
@@ -77,28 +79,27 @@ def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr
     _, k_s, v_s, _, k_full, v_full, k_empty, v_empty, _, _, turns = shared
     scores_layout: gl.constexpr = blank.type.layout
     out_layout: gl.constexpr = acc.type.layout
-    before = (t - 1) % STAGES
-    s = t % STAGES
-    mbarrier.wait(k_full.index(s), (t // STAGES) & 1)
+    before = (t - 1) % VS
+    s = t % KS
+    mbarrier.wait(k_full.index(s), (t // KS) & 1)
     if WGS == 2:
         mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
     scores = warpgroup_mma(q, k_s.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
     weights = gl.convert_layout(p.to(v_s.dtype), gl.DotOperandLayout(0, out_layout, 2))
-    mbarrier.wait(v_full.index(before), ((t - 1) // STAGES) & 1)
+    mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
     acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
     if WGS == 2:
         mbarrier.arrive(turns.index(1 - w), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(s), count=1)
     if SUB > 0:
-        scores = _masked(scores, w, SUB, BN, scores_layout)
-    p, m, shrink, sums = _weights(scores, scale, m)
+        scores = _masked(scores, SUB * BN, w, BN, scores_layout)
+    p, m, shrink, sums = _weights(scores, scale, m, p.dtype)
     total = _grown(total, shrink, sums)
     if SUB == 0:
         total = pinned(total)
     elif RAGGED:
-        mbarrier.wait(v_full.index(s), (t // STAGES) & 1)
-        _clear_tail(v_s.index(s), present, BN, D)
+        _clear_tail(t, v_s, v_full, present, BN, D, VS)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
@@ -107,9 +108,10 @@ def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr
 
 @gluon.jit
 def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr,
-              D: gl.constexpr, STAGES: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr):  # fmt: skip
+              D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
+              QREG: gl.constexpr):  # fmt: skip
     B: gl.constexpr = 64 * WGS
-    SUB: gl.constexpr = B // BN
+    SUB: gl.constexpr = B // BN if BN < B else 1
     _, _, _, o_tiles = tiles
     q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns = shared
     _, counts, width, tickets, _ = lists
@@ -122,16 +124,17 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
     ticket_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = q_s.dtype
+    # Weights wait for their values; those of two blocks would take registers that are not there.
+    held: gl.constexpr = dtype if BN > B else gl.float32
     blank = gl.zeros([64, BN], gl.float32, scores_layout)
     t = 0
     n = 0
     served = 0
     ticket = gl.program_id(0)
     while ticket < tickets:
-        z, head, from_end = task_of(ticket, batch)
-        block, row, start, q_first, _, kv_len = place_of(z, from_end, batch, B, RAGGED)
+        z, head, block, row, start, q_first, _, kv_len = open_task(ticket, batch, B, RAGGED)
         if row >= 0:
-            _, _, _, steps = steps_of(z, head, block, row, batch, counts, width, SUB)
+            _, entries, _, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
             mbarrier.wait(q_bars.index(0), n & 1)
             q = q_s.index(w)
             if QREG:
@@ -140,10 +143,13 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
             acc = gl.zeros([64, D], gl.float32, out_layout)
             m = gl.full([64], -float("inf"), gl.float32, row_layout)
 
-            # The diagonal block, peeled: its first tile has no values before it to weigh.
-            s = t % STAGES
-            phase = (t // STAGES) & 1
-            mbarrier.wait(k_full.index(s), phase)
+            # The diagonal block, peeled: its first tile has no values before it to weigh. A tile of two blocks has it behind
+            # the other; where the list is odd, it is there twice, and the second is masked.
+            diagonal = 0
+            if BN > B:
+                diagonal = (1 - entries % 2) * B
+            s = t % KS
+            mbarrier.wait(k_full.index(s), (t // KS) & 1)
             if WGS == 2:
                 mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
             scores = warpgroup_mma(q, k_s.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
@@ -151,24 +157,25 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
                 mbarrier.arrive(turns.index(1 - w), count=1)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(s), count=1)
-            p, m, _, total = _weights(_masked(scores, w, 0, BN, scores_layout), scale, m)
+            p, m, _, total = _weights(_masked(scores, -diagonal, w, BN, scores_layout), scale, m, held)
             present = kv_len - block * B
+            if BN > B:
+                present = gl.where(present < B, diagonal + present, BN)
             if RAGGED:
-                mbarrier.wait(v_full.index(s), phase)
-                _clear_tail(v_s.index(s), present, BN, D)
+                _clear_tail(t, v_s, v_full, present, BN, D, VS)
             t += 1
             for sub in gl.static_range(1, SUB):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scale, present - sub * BN,
-                                         w, sub, WGS, BN, D, STAGES, RAGGED)  # fmt: skip
+                                         w, sub, WGS, BN, D, KS, VS, RAGGED)  # fmt: skip
                 t += 1
             for _ in range(SUB, steps):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scale, present,
-                                         w, 0, WGS, BN, D, STAGES, RAGGED)  # fmt: skip
+                                         w, 0, WGS, BN, D, KS, VS, RAGGED)  # fmt: skip
                 t += 1
 
-            before = (t - 1) % STAGES
+            before = (t - 1) % VS
             weights = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(v_full.index(before), ((t - 1) // STAGES) & 1)
+            mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
             acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
             row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
             positions = block * B + w * 64 + gl.arange(0, 64, layout=row_layout)
@@ -209,13 +216,15 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
 
 @gluon.jit
 def first_consumer(tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-                   STAGES: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr):  # fmt: skip
+                   KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
+                   QREG: gl.constexpr):  # fmt: skip
     """Rows 0 to 63 of every block."""
-    _consumer(0, tiles, shared, batch, lists, results, scale, WGS, BN, D, STAGES, RAGGED, LSE, QREG)
+    _consumer(0, tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)
 
 
 @gluon.jit
 def second_consumer(tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-                    STAGES: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr):  # fmt: skip
+                    KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
+                    QREG: gl.constexpr):  # fmt: skip
     """Rows 64 to 127."""
-    _consumer(1, tiles, shared, batch, lists, results, scale, WGS, BN, D, STAGES, RAGGED, LSE, QREG)
+    _consumer(1, tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)

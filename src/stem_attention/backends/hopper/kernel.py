@@ -1,12 +1,13 @@
 """Block-sparse attention forward for Hopper: one warp copies, one or two warpgroups of 64 query rows compute.
 
-Tile: a query block of 128 (two warpgroups) or 64 (one) against ``BN`` keys. Pipeline: the producer fetches queries once per
-task and keys and values into rings of ``STAGES`` slots by the copy engine; consumers issue the scores of a tile together
-with the weighted values of the tile before, and their softmax runs beside the latter. Two warpgroups take turns in issuing.
-Persistent programs take tasks from a queue, long rows first.
+Tile: a query block of 128 (two warpgroups) or 64 (one) against ``BN`` keys, of one block or two. Pipeline: the producer
+fetches queries once per task and keys and values into rings of ``KS`` and ``VS`` slots by the copy engine; consumers issue the
+scores of a tile together with the weighted values of the tile before, and their softmax runs beside the latter. Two warpgroups
+take turns in issuing. Persistent programs take tasks from a queue, long rows first.
 
-One H200, bf16, heads 32/8/128, blocks of 128: 664, 687 and 679 TFLOP/s of kept work at 16K, 32K and 128K (densities 0.30,
-0.20, 0.16), where cuDNN's dense attention reached 661, 668 and 565 in the same run. docs/kernels.md has the rest.
+One H200, bf16, heads 32/8/128: 659, 682 and 643 TFLOP/s of kept work at 16K, 32K and 128K with blocks of 128 (densities 0.30,
+0.20, 0.16), 596, 604 and 565 with blocks of 64; cuDNN's dense attention reached 658, 679 and 561 in the same run.
+docs/kernels.md has the rest.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ def attention_kernel(
     q_tiles, k_tiles, v_tiles, o_tiles, out, lse, indices, counts, cu_q, cu_k, page_table, queue,
     o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, page_count,
     q_len, kv_len, sequences, heads, rows, heavy, band, width, tickets, group, scale,
-    WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-    LSE: gl.constexpr, BOX: gl.constexpr, QREG: gl.constexpr,
+    WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr,
+    RAGGED: gl.constexpr, LSE: gl.constexpr, BOX: gl.constexpr, QREG: gl.constexpr,
 ):  # fmt: skip
     """``scale`` is the softmax scale times log2(e). See ``attention.py`` for the shapes."""
     dtype: gl.constexpr = q_tiles.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(dtype, [WGS, 64, D], tile_layout)
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile_layout)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile_layout)
+    k_s = gl.allocate_shared_memory(dtype, [KS, BN, D], tile_layout)
+    v_s = gl.allocate_shared_memory(dtype, [VS, BN, D], tile_layout)
     ticket_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    k_full = _barriers(STAGES, 1)
-    v_full = _barriers(STAGES, 1)
-    k_empty = _barriers(STAGES, WGS)
-    v_empty = _barriers(STAGES, WGS)
+    k_full = _barriers(KS, 1)
+    v_full = _barriers(VS, 1)
+    k_empty = _barriers(KS, WGS)
+    v_empty = _barriers(VS, WGS)
     q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_bars.index(0), count=1)
     mbarrier.init(q_bars.index(1), count=WGS)
@@ -71,12 +72,12 @@ def attention_kernel(
     # Triton keeps constants constant only where they are arguments of the call itself.
     if WGS == 2:
         gl.warp_specialize([
-            (first_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, STAGES, RAGGED, LSE, QREG)),
-            (second_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, STAGES, RAGGED, LSE, QREG)),
-            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, STAGES, PAGE, RAGGED, BOX)),
+            (first_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
+            (second_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
+            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (first_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, STAGES, RAGGED, LSE, QREG)),
-            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, STAGES, PAGE, RAGGED, BOX)),
+            (first_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
+            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX)),
         ], [1], [24])  # fmt: skip

@@ -13,14 +13,16 @@ class Launch:
     """How the kernel runs.
 
     Attributes:
-        tile: Keys per step.
-        stages: Slots of the rings of keys and of values.
+        tile: Keys per step: a block, half of one or two of them.
+        key_slots: Slots of the ring of keys, of ``tile`` keys each.
+        value_slots: Slots of the ring of values.
         programs: Programs that share a multiprocessor.
         queries_in_registers: Whether queries move from shared memory to registers once per task.
     """
 
     tile: int
-    stages: int
+    key_slots: int
+    value_slots: int
     programs: int = 1
     queries_in_registers: bool = False
 
@@ -32,16 +34,16 @@ class Launch:
 
 # By block size and head dimension, measured on an H200.
 LAUNCHES = {
-    (128, 64): Launch(tile=128, stages=4),
-    (128, 128): Launch(tile=128, stages=2),
-    (128, 256): Launch(tile=64, stages=2),
-    (64, 64): Launch(tile=64, stages=4, programs=3, queries_in_registers=True),
-    (64, 128): Launch(tile=64, stages=3, programs=2, queries_in_registers=True),
-    (64, 256): Launch(tile=64, stages=3),
+    (128, 64): Launch(tile=128, key_slots=4, value_slots=4),
+    (128, 128): Launch(tile=128, key_slots=2, value_slots=2),
+    (128, 256): Launch(tile=64, key_slots=2, value_slots=2),
+    (64, 64): Launch(tile=64, key_slots=4, value_slots=4, programs=3, queries_in_registers=True),
+    (64, 128): Launch(tile=128, key_slots=1, value_slots=2, programs=2, queries_in_registers=True),
+    (64, 256): Launch(tile=64, key_slots=3, value_slots=3),
 }
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    """Of a GPU. Meta tensors are launched nowhere: any number will do."""
+    return 1 if device.type == "meta" else int(torch.cuda.get_device_properties(device).multi_processor_count)

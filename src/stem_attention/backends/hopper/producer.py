@@ -7,17 +7,22 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from stem_attention.backends.hopper.gluon_api import async_load
-from stem_attention.backends.hopper.schedule import place_of, steps_of, task_of
+from stem_attention.backends.hopper.schedule import keys_of, open_task, steps_of
 
 
 @gluon.jit
-def _copy_rows(tiles, ring, s, full, z, head, first, position, kv_len, pages, BN: gl.constexpr, D: gl.constexpr,
-               PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr):  # fmt: skip
-    """Keys or values ``[position, position + BN)`` of one kv head into slot ``s`` of a ring."""
+def _copy_rows(tiles, ring, full, empty, t, z, head, position, second, k_first, kv_len, pages, SLOTS: gl.constexpr,
+               B: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
+               BOX: gl.constexpr):  # fmt: skip
+    """The ``t``-th tile of a ring of keys or values: those from ``position`` on, and of two blocks the other at ``second``."""
     page_table, table_stride, page_count = pages
-    mbarrier.expect(full, BN * D * 2)
+    s = t % SLOTS
+    mbarrier.wait(empty.index(s), ((t // SLOTS) & 1) ^ 1)
+    mbarrier.expect(full.index(s), BN * D * 2)
     for part in gl.static_range(BN // BOX):
         at = position + part * BOX
+        if part * BOX >= B:
+            at = second
         if PAGE:
             # A block's later boxes may begin after the last key, where the table may end.
             page = gl.load(page_table + z.to(gl.int64) * table_stride + at // PAGE, mask=at < kv_len, other=0)
@@ -25,26 +30,27 @@ def _copy_rows(tiles, ring, s, full, z, head, first, position, kv_len, pages, BN
             inner = at % PAGE
         elif RAGGED:
             outer = 0
-            inner = first + at
+            inner = k_first + at
         else:
             outer = z
             inner = at
         if BOX == BN:
             slot = ring.index(s)._reinterpret(ring.dtype, [1, BN, 1, D], tiles.layout)
-            async_load(tiles, [outer, inner, head, 0], full, slot)
+            async_load(tiles, [outer, inner, head, 0], full.index(s), slot)
         else:
             # Shared memory holds BN rows of 64 columns after one another.
             parts = ring.index(s)._reinterpret(ring.dtype, [D // 64 * (BN // BOX), 1, BOX, 1, 64], tiles.layout)
             for column in gl.static_range(D // 64):
-                async_load(tiles, [outer, inner, head, column * 64], full, parts.index(column * (BN // BOX) + part))
+                async_load(tiles, [outer, inner, head, column * 64], full.index(s), parts.index(column * (BN // BOX) + part))
 
 
 @gluon.jit
 def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-             STAGES: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr):  # fmt: skip
+             KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr):  # fmt: skip
     """Fill the rings for one task after another; consumers learn of a task through two slots of tickets."""
     B: gl.constexpr = 64 * WGS
-    SUB: gl.constexpr = B // BN
+    # Copies in the order in which slots become free: a step's keys are done with before the values of the step before.
+    KEYS_AHEAD: gl.constexpr = KS >= VS
     q_tiles, k_tiles, v_tiles, _ = tiles
     q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, _ = shared
     indices, counts, width, tickets, group = lists
@@ -54,11 +60,10 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
     served = 0
     ticket = gl.program_id(0)
     while ticket < tickets:
-        z, head, from_end = task_of(ticket, batch)
-        block, row, start, q_first, k_first, kv_len = place_of(z, from_end, batch, B, RAGGED)
+        z, head, block, row, start, q_first, k_first, kv_len = open_task(ticket, batch, B, RAGGED)
         if row >= 0:
             kv_head = head // group
-            offset, entries, whole, steps = steps_of(z, head, block, row, batch, counts, width, SUB)
+            offset, entries, whole, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
             mbarrier.wait(q_bars.index(1), (n & 1) ^ 1)
             mbarrier.expect(q_bars.index(0), B * D * 2)
             q_z = 0 if RAGGED else z
@@ -66,30 +71,25 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
                 async_load(q_tiles, [q_z, q_first + block * B - start + w * 64, head, 0], q_bars.index(0),
                            q_s.index(w)._reinterpret(q_s.dtype, [1, 64, 1, D], q_tiles.layout))  # fmt: skip
             n += 1
-            # From the list's end: the diagonal block goes first. Keys run one step ahead of values, as they are used.
+            # From the list's end: the diagonal block goes first.
             before = 0
+            second_before = 0
             for i in range(steps):
-                entry = entries - 1 - i // SUB
-                kept = gl.load(indices + offset + entry, mask=(not whole) & (i >= SUB), other=entry)
-                kept = gl.minimum(gl.maximum(kept, 0), block)
-                if i < SUB:
-                    kept = block
-                position = kept * B + i % SUB * BN
-                s = t % STAGES
-                mbarrier.wait(k_empty.index(s), ((t // STAGES) & 1) ^ 1)
-                _copy_rows(k_tiles, k_s, s, k_full.index(s), z, kv_head, k_first, position, kv_len, pages,
-                           BN, D, PAGE, RAGGED, BOX)  # fmt: skip
-                if i > 0:
-                    s = (t - 1) % STAGES
-                    mbarrier.wait(v_empty.index(s), (((t - 1) // STAGES) & 1) ^ 1)
-                    _copy_rows(v_tiles, v_s, s, v_full.index(s), z, kv_head, k_first, before, kv_len, pages,
-                               BN, D, PAGE, RAGGED, BOX)  # fmt: skip
+                position, second = keys_of(i, indices, offset, entries, whole, block, B, BN)
+                _copy_rows(k_tiles, k_s, k_full, k_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
+                           KS, B, BN, D, PAGE, RAGGED, BOX)  # fmt: skip
+                if not KEYS_AHEAD:
+                    _copy_rows(v_tiles, v_s, v_full, v_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
+                               VS, B, BN, D, PAGE, RAGGED, BOX)  # fmt: skip
+                elif i > 0:
+                    _copy_rows(v_tiles, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len, pages,
+                               VS, B, BN, D, PAGE, RAGGED, BOX)  # fmt: skip
                 before = position
+                second_before = second
                 t += 1
-            s = (t - 1) % STAGES
-            mbarrier.wait(v_empty.index(s), (((t - 1) // STAGES) & 1) ^ 1)
-            _copy_rows(v_tiles, v_s, s, v_full.index(s), z, kv_head, k_first, before, kv_len, pages,
-                       BN, D, PAGE, RAGGED, BOX)  # fmt: skip
+            if KEYS_AHEAD:
+                _copy_rows(v_tiles, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len, pages,
+                           VS, B, BN, D, PAGE, RAGGED, BOX)  # fmt: skip
         ticket = gl.atomic_add(queue, 1) + gl.num_programs(0)
         slot = served % 2
         mbarrier.wait(ticket_bars.index(2 + slot), ((served // 2) & 1) ^ 1)

@@ -45,11 +45,43 @@ def place_of(z, from_end, batch, B: gl.constexpr, RAGGED: gl.constexpr):
 
 
 @gluon.jit
-def steps_of(z, head, block, row, batch, counts, width, SUB: gl.constexpr):
+def open_task(ticket, batch, B: gl.constexpr, RAGGED: gl.constexpr):
+    """``(sequence, head)`` of the ``ticket``-th task, and its :func:`place_of`."""
+    z, head, from_end = task_of(ticket, batch)
+    block, row, start, q_first, k_first, kv_len = place_of(z, from_end, batch, B, RAGGED)
+    return z, head, block, row, start, q_first, k_first, kv_len
+
+
+@gluon.jit
+def steps_of(z, head, block, row, batch, counts, width, B: gl.constexpr, BN: gl.constexpr):
     """``(list's offset, entries, whole, steps)`` of a row. Nothing has validated the selection: reads stay inside the list."""
     _, _, _, _, _, heads, rows, _, _ = batch
     at = (z.to(gl.int64) * heads + head) * rows + row
     count = gl.load(counts + at)
     whole = count > block  # such a row keeps everything: its list is 0, 1, 2, ... and need not be there
     entries = gl.where(whole, block + 1, gl.maximum(gl.minimum(count, width), 1))
-    return at * width, entries, whole, entries * SUB
+    return at * width, entries, whole, (entries * B + BN - 1) // BN
+
+
+@gluon.jit
+def _block_of(entry, indices, offset, entries, whole, block):
+    """The block that a row's ``entry``-th names; the last is the diagonal block, and so is one behind it."""
+    kept = gl.load(indices + offset + entry, mask=(not whole) & (entry < entries - 1), other=entry)
+    return gl.minimum(gl.maximum(gl.where(entry < entries - 1, kept, block), 0), block)
+
+
+@gluon.jit
+def keys_of(i, indices, offset, entries, whole, block, B: gl.constexpr, BN: gl.constexpr):
+    """First key of a row's ``i``-th step, and of the second block where a step takes two. The diagonal block goes first.
+
+    Of an odd list the diagonal block comes twice, and the consumer masks the second.
+    """
+    if BN > B:
+        entry = entries - 2 - 2 * i + entries % 2
+        first = _block_of(entry, indices, offset, entries, whole, block) * B
+        second = _block_of(entry + 1, indices, offset, entries, whole, block) * B
+    else:
+        SUB: gl.constexpr = B // BN
+        first = _block_of(entries - 1 - i // SUB, indices, offset, entries, whole, block) * B + i % SUB * BN
+        second = 0
+    return first, second

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from stem_attention.backends.base import Backend, Request
 from stem_attention.backends.reference.attention import attend
+from stem_attention.backends.reference.mass import select_by_mass
 from stem_attention.backends.reference.select import select
 from stem_attention.config import StemConfig
 from stem_attention.selection import BlockSelection
@@ -21,7 +22,9 @@ class ReferenceBackend(Backend):
         return None
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_len: int) -> BlockSelection:
-        """Choose blocks by scoring every antidiagonal of every block pair."""
+        """Choose blocks by scoring every antidiagonal of every block pair, or by estimating every pool's attention."""
+        if config.keep == "mass":
+            return select_by_mass(q, k, config, scale, prompt_len)
         return select(q, k, v, config, scale, prompt_len)
 
     def attend(

@@ -7,7 +7,7 @@ from torch import Tensor
 from stem_attention.backends.base import Backend, Request
 from stem_attention.backends.torch.attention import attend
 from stem_attention.config import StemConfig
-from stem_attention.policies.stem import Stem
+from stem_attention.policies.of_config import policy_of
 from stem_attention.selection import BlockSelection
 
 
@@ -21,8 +21,8 @@ class TorchBackend(Backend):
         return None
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_len: int) -> BlockSelection:
-        """Choose blocks by the factorised score."""
-        return Stem(config)(q, k, v, scale=scale, prompt_len=prompt_len)
+        """Run the policy of the config."""
+        return policy_of(config)(q, k, v, scale=scale, prompt_len=prompt_len)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -48,13 +48,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
     future = torch.ones((size, size), dtype=torch.bool, device=q.device).triu(1)
     scratch = _Scratch(q.new_empty(0, dtype=dtype))
     group = q_heads // kv_heads
-    whole = [False] * selection.rows if return_lse else _whole_rows(selection)  # fused attention keeps its log-sum-exp
-    _attend_whole(q, k, v, out, selection, whole, scale)
-    left = [row for row, done in enumerate(whole) if not done]
-    if not left:
-        return out, lse
     counts = torch.unflatten(selection.counts, 1, (kv_heads, group)).tolist()
     for b in range(batch):
+        whole = [not return_lse and done for done in _whole_rows(counts[b], selection)]  # fused attention keeps the lse
+        entry = slice(b, b + 1)  # one by one: a row's bits never depend on what else is in the batch
+        _attend_whole(q[entry], k[entry], v[entry], out[entry], selection, whole, scale)
+        left = [row for row, done in enumerate(whole) if not done]
+        if not left:
+            continue
         for g in range(kv_heads):
             keys, values = (_blocks(x[b, :, g], size, dtype) for x in (k, v))
             for row in left:
@@ -72,11 +73,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
     return out, lse
 
 
-def _whole_rows(selection: BlockSelection) -> list[bool]:
-    """Rows in which every head keeps every causal block."""
-    diagonal = torch.arange(selection.first_row, selection.first_row + selection.rows, device=selection.counts.device)
-    whole: list[bool] = (selection.counts > diagonal).flatten(0, 1).all(0).tolist()
-    return whole
+def _whole_rows(counts: list[list[list[int]]], selection: BlockSelection) -> list[bool]:
+    """Rows in which every head of one batch entry, ``counts[kv_head][head][row]``, keeps every causal block."""
+    heads = list(chain.from_iterable(counts))
+    return [all(head[row] > selection.first_row + row for head in heads) for row in range(selection.rows)]
 
 
 def _attend_whole(

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stem_attention.backends.ragged import Ragged, empty_results
+from stem_attention.backends.ragged import Ragged, describable, empty_results
 from stem_attention.backends.triton.attention_kernel import attention_kernel
 from stem_attention.backends.triton.launch import attention_launch, has_tma
 
@@ -53,7 +53,7 @@ def attend(
     batch, _, rows, width = indices.shape
     choice = attention_launch(q.device, dim, block_size, True)
     padded_dim = triton.next_power_of_2(dim)
-    tma = choice.tma and has_tma(q.device) and all(_describable(x) for x in (k4, v4)) and (page == 0 or page % choice.tile == 0)
+    tma = choice.tma and has_tma(q.device) and all(describable(x) for x in (k4, v4)) and (page == 0 or page % choice.tile == 0)
     if choice.tma and not tma:
         choice = attention_launch(q.device, dim, block_size, False)
     k_tiles, v_tiles = (
@@ -71,9 +71,3 @@ def attend(
             RAGGED=ragged is not None, TMA=tma, LSE=return_lse, num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
     return out, lse
-
-
-def _describable(x: Tensor) -> bool:
-    """Tensor descriptors want 16-byte aligned addresses and strides."""
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    return aligned and x.data_ptr() % 16 == 0 and x.stride(-1) == 1

@@ -57,7 +57,9 @@ def _softmax_step(scores, scale, m, total, acc):
     return p, new_m, total * shrink + tl.sum(p, 1), acc * shrink[:, None]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["lse_stride_b", "lse_stride_h", "table_stride", "pages", "q_len", "kv_len", "rows", "heavy", "width"]
+)
 def attention_kernel(
     q, k, v, k_tiles, v_tiles, out, lse, indices, counts, cu_q, cu_k, page_table,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,

@@ -29,15 +29,16 @@ def _pad(ids, count, width, COLUMNS: tl.constexpr):
         tl.store(ids + slot, -1, mask=(slot >= count) & (slot < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["budget_stride", "q_len", "kv_len", "first_row", "rows", "total_rows", "columns", "width"])
 def choose_kernel(
     scores, budgets, indices, counts, cu_q, cu_k, budget_stride, q_len, kv_len, first_row, rows, total_rows, columns, width,
-    B: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, EXTRA: tl.constexpr,
+    share, B: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, EXTRA: tl.constexpr, MASS: tl.constexpr,
     IMPLICIT: tl.constexpr, COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Write ids and count of row ``first_row + program`` (of each sequence's rows).
 
-    ``budgets[z, block]``: blocks to keep (EXTRA: to keep besides the forced ones). IMPLICIT: rows that keep everything get a
+    ``budgets[z, block]``: blocks to keep (EXTRA: to keep besides the forced ones). MASS: a budget of ``-blocks`` keeps what
+    scores ``share / blocks`` or more, blocks being those of the whole prompt. IMPLICIT: rows that keep everything get a
     count and no list.
     """
     row, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -53,12 +54,15 @@ def choose_kernel(
     budget = tl.load(budgets + z * budget_stride + block)
     causal = j <= block
     forced = causal & ((j < SINK) | (j > block - LOCAL))
+    source = scores + ((z.to(tl.int64) * tl.num_programs(1) + head) * rows + row) * columns
     if budget > block:  # everything
         keep = causal
+    elif MASS:
+        mass = tl.load(source + j, mask=causal & ~forced, other=0.0)
+        keep = causal & (forced | (mass >= share / -budget))
     else:
         free = causal if EXTRA else causal & ~forced
         wanted = budget if EXTRA else budget - tl.sum(forced.to(tl.int32), 0)
-        source = scores + ((z.to(tl.int64) * tl.num_programs(1) + head) * rows + row) * columns
         order = _ordered_bits(tl.load(source + j, mask=free, other=0.0))
         lowest = tl.min(tl.where(free, order, 0x7FFFFFFF), 0)
         span = (tl.max(tl.where(free, order, -0x80000000), 0) - lowest).to(tl.uint32, bitcast=True)

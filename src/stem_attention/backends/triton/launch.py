@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 import torch
+from triton.runtime import driver
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,32 @@ class ScoreLaunch:
     stages: int
 
 
+@dataclass(frozen=True)
+class MassLaunch:
+    """Tile of the mass kernel in query pools and key pools, warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
 @cache
 def _table() -> dict[str, Any]:
     table: dict[str, Any] = json.loads(files(__package__).joinpath("launch.json").read_text())
     return table
 
 
-@cache
 def architecture(device: torch.device) -> str:
-    """``"sm90"`` and the like, a ``gfx`` name on AMD, ``"cpu"`` under Triton's interpreter."""
+    """``"sm90"`` and the like, a ``gfx`` name on AMD, ``"cpu"`` under Triton's interpreter.
+
+    Meta tensors stand for those of the card that :func:`stem_attention.backends.triton.offline.offline` compiles for.
+    """
+    return f"sm{driver.active.get_current_target().arch}" if device.type == "meta" else _architecture(device)
+
+
+@cache
+def _architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"
     properties = torch.cuda.get_device_properties(device)
@@ -64,6 +82,7 @@ def _nearest(table: dict[str, Any], name: str) -> Any:
     return table[name]
 
 
+@cache
 def launch_for(name: str, head_dim: int, block_size: int, descriptors: bool = True) -> Launch:
     """The attention kernel's choice on the nearest measured architecture, with tensor descriptors or where none will do."""
     entries = [
@@ -77,18 +96,28 @@ def launch_for(name: str, head_dim: int, block_size: int, descriptors: bool = Tr
     return Launch(best["tile"], best["warps"], best["stages"], best["tma"])
 
 
+@cache
 def score_launch_for(name: str) -> ScoreLaunch:
     """The score kernel's choice on the nearest measured architecture."""
     return ScoreLaunch(**_nearest(_table()["score"], name))
 
 
-@cache
 def attention_launch(device: torch.device, head_dim: int, block_size: int, descriptors: bool) -> Launch:
     """Launch choice for a device, head dimension and block size; see :func:`launch_for`."""
     return launch_for(architecture(device), head_dim, block_size, descriptors)
 
 
-@cache
 def score_launch(device: torch.device) -> ScoreLaunch:
     """Launch choice of the score kernel for a device."""
     return score_launch_for(architecture(device))
+
+
+@cache
+def mass_launch_for(name: str) -> MassLaunch:
+    """The mass kernel's choice on the nearest measured architecture."""
+    return MassLaunch(**_nearest(_table()["mass"], name))
+
+
+def mass_launch(device: torch.device) -> MassLaunch:
+    """Launch choice of the mass kernel for a device."""
+    return mass_launch_for(architecture(device))

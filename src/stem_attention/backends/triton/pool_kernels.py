@@ -25,7 +25,8 @@ def _store_sums(high, low, at, sums, width, SPLIT: tl.constexpr, BD: tl.constexp
         tl.store(high + offsets, sums, mask=dims[None, :] < D)
 
 
-@triton.jit
+# Lengths differ from call to call: no kernel of its own for one that is 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows"])
 def pool_queries(
     q, high, low, cu_q, cu_k, stride_b, stride_s, stride_h, q_len, kv_len, first_row, rows,
     B: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr, RAGGED: tl.constexpr,
@@ -51,7 +52,7 @@ def pool_queries(
     _store_sums(high, low, at, sums, S * D, SPLIT, BD, D, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "pages", "kv_len", "blocks"])
 def pool_keys(
     k, v, high, low, value, cu_k, page_table, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     table_stride, pages, kv_len, blocks, beta, NORMS: tl.constexpr,

@@ -21,7 +21,7 @@ def _tile(base, rows, limit, inner, WIDTH: tl.constexpr, BK: tl.constexpr):
     return tl.load(base + rows[:, None] * WIDTH + at, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows", "blocks"])
 def score_kernel(
     q_high, q_low, k_high, k_low, value, scores, cu_q, cu_k, q_len, kv_len, first_row, rows, blocks, columns, scale,
     B: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,

@@ -1,0 +1,56 @@
+"""``keep="mass"``, as written in docs/mass.md and independent of the fast path: one pool, one row, one head at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stem_attention.config import StemConfig
+from stem_attention.policies.metric import accumulator_dtype
+from stem_attention.selection import BlockSelection
+
+
+def select_by_mass(q: Tensor, k: Tensor, config: StemConfig, scale: float, prompt_len: int) -> BlockSelection:
+    """Choose blocks row by row. fp64 inputs are estimated in fp64, all others in fp32."""
+    batch, q_len, q_heads, _ = q.shape
+    kv_len, group, size = k.shape[1], q.shape[2] // k.shape[2], config.block_size
+    rows = range((kv_len - q_len) // size, math.ceil(kv_len / size)) if q_len else range(0)
+    lists = [
+        [[keep_row(q[b, :, h], k[b, :, h // group], row, config, scale, prompt_len) for row in rows] for h in range(q_heads)]
+        for b in range(batch)
+    ]
+    return BlockSelection.from_lists(lists, block_size=size, q_len=q_len, kv_len=kv_len, device=q.device)
+
+
+def keep_row(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: float, prompt_len: int) -> list[int]:
+    """The ids that one query block of one head keeps."""
+    size, start = config.block_size, len(k) - len(q)
+    num_blocks = math.ceil(prompt_len / size)
+    if row >= num_blocks - config.tail_blocks:
+        return list(range(row + 1))
+    keys = k[: (row + 1) * size]
+    pools = [(x.to(accumulator_dtype(x)).mean(0).to(x.dtype), len(x)) for x in torch.split(keys, config.key_pool)]
+    means, counts = torch.stack([mean for mean, _ in pools]), [count for _, count in pools]
+    most = torch.zeros(row + 1, dtype=accumulator_dtype(q), device=q.device)
+    for first in range(row * size, (row + 1) * size, config.query_pool):
+        low, high = max(first, start), min(first + config.query_pool, len(k))
+        if low < high:
+            query = q[low - start : high - start].to(most.dtype).mean(0).to(q.dtype)
+            most = torch.maximum(most, estimated_attention(query, means, counts, high - 1, config, scale))
+    forced = [j < config.sink_blocks or j > row - config.local_blocks for j in range(row + 1)]
+    kept = (~(most < config.share / num_blocks)).tolist()
+    return [j for j in range(row + 1) if forced[j] or kept[j]]
+
+
+def estimated_attention(query: Tensor, means: Tensor, counts: list[int], last: int, config: StemConfig, scale: float) -> Tensor:
+    """Share of each key block in the attention of a pooled query whose last position is ``last``.
+
+    A pool of keys counts as many times as it has keys; pools that begin after ``last`` lie in the query's future.
+    """
+    dtype = accumulator_dtype(query)
+    logits = scale * (means.to(dtype) @ query.to(dtype)) + torch.tensor(counts, dtype=dtype, device=query.device).log()
+    logits[last // config.key_pool + 1 :] = -math.inf
+    weights = logits.softmax(0)
+    return torch.stack([part.sum() for part in torch.split(weights, config.block_size // config.key_pool)])

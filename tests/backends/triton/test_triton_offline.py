@@ -1,0 +1,61 @@
+"""What is compiled on meta tensors is what a launch on real memory looks for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton.runtime import driver
+
+from stem_attention import StemConfig
+from stem_attention.backends.precompile import Calls, precompile
+from stem_attention.backends.triton import select
+from stem_attention.backends.triton.choose import launch
+from stem_attention.backends.triton.offline import Compilation, offline
+
+CALLS = Calls([5000], heads=4, kv_heads=2, head_dim=32, dtype=torch.bfloat16)
+CONFIG = StemConfig(block_size=64)
+
+
+def choose_blocks(scores, budgets, indices, counts):
+    """The launch of a selection of 79 rows, on tensors of any kind."""
+    sizes = {"SINK": CONFIG.sink_blocks, "LOCAL": CONFIG.local_blocks, "B": 64}
+    positions = (0, 5003, 5003, 0, 79, 79, 80, 17, 79)
+    launch(
+        scores, budgets, indices, counts, 1, 4, None, None, *positions, **sizes, EXTRA=False, IMPLICIT=True, RAGGED=False
+    )  # fmt: skip
+
+
+def test_launches_on_real_memory_find_what_was_compiled_on_meta_tensors(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made: list[Compilation] = []
+    assert precompile("sm80", CALLS, CONFIG, made.append) == "triton"
+    names = ["pool_keys", "pool_queries", "score_kernel", "choose_kernel", "attention_kernel"]
+    assert [(kernel.kernel, kernel.cached) for kernel in made] == [(name, False) for name in names]
+    found: list[Compilation] = []
+    with offline("sm80", found.append):
+        # As transformers lays them out: keys by head. Their number of tokens is no multiple of 16.
+        q = torch.zeros(1, 5003, 4, 32, dtype=torch.bfloat16)
+        k = torch.zeros(1, 2, 5003, 32, dtype=torch.bfloat16).transpose(1, 2)
+        span = select._Span.of(q, k, 64, None, None)
+        select._pool_keys(k, k, CONFIG, span, True, None)
+        scores, table = torch.zeros(1, 4, 79, 80), torch.zeros(1, 79, dtype=torch.int32)
+        indices, counts = torch.zeros(1, 4, 79, 17, dtype=torch.int32), torch.zeros(1, 4, 79, dtype=torch.int32)
+        choose_blocks(scores, table, indices, counts)
+    assert [(kernel.kernel, kernel.cached) for kernel in found] == [("pool_keys", True), ("choose_kernel", True)]
+    assert {kernel.key for kernel in found} <= {kernel.key for kernel in made}
+
+
+def test_nothing_is_started_and_the_driver_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    before = driver._active
+    counts = torch.full((1, 4, 79), 7, dtype=torch.int32)
+    with offline("sm80", lambda _: None):
+        choose_blocks(torch.zeros(1, 4, 79, 80), *(torch.zeros(1, 79, dtype=torch.int32) for _ in range(2)), counts)
+    assert counts.unique().tolist() == [7]
+    assert driver._active is before
+
+
+@pytest.mark.parametrize("name", ["sm75", "gfx942", "hopper", "sm"])
+def test_other_architectures_are_refused(name):
+    with pytest.raises(ValueError, match="arch: expected sm80"), offline(name, lambda _: None):
+        pass
