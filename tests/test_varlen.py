@@ -10,12 +10,9 @@ from hypothesis import strategies as st
 
 import stem_attention as sa
 from stem_attention.testing import make_qkv, structured_qkv
+from stem_attention.testing.packed import borders, to_pages
 
 SPARSE = sa.StemConfig(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1, dense_below=64)
-
-
-def borders(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def ragged(q_lens, kv_lens, dtype=torch.float32, heads=(4, 2), dim=16):
@@ -26,22 +23,6 @@ def ragged(q_lens, kv_lens, dtype=torch.float32, heads=(4, 2), dim=16):
     ]
     packed = tuple(torch.cat([part[i][0] for part in parts]) for i in range(3))
     return packed, (borders(q_lens), borders(kv_lens), max(q_lens), max(kv_lens))
-
-
-def to_pages(x, kv_lens, page_size, seed=0):
-    """Scatter packed ``x`` over scrambled pages; what no key fills is NaN. Returns the cache and its page table."""
-    needed = [-(-length // page_size) for length in kv_lens]
-    order = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(seed))
-    cache = torch.full((len(order), page_size, *x.shape[1:]), math.nan, dtype=x.dtype)
-    table = torch.full((len(kv_lens), max(needed) + 1), -1, dtype=torch.int32)  # -1: never read
-    used, start = 0, 0
-    for i, (pages, length) in enumerate(zip(needed, kv_lens, strict=True)):
-        table[i, :pages] = order[used : used + pages]
-        room = torch.full((pages * page_size, *x.shape[1:]), math.nan, dtype=x.dtype)
-        room[:length] = x[start : start + length]
-        cache[table[i, :pages].long()] = room.view(pages, page_size, *x.shape[1:])
-        used, start = used + pages, start + length
-    return cache, table
 
 
 def one_by_one(packed, lengths, **options):

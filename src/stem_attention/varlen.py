@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stem_attention import ops
-from stem_attention.checks import check_backend, check_config, check_qkv, check_scale
+from stem_attention.checks import check_backend, check_config, check_flag, check_qkv, check_scale
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
 
@@ -27,6 +27,12 @@ def stem_attention_varlen(
     page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., config: StemConfig | None = ...,
     scale: float | None = ..., return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def stem_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., config: StemConfig | None = ...,
+    scale: float | None = ..., return_lse: bool, backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def stem_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -81,8 +87,9 @@ def stem_attention_varlen(
         _check_pages(page_table, key_starts, pages=k.shape[0], page_size=k.shape[1])
     lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
     settings, scale = check_config(config), check_scale(scale, q.shape[2])
+    check_flag("return_lse", return_lse)
     out, lse = ops.forward_varlen(
-        q, k, v, starts, key_starts, page_table, settings.to_json(), scale, lengths, bool(return_lse), check_backend(backend)
+        q, k, v, starts, key_starts, page_table, settings.to_json(), scale, lengths, return_lse, check_backend(backend)
     )
     return (out, lse) if return_lse else out
 

@@ -1,0 +1,246 @@
+"""The SGLang backend on SGLang's own batches, layers and pools, or on stand-ins of their shape: see sglang_host.py."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import stem_attention as sa
+from stem_attention.policies.budget import row_budgets
+from stem_attention.testing import structured_qkv
+
+from .sglang_host import DIM, HEADS, KV_HEADS, AttentionType, make_batch, make_exec, make_layer, make_runner
+
+from stem_attention.integrations import sglang as plugin  # isort: skip  (after the host, which may stand in for sglang)
+from stem_attention.integrations import sglang_backend, sglang_layers  # isort: skip
+
+CONFIG = {"block_size": 16, "min_blocks": 3, "sink_blocks": 1, "local_blocks": 1, "tail_blocks": 1, "dense_below": 64}
+SPARSE = sa.StemConfig(**CONFIG)
+KEEP_ALL = {"block_size": 16, "ratio_short": 1.0, "ratio_long": 1.0, "decay": 1.0, "dense_below": 0}
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's launcher has published its arguments."""
+    monkeypatch.setattr(sglang_layers, "get_exec", make_exec)
+
+
+class Server:
+    """A runner, its backend, and prompts whose keys go to scrambled slots."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lengths: list[int], **settings: Any) -> None:
+        monkeypatch.setenv("STEM_ATTENTION_CONFIG", json.dumps({**CONFIG, **settings}))
+        self.runner = make_runner()
+        plugin.register()
+        self.backend = plugin.ATTENTION_BACKENDS["stem"](self.runner)
+        sglang_backend.COUNTERS.reset()
+        self.prompts = [structured_qkv(1, n, n, HEADS, KV_HEADS, DIM, seed=i) for i, n in enumerate(lengths)]
+        order = torch.randperm(4000, generator=torch.Generator().manual_seed(1))[: sum(lengths)] + 1
+        self.slots = list(order.split(lengths))
+
+    def batch(
+        self, spans: list[tuple[int, int]], mode: str = "EXTEND", whole: bool = True, padding: int = 0
+    ) -> tuple[Any, ...]:
+        """Tokens ``[low, high)`` of every prompt as one batch: its metadata and q, k, v as a model's layer makes them."""
+        slots = [part[:high] for part, (_, high) in zip(self.slots, spans, strict=True)]
+        lengths = [len(part) for part in self.slots] if whole else None
+        batch = make_batch(
+            mode, slots, [high - low for low, high in spans], lengths, self.runner.req_to_token_pool.req_to_token
+        )
+        parts = [[x[0, low:high] for x in prompt] for prompt, (low, high) in zip(self.prompts, spans, strict=True)]
+        q, k, v = (torch.cat(column) for column in zip(*parts, strict=True))
+        return batch, torch.cat([q.flatten(1), torch.ones(padding, HEADS * DIM)]), k, v
+
+    def run(
+        self, *args: Any, layer: Any = None, backend: Any = None, extra: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Tensor:
+        batch, q, k, v = self.batch(*args, **kwargs)
+        backend = self.backend if backend is None else backend
+        backend.init_forward_metadata(batch)
+        out: Tensor = backend.forward_extend(q, k, v, make_layer() if layer is None else layer, batch, **(extra or {}))
+        assert out.shape == q.shape
+        return out
+
+    def expected(self, i: int, low: int, high: int, config: sa.StemConfig = SPARSE, prompt_len: int | None = None) -> Tensor:
+        q, k, v = self.prompts[i]
+        out: Tensor = sa.stem_attention(q[:, low:high], k[:, :high], v[:, :high], config=config, prompt_len=prompt_len)
+        return out[0].flatten(1)
+
+
+def test_prompts_of_one_batch_are_read_as_if_contiguous_and_alone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [300, 77, 128])
+    out = server.run([(0, 300), (0, 77), (0, 128)])
+    assert torch.equal(out, torch.cat([server.expected(0, 0, 300), server.expected(1, 0, 77), server.expected(2, 0, 128)]))
+    counters = sglang_backend.COUNTERS
+    assert (counters.sparse_rows, counters.sparse_tokens, dict(counters.dense_rows)) == (3, 505, {})
+    selections = [sa.select_blocks(*prompt, config=SPARSE) for prompt in server.prompts]
+    assert counters.kept_blocks == sum(int(selection.counts[0, 0].sum()) for selection in selections)
+    assert 0.2 < counters.density < 0.9
+
+
+@pytest.mark.parametrize("cuts", [(0, 96, 192, 300), (0, 37, 101, 250, 300)], ids=["block borders", "anywhere"])
+def test_chunks_keep_the_budgets_of_the_whole_prompt(cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [300])
+    chunks = [server.run([(low, high)]) for low, high in pairwise(cuts)]
+    for chunk, (low, high) in zip(chunks, pairwise(cuts), strict=True):
+        assert torch.equal(chunk, server.expected(0, low, high, prompt_len=300))
+    if all(cut % 16 == 0 for cut in cuts[:-1]):
+        torch.testing.assert_close(torch.cat(chunks), server.expected(0, 0, 300), atol=1e-5, rtol=1e-5)
+
+
+def test_without_the_prompts_length_the_tokens_so_far_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [300])
+    server.run([(0, 96)], whole=False)
+    assert torch.equal(server.run([(96, 192)], whole=False), server.expected(0, 96, 192))
+    assert row_budgets(SPARSE, 12) != row_budgets(SPARSE, 19)[:12]
+
+
+def test_a_cached_prefix_is_read_from_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [300])
+    batch, _, k, v = server.batch([(0, 200)])
+    server.runner.token_to_kv_pool.set_kv_buffer(make_layer(), sglang_backend.KVWriteLoc.for_batch(batch), k, v)
+    assert torch.equal(server.run([(200, 300)]), server.expected(0, 200, 300))
+
+
+def test_answers_and_short_prompts_in_a_mixed_batch_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [300, 50, 200])
+    server.run([(0, 299), (0, 0), (0, 0)])
+    sglang_backend.COUNTERS.reset()
+    out = server.run([(299, 300), (0, 50), (0, 200)], mode="MIXED")
+    dense = sa.StemConfig(block_size=16, dense_below=10**9)
+    assert torch.equal(out[51:], server.expected(2, 0, 200))
+    for rows, i, low, high in ((slice(0, 1), 0, 299, 300), (slice(1, 51), 1, 0, 50)):
+        torch.testing.assert_close(out[rows], server.expected(i, low, high, dense), atol=1e-5, rtol=1e-5)
+    assert dict(sglang_backend.COUNTERS.dense_rows) == {"short chunk": 1, "short prompt": 1}
+
+
+def test_a_batch_of_short_prompts_goes_to_the_dense_backend_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [50, 20])
+    out = server.run([(0, 50), (0, 20)])
+    assert torch.equal(out, server.run([(0, 50), (0, 20)], backend=server.backend.dense))
+    assert dict(sglang_backend.COUNTERS.dense_rows) == {"short prompts and chunks": 2}
+
+
+def test_keeping_everything_equals_the_dense_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [150, 130], **KEEP_ALL)
+    for spans in ([(0, 70), (0, 130)], [(70, 150), (130, 130)]):
+        torch.testing.assert_close(
+            server.run(spans), server.run(spans, backend=server.backend.dense), atol=1e-5, rtol=1e-5
+        )  # fmt: skip
+    assert sglang_backend.COUNTERS.density == 1
+
+
+def test_rows_that_only_pad_the_batch_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [128])
+    out = server.run([(0, 128)], padding=3)
+    assert torch.equal(out[:128], server.expected(0, 0, 128))
+    assert not out[128:].any()
+
+
+OTHER_LAYERS = {
+    "cross-attention": {"is_cross_attention": True},
+    "encoder_only attention": {"attn_type": AttentionType.ENCODER_ONLY},
+    "sliding window": {"sliding_window_size": 31},
+    "chunked local attention": {"use_irope": True},
+    "soft-capped scores": {"logit_cap": 30.0},
+    "scores scaled by length": {"xai_temperature_len": 1024},
+    "positions inside attention (ALIBI)": {"pos_encoding_mode": "ALIBI"},
+    "values of another head dimension": {"v_head_dim": 8},
+    "dense_layers": {"layer_id": 0},
+}
+
+
+@pytest.mark.parametrize("reason", OTHER_LAYERS)
+def test_a_layer_that_stem_does_not_do_goes_to_the_dense_backend(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [200], dense_layers=1)
+    seen = []
+    monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: seen.append((args, extra)))
+    layer = make_layer(**{"layer_id": 1, **OTHER_LAYERS[reason]})
+    assert sglang_backend.layer_obstacle(layer, 1, {}) == reason
+    batch, q, k, v = server.batch([(0, 200)])
+    server.backend.init_forward_metadata(batch)
+    server.backend.forward_extend(q, k, v, layer, batch, False)
+    ((args, extra),) = seen
+    assert args[3] is layer
+    assert args[5] is False
+    assert extra == {}
+
+
+def test_an_argument_that_stem_does_not_know_goes_to_the_dense_backend_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [200])
+    seen = []
+    monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: seen.append(extra) or args[0])
+    server.run([(0, 200)], extra={"sinks": torch.ones(HEADS)})
+    server.run([(0, 200)], extra={"sinks": None, "save_kv_cache": True})
+    assert [list(extra) for extra in seen] == [["sinks"]]
+
+
+def test_other_batches_go_to_the_dense_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [200])
+    monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: args[0] * 2)
+    for mode, change in (
+        ("TARGET_VERIFY", {}),
+        ("EXTEND", {"extend_seq_lens_cpu": None}),
+        ("EXTEND", {"encoder_lens": torch.ones(1)}),
+    ):
+        batch, q, k, v = server.batch([(0, 200)], mode=mode)
+        for name, value in change.items():
+            setattr(batch, name, value)
+        server.backend.init_forward_metadata(batch)
+        assert torch.equal(server.backend.forward_extend(q, k, v, make_layer(), batch), q * 2)
+    assert sorted(sglang_backend.COUNTERS.dense_rows) == [
+        "encoder-decoder batch", "lengths known on the device only", "target_verify batch",
+    ]  # fmt: skip
+
+
+REFUSED = {
+    "latent attention": {"use_mla_backend": True},
+    "holds torch.float8_e4m3fn; start with --kv-cache-dtype auto": {"kv_cache_dtype": torch.float8_e4m3fn},
+    "holds torch.float32 and the model computes torch.bfloat16": {"dtype": torch.bfloat16},
+    "is a object, not one pool": {"token_to_kv_pool": object()},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_no_layer_could_take_is_refused_at_start_up(reason: str) -> None:
+    runner = make_runner()
+    for name, value in REFUSED[reason].items():
+        setattr(runner, name, value)
+    with pytest.raises(sa.UnsupportedError, match=reason):
+        plugin.create(runner)
+
+
+def test_prefill_in_cuda_graphs_is_refused_at_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_layers, "get_exec", lambda: make_exec("full"))
+    with pytest.raises(sa.UnsupportedError, match="--disable-prefill-cuda-graph"):
+        plugin.create(make_runner())
+
+
+def test_another_batch_is_never_read_with_the_lengths_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [300])
+    server.run([(0, 100)])
+    batch, q, k, v = server.batch([(100, 300)])
+    out = server.backend.forward_extend(q, k, v, make_layer(), batch)  # without init_forward_metadata
+    assert torch.equal(out, server.expected(0, 100, 300))
+
+
+def test_stem_needs_a_decode_backend_beside_it() -> None:
+    runner = make_runner()
+    runner.decode_attention_backend_str = "stem"
+    with pytest.raises(ValueError, match="^--decode-attention-backend: expected .+ such as fa3, got 'stem'"):
+        plugin.create(runner)
+
+
+def test_registering_twice_offers_one_choice_and_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.register()
+    plugin.register()
+    assert plugin.ATTENTION_BACKEND_CHOICES.count("stem") == 1
+    assert plugin.ATTENTION_BACKENDS["stem"] is plugin.create
+    monkeypatch.setenv("STEM_ATTENTION_CONFIG", '{"decai": 0.7}')
+    with pytest.raises(ValueError, match="STEM_ATTENTION_CONFIG: .*decai"):
+        plugin.register()

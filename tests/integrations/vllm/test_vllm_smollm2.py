@@ -1,0 +1,62 @@
+"""A real model in vLLM: SmolLM2 answers from a prompt that was read sparsely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+from stem_attention.evaluation.embedded import EMBEDDED_INSTALL, embedded_gguf
+from stem_attention.evaluation.models import find_model, load_model
+from stem_attention.evaluation.needle import numbers
+from stem_attention.evaluation.prompts import Prompt, planted_prompt
+from stem_attention.integrations.vllm import counters
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(embedded_gguf() is None, reason=f"needs the embedded model: {EMBEDDED_INSTALL}"),
+]
+
+Tokens = Callable[..., list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The model in vLLM's format, and its tokenizer."""
+    loaded, tokenizer = load_model(find_model(), torch.device("cpu"), torch.bfloat16)
+    fields = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
+    model: Any = type(loaded)(type(loaded.config)(**fields)).to(torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    path = tmp_path_factory.mktemp("smollm2")
+    model.save_pretrained(path)
+    return path, tokenizer
+
+
+@pytest.fixture(scope="module")
+def needle(smollm2: tuple[Path, Any]) -> Prompt:
+    return planted_prompt(smollm2[1], 2500, seed="vllm", depth=0.4)
+
+
+def test_a_needle_is_found_in_a_prompt_read_sparsely_in_chunks(
+    smollm2: tuple[Path, Any], needle: Prompt, engine: Any, generate: Tokens
+) -> None:
+    path, tokenizer = smollm2
+    llm = engine(path, {"dense_below": 0}, dtype="bfloat16", max_num_batched_tokens=1000)
+    (tokens,) = generate(llm, [list(needle.ids)], tokens=16)
+    assert needle.answers[0] in numbers(tokenizer.decode(tokens)), tokenizer.decode(tokens)
+    count = counters()
+    assert count["sparse_rows"] == 3
+    assert count["density"] < 0.65
+
+
+def test_keep_all_gives_the_hosts_tokens(smollm2: tuple[Path, Any], needle: Prompt, engine: Any, generate: Tokens) -> None:
+    keep_all = {"dense_below": 0, "ratio_short": 1.0, "ratio_long": 1.0, "decay": 1.0, "min_query_len": 32}
+    asked = [list(needle.ids)[-800:], list(needle.ids)[-333:]]
+    expected = generate(engine(smollm2[0]), asked)
+    assert generate(engine(smollm2[0], keep_all, max_num_batched_tokens=301), asked) == expected
+    assert counters()["sparse_tokens"] > 1000

@@ -1,0 +1,65 @@
+"""The plug-in in vLLM's own processes: an engine process and two tensor-parallel workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+SCRIPT = """
+import json, sys
+import vllm
+from stem_attention.integrations.vllm import counters
+
+def main():
+    llm = vllm.LLM(
+        sys.argv[1], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=4,
+        max_num_batched_tokens=333, tensor_parallel_size=2, enable_prefix_caching=False,
+        attention_backend="CUSTOM",
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in json.load(open(sys.argv[2]))]
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    tokens = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    print("RESULT", json.dumps({"tokens": tokens, "counters": llm.collective_rpc(counters), "here": counters()}))
+
+if __name__ == "__main__":
+    main()
+"""
+KEEP_ALL = {"block_size": 64, "dense_below": 0, "ratio_short": 1.0, "ratio_long": 1.0, "decay": 1.0, "min_query_len": 32}
+
+
+def test_worker_processes_give_the_hosts_tokens_and_can_be_asked(
+    llama: Path, tmp_path: Path, engine: Any, generate: Callable[..., list[list[int]]]
+) -> None:
+    script, settings, asked = tmp_path / "serve.py", tmp_path / "stem.json", tmp_path / "prompts.json"
+    prompts = [[i * i * k % 509 for i in range(1, length)] for k, length in ((3, 900), (5, 60), (7, 500))]
+    script.write_text(SCRIPT)
+    settings.write_text(json.dumps(KEEP_ALL))
+    asked.write_text(json.dumps(prompts))
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "OMP_NUM_THREADS": "1",
+        "STEM_ATTENTION_CONFIG": str(settings),
+    }
+    command = [sys.executable, str(script), str(llama), str(asked)]
+    run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    log = run.stdout + run.stderr
+    assert run.returncode == 0, log[-3000:]
+    (line,) = (line for line in run.stdout.splitlines() if line.startswith("RESULT"))
+    result = json.loads(line.removeprefix("RESULT"))
+    assert result["tokens"] == generate(engine(llama), prompts, tokens=8)
+    assert log.count("Stem is on in 2 of 2 attention layers") == 2, "each worker says so once"
+    assert "settings from STEM_ATTENTION_CONFIG" in log
+    first, second = result["counters"]
+    assert first == second
+    assert 1400 < first["sparse_tokens"] <= sum(map(len, prompts))
+    assert result["here"]["sparse_rows"] == 0, "workers count, the process that asks them does not"
