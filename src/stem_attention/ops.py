@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stem_attention.backends import Backend, Packing, Request, get_backend
+from stem_attention.backends.dense import without_autocast
 from stem_attention.config import StemConfig
 from stem_attention.policies.budget import block_count, row_budgets
 from stem_attention.selection import PAD, BlockSelection
@@ -39,8 +40,9 @@ def _guarded(op: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[
 
     @wraps(op)
     def run(q: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        place: AbstractContextManager[None] = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
-        with place, torch.autocast(q.device.type, enabled=False):
+        elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
+        place: AbstractContextManager[None] = torch.cuda.device(q.device) if elsewhere else nullcontext()
+        with place, without_autocast(q.device):
             return op(q, *args, **kwargs)
 
     return run

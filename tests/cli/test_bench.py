@@ -106,7 +106,7 @@ def test_a_wrong_result_prints_no_time(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--suite", "magic"], "--suite: expected one of attention, kernel, selection, got 'magic'"),
+        (["--suite", "magic"], "--suite: expected one of attention, kernel, selection, serving, ttft, got 'magic'"),
         (["--model", "magic"], "--model: expected one of llama-3.1-8b"),
         (["--plot", "times.jpg"], "--plot: expected a file that ends in .png"),
         (["--model", "gemma", "--kv-heads", "3"], "--kv-heads: expected a divisor of --heads 8"),

@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
+import stem_attention
 from stem_attention.cli import main
-from stem_attention.cli.doctor import examine
+from stem_attention.cli.doctor import _backend_table, examine
 
 
 def test_doctor_names_versions_devices_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +35,13 @@ def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_doctor_prints_the_brackets_of_an_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "triton is not installed: pip install 'stem-attention[gpu]'"
+    entry = {"device": "cpu", "dtype": "float32", "head_dim": 64, "backend": "torch", "reasons": {"triton": reason}}
+    Console(width=200, file=sys.stdout).print(_backend_table([entry]))
+    assert reason in capsys.readouterr().out
+
+
 def test_version_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.strip().count(".") == 2
+    assert capsys.readouterr().out.strip() == stem_attention.__version__

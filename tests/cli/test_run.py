@@ -111,6 +111,28 @@ def test_inspect_json_lists_the_kept_blocks(tiny_llama: Path, tmp_path: Path, ca
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_writes_every_panel_by_itself(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    panels = tmp_path / "new" / "panels"
+    code = main(["inspect", "--model", str(tiny_llama), *SPARSE, "--set", "dense_layers=1", "--json", "--panels", str(panels)])
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    names = {"budget.png", "reach.png", "layer1-head0-kept.png", "layer1-head0-scores.png"}
+    assert {file.name for file in panels.iterdir()} == names, "of the layers shown by default, layer 0 is dense"
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in panels.iterdir())
+    dense, sparse = report["median_distances"]
+    assert dense is None
+    assert len(sparse) == 4, "one for each head"
+    assert sparse[0] == report["views"][0]["median_distance"]
+
+
+def test_inspect_names_a_directory_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    assert main(["inspect", "--panels", str(tmp_path / "file")]) == 1
+    assert "--panels: cannot make" in capsys.readouterr().err
+
+
 @pytest.mark.model
 @pytest.mark.skipif(embedded_gguf() is None, reason=f"the embedded model is not installed: {EMBEDDED_INSTALL}")
 def test_embedded_model_answers_the_planted_question_dense_and_sparse(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,29 @@ import torch
 import typer
 
 import stem_attention
+from stem_attention.cli.annotations import (
+    ChatTemplate,
+    Config,
+    Context,
+    Depth,
+    Device,
+    Dtype,
+    HeadDim,
+    Heads,
+    Json,
+    KvHeads,
+    Model,
+    Plot,
+    PolicyName,
+    Preset,
+    PromptFile,
+    Seed,
+    Settings,
+)  # fmt: skip
+from stem_attention.cli.app_compile import precompile
 from stem_attention.cli.errors import UserError, need
 from stem_attention.errors import UnsupportedError
 from stem_attention.evaluation.studies import STUDIES
-from stem_attention.policies import policy_names
 
 # typer carries its own copy of click or depends on it, according to its version; both ways this is what a command line
 # that does not parse raises.
@@ -24,38 +43,6 @@ _HOST = ("transformers", "gguf", "accelerate")
 app = typer.Typer(
     name="stem-attention", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
-
-Model = Annotated[
-    str | None,
-    typer.Option(help="Model directory, GGUF file or hub id.", show_default="the embedded SmolLM2-135M-Instruct"),
-]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="Text to read; - is standard input, which is also read when something is piped in.",
-        show_default="made-up prose with a planted number and a question about it",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of the default prompt; fixed, so that runs repeat.")]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens of the default prompt.", show_default="what the model's context holds beside the answer, up to 32768"
-    ),
-]
-Depth = Annotated[float, typer.Option(help="Where the default prompt plants the number: 0 start of the text, 1 end.")]
-ChatTemplate = Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template, if it has one.")]
-PolicyName = Annotated[str, typer.Option("--policy", help=f"Which blocks to keep: {', '.join(policy_names())}.")]
-Preset = Annotated[str, typer.Option(help="StemConfig to start from: default, paper or angelslim.")]
-Config = Annotated[Path | None, typer.Option(help="JSON file of StemConfig fields; they override the preset.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Any StemConfig field, or an option of --policy; overrides. Repeatable."),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on the CPU, bfloat16 elsewhere.")]
-Plot = Annotated[Path | None, typer.Option(help="Write a PNG: kept blocks, block scores, budget curve. Needs matplotlib.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
 @app.command()
@@ -113,6 +100,10 @@ def inspect(
     ] = None,
     head: Annotated[list[int] | None, typer.Option(help="Query head to show. Repeatable.", show_default="0")] = None,
     plot: Plot = None,
+    panels: Annotated[
+        Path | None,
+        typer.Option(help="Write the picture's panels into this directory, a PNG each. Needs matplotlib."),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Show which blocks chosen layers and heads keep, as a picture and in numbers, without generating."""
@@ -124,21 +115,30 @@ def inspect(
         model, prompt_file, seed, context, depth, chat_template, 0, policy, preset, config, settings or [],
         device, dtype, plot, layer or [], head or [0],
     )  # fmt: skip
-    return inspect_command(options, as_json=as_json)
+    return inspect_command(options, panels=panels, as_json=as_json)
 
 
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Option(help="attention: the whole call; kernel: attention over given lists; selection: choosing the blocks.")
+        str,
+        typer.Option(
+            help="attention: the whole call; kernel: attention over given lists; selection: choosing the blocks; "
+            "serving: chunks of many prompts from a paged cache; ttft: whole models (llama-3.1-8b, qwen3-8b, qwen2.5-7b, "
+            "llama-3.2-1b, tiny) until the first token."
+        ),
     ] = "attention",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas between.")] = "8192,32768",
     model: Annotated[
-        str | None, typer.Option(help="Take the heads of a model: llama-3.1-8b, qwen3-8b, qwen2.5-7b, llama-3.2-1b, gemma.")
+        str | None,
+        typer.Option(
+            help="Take the heads of a model: llama-3.1-8b, qwen3-8b, qwen2.5-7b, llama-3.2-1b, gemma.",
+            show_default="8 query heads, 2 key/value heads, head_dim 64; for ttft llama-3.2-1b",
+        ),
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads.", show_default="the model's, else 8")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads.", show_default="the model's, else 2")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Dimension of a head.", show_default="the model's, else 64")] = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     repeats: Annotated[
@@ -152,6 +152,9 @@ def bench(
     config: Config = None,
     settings: Settings = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: time against length. Needs matplotlib.")] = None,
+    first_call: Annotated[
+        bool, typer.Option("--first-call", help="ttft: also time new processes' first prefill, Triton cache empty and filled.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Time Stem against its peers on random inputs, after checking its result.
@@ -163,9 +166,12 @@ def bench(
 
     options = BenchOptions(
         suite, lengths, model, heads, kv_heads, head_dim, device, dtype, repeats, threads, seed, dense, preset, config,
-        settings or [], plot,
+        settings or [], plot, first_call,
     )  # fmt: skip
     return bench_command(options, as_json=as_json)
+
+
+app.command("compile")(precompile)
 
 
 @app.command("eval")
@@ -282,7 +288,8 @@ def run_app(arguments: list[str]) -> int:
         return _complain(f"out of memory: {error}; read a shorter prompt or use a smaller dtype", 1)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted", 130)
-    return int(code or 0)
+    # Newer typer turns Ctrl-C into this exit code by itself.
+    return _complain("interrupted", 130) if code == 130 else int(code or 0)
 
 
 def _complain(message: str, code: int) -> int:

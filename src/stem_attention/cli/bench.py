@@ -6,21 +6,22 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from rich.progress import Progress
 
 from stem_attention.cli.bench_report import print_report, report
+from stem_attention.cli.bench_serving import SUITE as SERVING
+from stem_attention.cli.bench_serving import serving_command
+from stem_attention.cli.bench_ttft import SUITE as TTFT
+from stem_attention.cli.bench_ttft import ttft_command
 from stem_attention.cli.errors import UserError
-from stem_attention.cli.options import check_counts, check_plot, read_choice, read_device, read_dtype, read_lengths
+from stem_attention.cli.options import check_counts, check_plot, read_choice, read_device, read_dtype, read_heads, read_lengths
 from stem_attention.cli.system import output, progress_console
-from stem_attention.evaluation.bench_shapes import MODELS, Heads, Shape
+from stem_attention.evaluation.bench_shapes import Heads, Shape
 from stem_attention.evaluation.bench_suites import SUITES, Result, WrongResultError, run_suite
 from stem_attention.evaluation.bench_timing import round_count
 from stem_attention.policies import Stem
-
-_T = TypeVar("_T")
 
 _DEFAULT_HEADS = Heads(8, 2, 64)
 _CPU_REPEATS = 5
@@ -47,6 +48,7 @@ class BenchOptions:
     config: Path | None
     settings: list[str]
     plot: Path | None
+    first_call: bool
 
 
 def bench_command(options: BenchOptions, *, as_json: bool) -> int:
@@ -55,16 +57,25 @@ def bench_command(options: BenchOptions, *, as_json: bool) -> int:
     Raises:
         UserError: Some option is wrong, or a result failed its check: then no time is printed.
     """
-    if options.suite not in SUITES:
-        raise UserError(f"--suite: expected one of {', '.join(SUITES)}, got {options.suite!r}; pick one of these names")
+    if options.suite == TTFT:
+        return ttft_command(options, as_json=as_json)
+    if options.suite not in (*SUITES, SERVING):
+        names = ", ".join((*SUITES, SERVING, TTFT))
+        raise UserError(f"--suite: expected one of {names}, got {options.suite!r}; pick one of these names")
     config = read_choice(Stem.name, options.preset, options.config, options.settings).config
     shapes = read_shapes(options)
-    repeats = _given(options.repeats, _CPU_REPEATS if shapes[0].device.type == "cpu" else _GPU_REPEATS)
+    usual = _CPU_REPEATS if shapes[0].device.type == "cpu" else _GPU_REPEATS
+    repeats = usual if options.repeats is None else options.repeats
     check_counts(repeats=repeats)
     check_plot(options.plot)
     if options.threads is not None:
         check_counts(threads=options.threads)
         torch.set_num_threads(options.threads)
+    if options.suite == SERVING:
+        return serving_command(
+            shapes, config, repeats=repeats, seed=options.seed, dense=options.dense, plot=options.plot is not None,
+            as_json=as_json,
+        )  # fmt: skip
     run = partial(run_suite, options.suite, config=config, repeats=repeats, seed=options.seed, dense=options.dense)
     results: list[Result] = []
     with Progress(console=progress_console()) as progress:
@@ -91,28 +102,8 @@ def read_shapes(options: BenchOptions) -> list[Shape]:
     Raises:
         UserError: An option is wrong; the message names it.
     """
-    heads = _read_heads(options)
+    heads = read_heads(_DEFAULT_HEADS, options.model, options.heads, options.kv_heads, options.head_dim)
     device = read_device(options.device)
     dtype = read_dtype(options.dtype, device)
     lengths = read_lengths(options.lengths)
     return [Shape(length, heads.heads, heads.kv_heads, heads.head_dim, dtype, device) for length in lengths]
-
-
-def _read_heads(options: BenchOptions) -> Heads:
-    if options.model is not None and options.model not in MODELS:
-        raise UserError(
-            f"--model: expected one of {', '.join(MODELS)}, got {options.model!r}; for others give --heads, --kv-heads and "
-            f"--head-dim"
-        )
-    model = _DEFAULT_HEADS if options.model is None else MODELS[options.model]
-    heads = Heads(
-        _given(options.heads, model.heads), _given(options.kv_heads, model.kv_heads), _given(options.head_dim, model.head_dim)
-    )
-    check_counts(heads=heads.heads, kv_heads=heads.kv_heads, head_dim=heads.head_dim)
-    if heads.heads % heads.kv_heads:
-        raise UserError(f"--kv-heads: expected a divisor of --heads {heads.heads}, got {heads.kv_heads}; change one of them")
-    return heads
-
-
-def _given(value: _T | None, otherwise: _T) -> _T:
-    return otherwise if value is None else value

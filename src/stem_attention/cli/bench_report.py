@@ -41,10 +41,11 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 def report(suite: str, results: list[Result], config: StemConfig) -> dict[str, Any]:
     """Everything measured and what it ran on, as plain JSON types. Times are in seconds."""
-    return {"suite": suite, **_facts(results[0].shape, config), "results": [_to_json(result) for result in results]}
+    return {"suite": suite, **facts(results[0].shape, config), "results": [_to_json(result) for result in results]}
 
 
-def _facts(shape: Shape, config: StemConfig) -> dict[str, Any]:
+def facts(shape: Shape, config: StemConfig) -> dict[str, Any]:
+    """What a benchmark ran on and with, as plain JSON types."""
     on_cpu = shape.device.type == "cpu"
     explanation = explain(device=shape.device, dtype=shape.dtype, head_dim=shape.head_dim, config=config)
     return {
@@ -87,16 +88,16 @@ def _to_json(result: Result) -> dict[str, Any]:
 
 def print_report(suite: str, results: list[Result], config: StemConfig, console: Console) -> None:
     """Print the table and what belongs to it."""
-    facts = _facts(results[0].shape, config)
-    versions = {name: facts[name] for name in ("torch", "triton", "python", "driver") if facts[name]}
-    if facts["backend"] != "triton":
+    known = facts(results[0].shape, config)
+    versions = {name: known[name] for name in ("torch", "triton", "python", "driver") if known[name]}
+    if known["backend"] != "triton":
         versions.pop("triton", None)
-    threads = f", {facts['threads']} threads" if facts["device"] == "cpu" else ""
+    threads = f", {known['threads']} threads" if known["device"] == "cpu" else ""
     console.print(
-        f"stem-attention {facts['stem_attention']}, {', '.join(f'{name} {value}' for name, value in versions.items())}\n"
-        f"{facts['device']}: {facts['device_name']}{threads}\n"
-        f"{facts['dtype']}, {facts['heads']} query heads, {facts['kv_heads']} kv heads, head_dim {facts['head_dim']}\n"
-        f"suite {suite}, backend {facts['backend']}"
+        f"stem-attention {known['stem_attention']}, {', '.join(f'{name} {value}' for name, value in versions.items())}\n"
+        f"{known['device']}: {known['device_name']}{threads}\n"
+        f"{known['dtype']}, {known['heads']} query heads, {known['kv_heads']} kv heads, head_dim {known['head_dim']}\n"
+        f"suite {suite}, backend {known['backend']}"
     )
     console.print(_table(results))
     rounds = len(next(iter(results[0].times.values())).work)
@@ -137,11 +138,12 @@ def _time(result: Result, name: str) -> str:
     if name not in result.times:
         return "-"
     seconds = result.medians[name]
-    text = _duration(seconds)
+    text = duration(seconds)
     return f"{text}, {result.rates[name] / 1e12:.3g} TFLOP/s" if name in result.rates else text
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds to read."""
     if seconds >= 10:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.1f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.3f} ms"

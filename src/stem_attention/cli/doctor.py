@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from stem_attention import StemConfig, explain
 from stem_attention.cli.errors import install_command, missing
@@ -97,5 +98,5 @@ def _backend_table(entries: list[dict[str, Any]]) -> Table:
         answers.setdefault((device, ", ".join(head_dims), backend, why), []).append(dtype)
     table = Table("device", "dtype", "head_dim", "backend", "why")
     for (device, dims, backend, why), dtypes in answers.items():
-        table.add_row(device, ", ".join(dtypes), dims, backend, why)
+        table.add_row(device, ", ".join(dtypes), dims, backend, Text(why))  # an extra's brackets are no markup
     return table

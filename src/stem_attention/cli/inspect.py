@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from stem_attention.cli.job import Job, JobOptions, prepare, read_with_progress
+from stem_attention.cli.options import check_panels
 from stem_attention.cli.pictures import save_picture, text_picture, views_or_error
 from stem_attention.cli.system import output, progress_console
 from stem_attention.evaluation.prefill import Reading
-from stem_attention.evaluation.views import BlockView, HeadRecorder, row_counts, selections_by_layer
+from stem_attention.evaluation.views import BlockView, HeadRecorder, reach, row_counts, selections_by_layer
 
 
-def inspect_command(options: JobOptions, *, as_json: bool) -> int:
+def inspect_command(options: JobOptions, *, panels: Path | None, as_json: bool) -> int:
     """Prefill once and show; returns the exit code.
 
     Raises:
@@ -23,6 +26,8 @@ def inspect_command(options: JobOptions, *, as_json: bool) -> int:
         UnsupportedError: The model's class cannot take Stem's attention function.
     """
     progress = progress_console()
+    if panels is not None:
+        check_panels(panels)
     job = prepare(options, progress)
     layers = job.layers or sorted({0, job.layer_count // 2, job.layer_count - 1})
     recorder = HeadRecorder(layers, job.heads, job.choice.config)
@@ -32,9 +37,9 @@ def inspect_command(options: JobOptions, *, as_json: bool) -> int:
         print(json.dumps(_to_json(job, reading, views)))
     else:
         _print(job, reading, views, output())
-    if options.plot is not None:
-        save_picture(job, reading, recorder, options.plot)
-        progress.print(f"wrote {options.plot}", markup=False)
+    if written := [path for path in (options.plot, panels) if path is not None]:
+        save_picture(job, reading, recorder, file=options.plot, panels=panels)
+        progress.print(f"wrote {', '.join(map(str, written))}", markup=False)
     return 0
 
 
@@ -52,6 +57,7 @@ def _to_json(job: Job, reading: Reading, views: list[BlockView]) -> dict[str, An
              "median_distance": view.median_distance, "blocks": [row.nonzero().flatten().tolist() for row in view.kept]}
             for view in views
         ],
+        "median_distances": [None if math.isnan(row[0]) else row for row in reach(reading).tolist()],
         "kept_per_row": {str(layer): row_counts(selections[layer]) for layer in sorted({view.layer for view in views})},
     }  # fmt: skip
 

@@ -24,5 +24,8 @@ def open_model(
             model, tokenizer = load_model(source, device, dtype)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    take_stem(model)
+    try:
+        take_stem(model)
+    except ValueError as error:
+        raise UserError(f"--model: {source} holds a bad stem_attention config: {error}") from error
     return source, model, tokenizer

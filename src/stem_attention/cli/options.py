@@ -8,7 +8,7 @@ import select
 import stat
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from stem_attention.cli.errors import UserError, need
 from stem_attention.config import StemConfig
+from stem_attention.evaluation.bench_shapes import MODELS, Heads
 from stem_attention.evaluation.contenders import read_value
 from stem_attention.policies import Policy, Stem, make_policy
 
@@ -23,6 +24,7 @@ PRESETS: dict[str, Callable[[], StemConfig]] = {
     "default": StemConfig,
     "paper": StemConfig.paper,
     "angelslim": StemConfig.angelslim,
+    "mass": StemConfig.mass,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -78,7 +80,7 @@ def _preset(name: str) -> StemConfig:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(file, "--config"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of too many digits
         raise UserError(f"--config: {file} is not JSON ({error}); write one object of StemConfig fields") from error
     if not isinstance(content, dict):
         raise UserError(f"--config: {file} holds a {type(content).__name__}; write one JSON object of StemConfig fields")
@@ -160,6 +162,26 @@ def read_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def read_heads(usual: Heads, model: str | None, heads: int | None, kv_heads: int | None, head_dim: int | None) -> Heads:
+    """The heads of a model, or the usual ones, with what is given in their place.
+
+    Raises:
+        UserError: An unknown model, or numbers that do not go together.
+    """
+    if model is not None and model not in MODELS:
+        raise UserError(
+            f"--model: expected one of {', '.join(MODELS)}, got {model!r}; for others give --heads, --kv-heads and --head-dim"
+        )
+    given = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    check_counts(**{name: value for name, value in given.items() if value is not None})
+    found = replace(
+        usual if model is None else MODELS[model], **{name: value for name, value in given.items() if value is not None}
+    )
+    if found.heads % found.kv_heads:
+        raise UserError(f"--kv-heads: expected a divisor of --heads {found.heads}, got {found.kv_heads}; change one of them")
+    return found
+
+
 def check_plot(file: Path | None) -> None:
     """Make sure that a picture can be drawn and written, before the long run.
 
@@ -178,6 +200,19 @@ def check_plot(file: Path | None) -> None:
         raise UserError(f"--plot: cannot write {file}: {error.strerror}; check the path") from error
     if not existed:
         file.unlink()
+
+
+def check_panels(directory: Path) -> None:
+    """Make sure that pictures can be drawn and written into a directory, which is made if it is not there.
+
+    Raises:
+        UserError: matplotlib is missing, or the directory cannot be made.
+    """
+    need("matplotlib", purpose="--panels")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--panels: cannot make {directory}: {error.strerror}; name a directory") from error
 
 
 def read_lengths(text: str) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from stem_attention.cli.errors import UserError
 from stem_attention.cli.job import Job
 from stem_attention.evaluation.prefill import Reading
-from stem_attention.evaluation.views import BlockView, HeadRecorder, row_counts, selections_by_layer
+from stem_attention.evaluation.views import BlockView, HeadRecorder, reach, row_counts, selections_by_layer
 from stem_attention.policies import Stem
 from stem_attention.policies.budget import block_count, row_budgets
 
@@ -33,20 +33,25 @@ def views_or_error(reading: Reading, recorder: HeadRecorder) -> list[BlockView]:
     return views
 
 
-def save_picture(job: Job, reading: Reading, recorder: HeadRecorder, file: Path) -> None:
-    """Draw the recorded layers and heads.
+def save_picture(job: Job, reading: Reading, recorder: HeadRecorder, *, file: Path | None, panels: Path | None = None) -> None:
+    """Draw the recorded layers and heads, in one file, as a directory of panels, or both.
 
     Raises:
         UserError: None of them ran sparse.
     """
     views = views_or_error(reading, recorder)
-    from stem_attention.evaluation.plots import plot_views
+    from stem_attention.evaluation.plots import Picture, plot_panels, plot_picture
 
     selections, config, length = selections_by_layer(reading), job.choice.config, len(job.prompt.ids)
     curves = {f"kept in layer {view.layer}": row_counts(selections[view.layer]) for view in views}
     if job.choice.name == Stem.name:
         curves["budget (TPD)"] = [float(count) for count in row_budgets(config, block_count(length, config.block_size))]
-    plot_views(views, curves, f"{job.choice.name} on {Path(str(job.source)).name}, {length} tokens", file)
+    title = f"{job.choice.name} on {Path(str(job.source)).name}, {length} tokens"
+    picture = Picture(title, views, curves, reach(reading))
+    if file is not None:
+        plot_picture(picture, file)
+    if panels is not None:
+        plot_panels(picture, panels)
 
 
 def text_picture(kept: Tensor) -> str:

@@ -99,7 +99,7 @@ def run_command(options: JobOptions, *, verbose: bool, as_json: bool) -> int:
         _print(outcome, output(), verbose)
     if options.plot is not None:
         with progress.status("drawing"):
-            save_picture(job, sparse, recorder, options.plot)
+            save_picture(job, sparse, recorder, file=options.plot)
         progress.print(f"wrote {options.plot}", markup=False)
     return MISSED if outcome.found(sparse) is False else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import struct
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stem_attention.errors import bad_argument
@@ -20,6 +22,9 @@ from stem_attention.integrations import transformers as stem_host
 
 Model: TypeAlias = PreTrainedModel
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
+
+# What the readers of configs, tokenizers, GGUF and safetensors raise over damaged files.
+_UNREADABLE = (OSError, ValueError, TypeError, ImportError, OverflowError, RecursionError, struct.error, SafetensorError)
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -83,16 +88,21 @@ def load_model(
         ValueError: The files cannot be had or read; the message carries the loader's reason.
     """
     _silence()
-    options = {} if source.gguf is None else {"gguf_file": source.gguf}
+    # Left open, transformers would ask on a terminal whether to run code that comes with the model.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if source.gguf is not None:
+        options["gguf_file"] = source.gguf
     # The GGUF reader draws a bar on stderr that no setting turns off.
     quiet = nullcontext() if source.gguf is None else redirect_stderr(io.StringIO())
     try:
         with quiet:
             tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+            if source.gguf is None:
+                options["use_safetensors"] = True  # other formats are pickles, which may hold more than numbers
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location, dtype=dtype, output_loading_info=True, **options
             )
-    except (OSError, ValueError, ImportError) as error:
+    except _UNREADABLE as error:
         reason = _first_sentence(str(error))
         raise bad_argument("model", "one that transformers can load", f"{str(source)!r} ({reason})", "check it") from error
     model, report = loaded

@@ -43,8 +43,7 @@ class BlockView:
     @property
     def median_distance(self) -> float:
         """Median distance of a kept block from its row's diagonal, in blocks."""
-        rows, columns = self.kept.nonzero(as_tuple=True)
-        return (rows - columns).double().median().item()
+        return _median_distance(self.kept)
 
 
 class HeadRecorder:
@@ -95,6 +94,25 @@ class _Head:
 def selections_by_layer(reading: Reading) -> dict[int, BlockSelection]:
     """The selection of every layer that ran sparse."""
     return {call.layer: call.selection for call in reading.calls if call.selection is not None}
+
+
+def reach(reading: Reading) -> Tensor:
+    """How far every head looks: median distance of a kept block from its row's diagonal, in blocks.
+
+    Returns:
+        fp64 ``(layers, heads)``; NaN in layers that ran dense.
+    """
+    selections = selections_by_layer(reading)
+    heads = next(iter(selections.values())).counts.shape[1]
+    distances = torch.full((max(call.layer for call in reading.calls) + 1, heads), torch.nan, dtype=torch.float64)
+    for layer, selection in selections.items():
+        distances[layer] = torch.tensor([_median_distance(kept) for kept in selection.to_mask()[0].cpu()])
+    return distances
+
+
+def _median_distance(kept: Tensor) -> float:
+    rows, columns = kept.nonzero(as_tuple=True)
+    return (rows - columns).double().median().item()
 
 
 def row_counts(selection: BlockSelection) -> list[float]:
