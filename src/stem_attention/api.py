@@ -15,6 +15,7 @@ from stem_attention.checks import (
     check_backend,
     check_batch,
     check_config,
+    check_flag,
     check_prompt_len,
     check_qkv,
     check_scale,
@@ -22,7 +23,7 @@ from stem_attention.checks import (
 )
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
-from stem_attention.selection import BlockSelection
+from stem_attention.selection import BlockSelection, check_device
 
 
 @overload
@@ -79,10 +80,11 @@ def stem_attention(
     check_batch(q, k)
     length = check_prompt_len(prompt_len, k.shape[1])
     settings, scale, name = check_config(config), check_scale(scale, q.shape[3]), check_backend(backend)
+    check_flag("return_lse", return_lse)
     # The operator would come to the same decision, but costs a short prompt more time than its attention.
     if not return_lse and not torch.compiler.is_compiling() and length < _dense_limit(q, settings, name):
         return dense_attention(q, k, v, scale)
-    out, lse = ops.forward(q, k, v, settings.to_json(), scale, length, bool(return_lse), name)
+    out, lse = ops.forward(q, k, v, settings.to_json(), scale, length, return_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -137,8 +139,9 @@ def block_sparse_attention(
     check_qkv(q, k, v)
     check_batch(q, k)
     check_selection(selection, q, k)
+    check_flag("return_lse", return_lse)
     scale, name = check_scale(scale, q.shape[3]), check_backend(backend)
-    out, lse = ops.attend(q, k, v, selection.indices, selection.counts, selection.block_size, scale, bool(return_lse), name)
+    out, lse = ops.attend(q, k, v, selection.indices, selection.counts, selection.block_size, scale, return_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -162,12 +165,7 @@ def explain(
     Raises:
         ValueError: An argument is wrong; the message names it.
     """
-    if dtype not in DTYPES:
-        raise bad_argument("dtype", f"one of {', '.join(map(str, DTYPES))}", dtype, "ask for the dtype of q, k and v")
-    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
-        raise bad_argument("head_dim", "an integer >= 1", repr(head_dim), "ask for the last dimension of q, k and v")
-    request = Request(_checked_device(device), dtype, head_dim, check_config(config).block_size)
-    return explain_request(request, check_backend(backend))
+    return explain_request(_request(device, dtype, head_dim, check_config(config)), check_backend(backend))
 
 
 def dense_limit(
@@ -178,7 +176,7 @@ def dense_limit(
     It is ``config.dense_below``, or, where that is None, the length at which the backend overtakes dense attention.
     """
     settings = check_config(config)
-    request = Request(_checked_device(device), dtype, head_dim, settings.block_size)
+    request = _request(device, dtype, head_dim, settings)
     return get_backend(request, check_backend(backend)).dense_limit(settings)
 
 
@@ -186,8 +184,9 @@ def _dense_limit(q: Tensor, config: StemConfig, backend: str) -> int:
     return get_backend(Request.of(q, config.block_size), backend).dense_limit(config)
 
 
-def _checked_device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError):
-        raise bad_argument("device", "a torch device", repr(device), 'name one, as in "cpu" or "cuda:0"') from None
+def _request(device: torch.device | str, dtype: torch.dtype, head_dim: int, config: StemConfig) -> Request:
+    if dtype not in DTYPES:
+        raise bad_argument("dtype", f"one of {', '.join(map(str, DTYPES))}", repr(dtype), "ask for the dtype of q, k and v")
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
+        raise bad_argument("head_dim", "an integer >= 1", repr(head_dim), "ask for the last dimension of q, k and v")
+    return Request(check_device(device), dtype, head_dim, config.block_size)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from stem_attention.config import StemConfig
 from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.selection import BlockSelection
 
 _DEFAULT = StemConfig()
+_unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = unpack_dual
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -47,6 +50,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
         raise bad_argument("k", f"a number of kv heads that divides the {heads} query heads", kv_heads, fix)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise UnsupportedError("Stem has no backward pass yet; call it under torch.no_grad() or torch.inference_mode()")
+    # Operators drop tangents without a word, and forward mode asks no tensor whether it requires a gradient.
+    if not torch.compiler.is_compiling() and any(_unpack_dual(x)[1] is not None for x in (q, k, v)):
+        raise UnsupportedError("Stem has no forward-mode derivative; detach q, k and v, or leave the dual level")
 
 
 def check_batch(q: Tensor, k: Tensor) -> None:
@@ -98,6 +104,16 @@ def check_backend(backend: str) -> str:
     if not isinstance(backend, str):
         raise bad_argument("backend", "the name of a backend", repr(backend), 'use "auto" unless you compare')
     return backend
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Check that an argument is ``True`` or ``False``.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise bad_argument(name, "True or False", repr(value), "pass one of the two")
 
 
 def check_prompt_len(prompt_len: int | None, kv_len: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from stem_attention.errors import bad_argument
 
 PAD = -1
+
+_LARGEST = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +42,18 @@ class BlockSelection:
     kv_len: int
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise bad_argument("block_size", "an integer >= 1", self.block_size, "pass the tokens per block")
-        if not 0 <= self.q_len <= self.kv_len:
-            raise bad_argument("q_len", f"0 <= q_len <= kv_len={self.kv_len}", self.q_len, "queries are the last q_len keys")
+        for name, least, fix in (
+            ("block_size", 1, "pass the tokens per block"),
+            ("q_len", 0, "pass the length of q"),
+            ("kv_len", 0, "pass the length of k"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:
+                raise bad_argument(name, f"an integer >= {least}", repr(value), fix)
+        if self.q_len > self.kv_len:
+            raise bad_argument("q_len", f"at most kv_len={self.kv_len}", self.q_len, "queries are the last q_len keys")
+        for name in ("indices", "counts"):
+            _check_tensor(name, getattr(self, name), "an int32 tensor", "use from_mask / from_lists")
         if self.indices.dtype != torch.int32 or self.indices.dim() != 4:
             got = f"{self.indices.dtype} of shape {tuple(self.indices.shape)}"
             raise bad_argument(
@@ -93,15 +104,17 @@ class BlockSelection:
         Raises:
             ValueError: ``mask`` has another dtype or shape, or is not causal with a full diagonal.
         """
+        expected = "bool (batch, q_heads, rows, key_blocks)"
+        _check_tensor("mask", mask, expected, "build one entry per block pair")
         if mask.dtype != torch.bool or mask.dim() != 4:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-            raise bad_argument("mask", "bool (batch, q_heads, rows, key_blocks)", got, "build one entry per block pair")
+            raise bad_argument("mask", expected, got, "build one entry per block pair")
         counts = mask.sum(-1, dtype=torch.int32)
         width = int(counts.max()) if counts.numel() else 0
         columns = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device)
         ascending = torch.where(mask, columns, mask.shape[3]).sort(-1).values[..., :width]
         indices = torch.where(ascending < mask.shape[3], ascending, PAD)
-        selection = cls(indices.to(torch.int32), counts, block_size, q_len, kv_len)
+        selection = cls(indices, counts, block_size, q_len, kv_len)
         if mask.shape[3] != selection.key_blocks:
             raise bad_argument(
                 "mask", f"{selection.key_blocks} key blocks for kv_len={kv_len}, block_size={block_size}",
@@ -120,6 +133,8 @@ class BlockSelection:
         Raises:
             ValueError: The nesting is ragged above the innermost level, or :meth:`validate` refuses the ids.
         """
+        place = None if device is None else check_device(device)
+        _check_nesting(lists)
         heads = {len(per_head) for per_head in lists}
         rows = {len(per_row) for per_head in lists for per_row in per_head}
         if len(heads) != 1 or len(rows) != 1:
@@ -129,8 +144,8 @@ class BlockSelection:
         width = max((len(ids) for ids in flat), default=0)
         shape = (len(lists), heads.pop(), rows.pop())
         padded = [ids + [PAD] * (width - len(ids)) for ids in flat]
-        indices = torch.tensor(padded, dtype=torch.int32, device=device).view(*shape, width)
-        counts = torch.tensor([len(ids) for ids in flat], dtype=torch.int32, device=device).view(shape)
+        indices = torch.tensor(padded, dtype=torch.int32, device=place).view(*shape, width)
+        counts = torch.tensor([len(ids) for ids in flat], dtype=torch.int32, device=place).view(shape)
         selection = cls(indices, counts, block_size, q_len, kv_len)
         selection.validate()
         return selection
@@ -160,3 +175,36 @@ class BlockSelection:
         ):
             if problem:
                 raise bad_argument("selection", message, "something else", "build it with from_mask or from_lists")
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device.
+
+    Raises:
+        ValueError: It does not name one.
+    """
+    if isinstance(device, (str, torch.device)):
+        try:
+            return torch.device(device)
+        except RuntimeError:
+            pass
+    raise bad_argument("device", "a torch device", repr(device), 'name one, as in "cpu" or "cuda:0"')
+
+
+def _check_tensor(name: str, value: object, expected: str, fix: str) -> None:
+    if not isinstance(value, Tensor):
+        raise bad_argument(name, expected, type(value).__name__, fix)
+
+
+def _check_nesting(lists: object) -> None:
+    """Refuse what is not sequences of integers, four deep."""
+    level: list[Any] = [lists]
+    for _ in range(4):
+        for part in level:
+            if not isinstance(part, Sequence) or isinstance(part, str):
+                fix = "nest lists[batch][head][row]"
+                raise bad_argument("lists", "sequences of block ids, four deep", type(part).__name__, fix)
+        level = [item for part in level for item in part]
+    for item in level:
+        if not isinstance(item, int) or isinstance(item, bool) or abs(item) > _LARGEST:
+            raise bad_argument("lists", "integers of 32 bits as block ids", repr(item), "turn them into int")

@@ -34,10 +34,14 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float 
     Returns:
         ``out`` of ``q``'s shape and the natural log-sum-exp ``(batch, q_heads, q_len)``, both fp64.
     """
-    queries, keys, values = _heads_first(q.double(), k.double(), v.double())
-    scores = (queries @ keys.mT) * (q.shape[3] ** -0.5 if scale is None else scale)
+    (batch, q_len, heads, dim), kv_heads = q.shape, k.shape[2]
+    # The queries of a group side by side: keys and values need not be repeated.
+    queries = q.double().transpose(1, 2).reshape(batch, kv_heads, -1, dim)
+    keys, values = (x.double().transpose(1, 2) for x in (k, v))
+    scores = (queries @ keys.mT).view(batch, heads, q_len, -1) * (dim**-0.5 if scale is None else scale)
     scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ values).transpose(1, 2), scores.logsumexp(-1)
+    out = (scores.softmax(-1).view(batch, kv_heads, -1, k.shape[1]) @ values).view(batch, heads, q_len, dim)
+    return out.transpose(1, 2), scores.logsumexp(-1)
 
 
 def error_against_sdpa(

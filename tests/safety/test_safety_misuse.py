@@ -1,0 +1,226 @@
+"""Every public entry with every argument wrong: a ValueError that names the argument. A new argument needs a row here."""
+
+import dataclasses
+import inspect
+import math
+import re
+
+import pytest
+import torch
+
+import stem_attention as sa
+from stem_attention import policies
+from stem_attention.testing import make_qkv
+
+CONFIG = sa.StemConfig(block_size=16)
+Q, K, V = make_qkv(2, 40, 50, 4, 2, 16)
+PACKED = make_qkv(1, 40, 50, 4, 2, 16)
+CACHE = torch.zeros(4, 16, 2, 16)
+STARTS_Q = torch.tensor([0, 15, 40], dtype=torch.int32)
+STARTS_K = torch.tensor([0, 20, 50], dtype=torch.int32)
+TABLE = torch.arange(4, dtype=torch.int32).view(2, 2)
+MASK = torch.ones(2, 4, 4, 4, dtype=torch.bool).tril()
+SELECTION = sa.BlockSelection.from_mask(MASK, block_size=16, q_len=40, kv_len=50)
+
+NOT_A_TENSOR = (None, [1.0], "q", 3)
+WRONG_QKV = (
+    *NOT_A_TENSOR,
+    torch.tensor(1.0),
+    torch.zeros(2, 50, 2, 16, dtype=torch.int64),
+    torch.zeros(2, 50, 2, 16, device="meta"),
+)
+NOT_A_COUNT = (-1, 1.5, "4", True, math.nan, [1], torch.tensor(4))
+NOT_A_FLAG = (None, 0, 1, "yes", torch.tensor(True), [True])
+NOT_A_NUMBER = (math.nan, math.inf, "0.1", True, torch.tensor(0.1), [0.1])
+NOT_A_CONFIG = ({}, "paper", 3, sa.StemConfig)
+NOT_A_BACKEND = (None, "flash", 3, ["torch"])
+NOT_A_DEVICE = (None, 3, "toaster", ["cpu"], True)
+NOT_A_DTYPE = (None, "float32", torch.int8, 32, [torch.float32])
+NOT_INT32 = (*NOT_A_TENSOR, torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 2, 2, 2, 2, dtype=torch.int32))
+
+QKV = dict.fromkeys(("q", "k", "v"), WRONG_QKV)
+METHOD = {"config": NOT_A_CONFIG, "scale": NOT_A_NUMBER, "backend": NOT_A_BACKEND}
+REQUEST = {"device": NOT_A_DEVICE, "dtype": NOT_A_DTYPE, "head_dim": (*NOT_A_COUNT, 0, None)}
+LENGTHS = dict.fromkeys(("block_size", "q_len", "kv_len"), (*NOT_A_COUNT, None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A public callable, arguments with which it works, and for every argument values with which it must not."""
+
+    call: object
+    good: dict
+    wrong: dict
+    # Where a q that is wrong only beside k is told of as k, and the like.
+    also: tuple = ()
+
+
+ENTRIES = {
+    "stem_attention": Entry(
+        sa.stem_attention, {"q": Q, "k": K, "v": V},
+        {**QKV, **METHOD, "prompt_len": (*NOT_A_COUNT, 49), "return_lse": NOT_A_FLAG},
+    ),
+    "select_blocks": Entry(sa.select_blocks, {"q": Q, "k": K, "v": V}, {**QKV, **METHOD, "prompt_len": (*NOT_A_COUNT, 49)}),
+    "block_sparse_attention": Entry(
+        sa.block_sparse_attention, {"q": Q, "k": K, "v": V, "selection": SELECTION},
+        {
+            **QKV, "selection": (None, MASK, "dense", dataclasses.replace(SELECTION, kv_len=51)), "scale": NOT_A_NUMBER,
+            "return_lse": NOT_A_FLAG, "backend": NOT_A_BACKEND,
+        },
+    ),
+    "stem_attention_varlen": Entry(
+        sa.stem_attention_varlen,
+        {"q": PACKED[0][0], "k": PACKED[1][0], "v": PACKED[2][0], "cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K,
+         "max_seqlen_q": 25, "max_seqlen_k": 30},
+        {
+            **QKV, **METHOD, "cu_seqlens_q": NOT_INT32, "cu_seqlens_k": NOT_INT32,
+            "max_seqlen_q": (*NOT_A_COUNT, None, 24), "max_seqlen_k": (*NOT_A_COUNT, None, 29),
+            "page_table": (*NOT_INT32[1:], TABLE[0]), "prompt_lens": (3, "ab", [20], [20, 29], [20, 30.0], STARTS_Q[1:]),
+            "return_lse": NOT_A_FLAG,
+        },
+    ),
+    "stem_attention_varlen, paged": Entry(
+        sa.stem_attention_varlen,
+        {"q": PACKED[0][0], "k": CACHE, "v": CACHE, "cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K,
+         "max_seqlen_q": 25, "max_seqlen_k": 30, "page_table": TABLE},
+        {
+            **QKV, **METHOD, "cu_seqlens_q": NOT_INT32, "cu_seqlens_k": NOT_INT32,
+            "max_seqlen_q": (*NOT_A_COUNT, None, 24), "max_seqlen_k": (*NOT_A_COUNT, None, 29),
+            "page_table": (*NOT_INT32[1:], TABLE[:1], TABLE[:, :1], TABLE + 1, TABLE - 1, TABLE.to("meta")),
+            "prompt_lens": (3, "ab", [20], [20, 29]), "return_lse": NOT_A_FLAG,
+        },
+    ),
+    "explain": Entry(sa.explain, {}, {**REQUEST, "config": NOT_A_CONFIG, "backend": NOT_A_BACKEND}),
+    "dense_limit": Entry(
+        sa.dense_limit, {"device": "cpu", "dtype": torch.float32, "head_dim": 64},
+        {**REQUEST, "config": NOT_A_CONFIG, "backend": NOT_A_BACKEND},
+    ),
+    "BlockSelection": Entry(
+        sa.BlockSelection, {field.name: getattr(SELECTION, field.name) for field in dataclasses.fields(SELECTION)},
+        {**LENGTHS, "indices": NOT_INT32, "counts": NOT_INT32},
+    ),
+    "BlockSelection.from_mask": Entry(
+        sa.BlockSelection.from_mask, {"mask": MASK, "block_size": 16, "q_len": 40, "kv_len": 50},
+        {**LENGTHS, "mask": (*NOT_A_TENSOR, MASK.int(), MASK[0], MASK[..., :3])},
+    ),
+    "BlockSelection.from_lists": Entry(
+        sa.BlockSelection.from_lists, {"lists": [[[[0], [0, 1]]]], "block_size": 4, "q_len": 8, "kv_len": 8},
+        {
+            **LENGTHS,
+            "lists": (None, 3, "0", [], [1], [[1]], [[[1]]], [[["01"]]],
+                      [[[[0.0], [1]]]], [[[[0], [True]]]], [[[[0], [2**40]]]], {0: [[[0]]]}),
+            "device": NOT_A_DEVICE[1:],
+        },
+    ),
+    "make_policy": Entry(
+        policies.make_policy, {"name": "stem", "config": CONFIG},
+        {"name": (None, "magic", ["stem"], 3), "config": (*NOT_A_CONFIG, None), "options": ({"colour": 3},)},
+        also=("policy",),
+    ),
+    "policy_of": Entry(policies.policy_of, {"config": CONFIG}, {"config": (*NOT_A_CONFIG, None)}),
+    "StemConfig.from_dict": Entry(sa.StemConfig.from_dict, {"fields": {}}, {"fields": (None, "beta", 3, {"colour": 3})}),
+    "StemConfig.from_json": Entry(
+        sa.StemConfig.from_json, {"text": "{}"}, {"text": (None, 3, b"{}", "", "{", "[" * 10**5, "1" * 5000)},
+    ),
+}  # fmt: skip
+
+
+def policy_classes():
+    return [item for item in vars(policies).values() if dataclasses.is_dataclass(item)]
+
+
+def wrong_for(field):
+    """Values that no field of this type takes."""
+    if field.name == "config":
+        return (*NOT_A_CONFIG, None)
+    if "float" in str(field.type):
+        return (*NOT_A_NUMBER, None, -1.0)
+    return {"int": (*NOT_A_COUNT, None), "str": ()}[str(field.type)]
+
+
+for _cls in policy_classes():
+    _fields = [field for field in dataclasses.fields(_cls) if field.init and field.name != "name"]
+    ENTRIES[_cls.__name__] = Entry(_cls, {}, {field.name: wrong_for(field) for field in _fields})
+
+CASES = [
+    (name, argument, value) for name, entry in ENTRIES.items() for argument in entry.wrong for value in entry.wrong[argument]
+]
+
+
+def shown(value):
+    return f"{value.dtype}{tuple(value.shape)}{value.device}" if isinstance(value, torch.Tensor) else repr(value)[:20]
+
+
+def call(entry, argument, value):
+    given = value if argument == "options" else {argument: value}
+    return entry.call(**{**entry.good, **given})
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), CASES, ids=[f"{n}-{a}-{shown(v)}" for n, a, v in CASES])
+def test_a_wrong_argument_is_refused_by_its_name(name, argument, value):
+    entry = ENTRIES[name]
+    with pytest.raises(ValueError, match=r"^\w+: expected .+, got .*; .+") as refused:
+        call(entry, argument, value)
+    said = re.match(r"\w+", str(refused.value)).group()
+    allowed = {argument, *entry.also}
+    if isinstance(value, torch.Tensor):  # two arguments that do not fit each other: either may be named
+        allowed |= {"q", "k", "v", "indices", "counts", "page_table"} if argument in entry.good else set()
+    if argument in LENGTHS:  # rows and columns follow from the three lengths
+        allowed |= {"q_len", "indices", "mask"} if isinstance(value, int) and not isinstance(value, bool) else set()
+    if argument == "fields":
+        allowed |= set(value or ()) if isinstance(value, dict) else set()
+    if argument == "text":
+        allowed |= {"beta"}
+    assert said in allowed, refused.value
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_good_arguments_of_the_table_pass(name):
+    assert ENTRIES[name].call(**ENTRIES[name].good) is not None
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_argument_has_a_row(name):
+    entry = ENTRIES[name]
+    arguments = {argument for argument in inspect.signature(entry.call).parameters if argument not in ("self", "cls")}
+    without = {"name"} if entry.call in policy_classes() else set()  # a label that nothing depends on
+    assert arguments - without == set(entry.wrong)
+
+
+def test_every_public_name_is_in_the_table():
+    """StemConfig's own fields are in tests/test_config.py, whose tables are held to its fields."""
+    callables = {name for name in sa.__all__ if callable(getattr(sa, name))} - {"StemConfig", "UnsupportedError"}
+    classes = {"Policy", "Ranked"}  # a protocol, and a base that cannot be built
+    made = {name for name in policies.__all__ if name not in classes | {"policy_names"}}
+    assert callables | made <= set(ENTRIES)
+
+
+def enter(context):
+    """``configure`` checks when its block is entered."""
+    with context:
+        pass
+
+
+def test_the_integrations_arguments():
+    hosts = pytest.importorskip("stem_attention.integrations.transformers")
+    transformers = pytest.importorskip("transformers")
+    tiny = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(tiny)
+    table = {
+        hosts.configure: {
+            "policy": ({}, "paper", 3),
+            "observer": (3, "print", []),
+            "prompt_len": (0, *NOT_A_COUNT),
+        },
+        hosts.set_config: {"model": (None, "gpt2", 3, torch.nn.Linear(1, 1)), "config": NOT_A_CONFIG},
+    }
+    for entry, wrong in table.items():
+        assert set(inspect.signature(entry).parameters) == set(wrong)
+        for argument, values in wrong.items():
+            for value in values:
+                given = {"model": model, argument: value} if entry is hosts.set_config else {argument: value}
+                with pytest.raises(ValueError, match=f"^{argument}: expected .+, got .+; .+"):
+                    enter(entry(**given))
+    assert not inspect.signature(hosts.register).parameters
