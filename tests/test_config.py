@@ -20,9 +20,11 @@ INTEGERS = {
     "tail_blocks": 0,
     "dense_below": 0,
     "dense_layers": 0,
+    "query_pool": 1,
+    "key_pool": 1,
 }
 SHARES = ("decay", "ratio_short", "ratio_long")
-NAMES = ("magnitude", "schedule", "forced")
+NAMES = ("keep", "magnitude", "schedule", "forced")
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -90,9 +92,18 @@ def test_a_config_cannot_be_changed_and_equal_configs_hash_equal():
     assert dataclasses.replace(config, beta=0.1) == StemConfig(beta=0.1) != config
 
 
-VALID = st.fixed_dictionaries(
+SHARED = {
+    "block_size": st.sampled_from([32, 64, 128]),
+    "sink_blocks": st.integers(0, 10),
+    "local_blocks": st.integers(1, 10),
+    "tail_blocks": st.integers(0, 10),
+    "dense_below": st.none() | st.integers(0, 10**6),
+    "dense_layers": st.integers(0, 100),
+}
+BUDGET = st.fixed_dictionaries(
     {
-        "block_size": st.sampled_from([16, 64, 128]),
+        **SHARED,
+        "keep": st.just("budget"),
         "stride": st.sampled_from([1, 4, 8, 16]),
         "beta": st.floats(0, 10),
         "magnitude": st.sampled_from(["log", "zscore", "none"]),
@@ -102,22 +113,26 @@ VALID = st.fixed_dictionaries(
         "ratio_long": st.floats(0.01, 0.5),
         "knee_tokens": st.integers(1, 10**6),
         "min_blocks": st.none() | st.integers(1, 100),
-        "sink_blocks": st.integers(0, 10),
-        "local_blocks": st.integers(1, 10),
-        "tail_blocks": st.integers(0, 10),
         "forced": st.sampled_from(["inside", "extra"]),
-        "dense_below": st.none() | st.integers(0, 10**6),
-        "dense_layers": st.integers(0, 100),
+    }
+)
+MASS = st.fixed_dictionaries(
+    {
+        **SHARED,
+        "keep": st.just("mass"),
+        "share": st.floats(0.01, 100),
+        "query_pool": st.sampled_from([1, 8, 32]),
+        "key_pool": st.sampled_from([1, 16, 32]),
     }
 )
 
 
-@given(VALID)
+@given(BUDGET | MASS)
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_json_and_dict_round_trips_give_an_equal_config(fields):
-    assert set(fields) == set(FIELDS)
     config = StemConfig(**fields)
-    assert config.to_dict() == fields
+    assert list(config.to_dict()) == FIELDS
+    assert fields.items() <= config.to_dict().items()
     assert StemConfig.from_dict(config.to_dict()) == config
     assert StemConfig.from_json(config.to_json()) == config
     assert StemConfig.from_json(config.to_json()).to_json() == config.to_json()
@@ -153,7 +168,7 @@ def test_absent_fields_take_their_defaults():
 
 
 def test_unknown_fields_are_named():
-    with pytest.raises(ValueError, match=r"^fields: expected names among block_size, .* got alpha, gamma"):
+    with pytest.raises(ValueError, match=r"^fields: expected names among .*block_size, .* got alpha, gamma"):
         StemConfig.from_dict({"gamma": 1, "alpha": 2, "beta": 0.2})
     with pytest.raises(ValueError, match="got _json"):
         StemConfig.from_dict({"_json": "{}"})
@@ -174,3 +189,112 @@ def test_from_json_refuses_other_text(text):
 def test_field_names_that_are_no_strings_are_refused():
     with pytest.raises(ValueError, match=r"^fields: "):
         StemConfig.from_dict({1: 2, "nope": 3})
+
+
+MESSAGES = {
+    "sink_blocks": ({"sink_blocks": -1}, "sink_blocks: expected an integer >= 0, got -1; pass sink_blocks=1 or more"),
+    "stride": ({"stride": "4"}, "stride: expected an integer >= 1, got '4'; pass stride=1 or more"),
+    "decay": ({"decay": 0}, "decay: expected a finite number > 0 and <= 1, got 0; pass a decay in that range"),
+    "beta": ({"beta": "x"}, "beta: expected a finite number >= 0, got 'x'; pass a beta in that range"),
+    "forced": ({"forced": "in"}, "forced: expected one of inside, extra, got 'in'; pick one of these names"),
+    "block_size": (
+        {"block_size": 100},
+        "block_size: expected a multiple of stride=16, got 100; change block_size or stride so that one divides the other",
+    ),
+    "ratio_long": (
+        {"ratio_long": 0.5},
+        "ratio_long: expected at most ratio_short=0.2, got 0.5; long prompts keep a smaller share than short ones; "
+        "raise ratio_short too",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages_are_whole(name):
+    fields, message = MESSAGES[name]
+    with pytest.raises(ValueError, match=r"expected") as refused:
+        StemConfig(**fields)
+    assert str(refused.value) == message
+
+
+def test_messages_of_the_readers_are_whole():
+    known = ", ".join(FIELDS)
+    expected = "text: expected a JSON object of StemConfig fields, got "
+    for read, wrong, message in (
+        (StemConfig.from_dict, 3, "fields: expected a mapping of StemConfig fields, got int; pass a dict"),
+        (StemConfig.from_dict, {"x": 1}, f"fields: expected names among {known}, got x; remove or correct them"),
+        (StemConfig.from_json, 3, f"{expected}int; pass a string"),
+        (
+            StemConfig.from_json,
+            "{",
+            f"{expected}invalid JSON (Expecting property name enclosed in double quotes: line 1 column",
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"expected") as refused:
+            read(wrong)
+        assert str(refused.value).startswith(message)
+    with pytest.raises(ValueError, match=r"; fix the JSON$"):
+        StemConfig.from_json("{")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"beta": 1' + "0" * 5000 + "}"])
+def test_hostile_json_is_refused_like_any_other(text):
+    with pytest.raises(ValueError, match=r"^(text|beta): expected "):
+        StemConfig.from_json(text)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integer_fields_take_their_least(name):
+    others = {"block_size": {"stride": 1}, "query_pool": {"keep": "mass"}, "key_pool": {"keep": "mass"}}.get(name, {})
+    assert getattr(StemConfig(**{name: INTEGERS[name], **others}), name) == INTEGERS[name]
+
+
+def test_shares_and_beta_take_their_limits_and_become_floats():
+    config = StemConfig(beta=0, decay=1, ratio_short=1, ratio_long=1)
+    assert [type(value) for value in (config.beta, config.decay, config.ratio_short, config.ratio_long)] == [float] * 4
+    assert (config.beta, config.decay, config.ratio_short, config.ratio_long) == (0.0, 1.0, 1.0, 1.0)
+    assert StemConfig(ratio_long=0.2).ratio_long == 0.2
+
+
+def test_presets_hold_every_published_number():
+    published = {"sink_blocks": 4, "local_blocks": 4, "tail_blocks": 0}
+    assert StemConfig.paper() == StemConfig(schedule="step", **published)
+    assert StemConfig.angelslim() == StemConfig(
+        schedule="angelslim", magnitude="zscore", forced="extra", stride=8, knee_tokens=20480, dense_layers=2, **published
+    )
+    assert StemConfig.paper(schedule="smooth", sink_blocks=1).schedule == "smooth"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep": "mass", "decay": 0.5}, "decay: expected its default, 0.7, got 0.5; it means nothing under keep='mass'; "
+         "leave it out, or take keep='budget'"),
+        ({"share": 2.0}, "share: expected its default, 1.0, got 2.0; it means nothing under keep='budget'; "
+         "leave it out, or take keep='mass'"),
+        ({"keep": "mass", "block_size": 48}, "block_size: expected a multiple of key_pool=32, got 48; "
+         "change block_size or key_pool so that one divides the other"),
+        ({"keep": "mass", "block_size": 48, "query_pool": 32, "key_pool": 16}, "block_size: expected a multiple of "
+         "query_pool=32, got 48; change block_size or query_pool so that one divides the other"),
+    ],
+)  # fmt: skip
+def test_settings_of_the_other_rule_are_refused(fields, message):
+    with pytest.raises(ValueError, match="expected") as refused:
+        StemConfig(**fields)
+    assert str(refused.value) == message
+
+
+def test_every_field_belongs_to_one_rule_or_to_both():
+    assert set(dict.fromkeys(FIELDS)) == {
+        "keep", "block_size", "sink_blocks", "local_blocks", "tail_blocks", "dense_below", "dense_layers", "stride", "beta",
+        "magnitude", "decay", "schedule", "ratio_short", "ratio_long", "knee_tokens", "min_blocks", "forced", "share",
+        "query_pool", "key_pool",
+    }  # fmt: skip
+    assert StemConfig.mass() == StemConfig(keep="mass", block_size=64)
+    assert StemConfig.mass(share=2).share == 2.0
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "1", None, True])
+def test_the_share_is_above_zero(value):
+    with pytest.raises(ValueError, match=r"^share: expected a finite number > 0, got "):
+        StemConfig.mass(share=value)

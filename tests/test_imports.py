@@ -15,7 +15,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 # From the bottom up: a module imports from its own room and from rooms named before it. "" is the package itself, which
 # gathers the public names. Shared input makers stand apart (see TESTING_USERS).
 ROOMS = (
-    "errors", "config", "selection", "testing", "checks", "policies", "backends", "ops", "api", "varlen", "", "integrations",
+    "errors", "config", "selection", "checks", "policies", "backends", "ops", "api", "varlen", "testing", "", "integrations",
     "evaluation", "cli",
 )  # fmt: skip
 TESTING_USERS = ("testing", "evaluation", "cli")
@@ -25,6 +25,7 @@ HOMES = {
     "torch": ("",),
     "triton": ("backends.triton", "backends.hopper"),
     "transformers": ("integrations.transformers", "evaluation"),
+    "safetensors": ("evaluation.models",),
     "tokenizers": ("evaluation.stress",),
     "vllm": ("integrations.vllm",),
     "sglang": ("integrations.sglang",),

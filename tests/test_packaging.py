@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -80,6 +82,45 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT], check=True, capture_output=True, text=True
     )
     return folder
+
+
+def test_readme_example_runs_from_the_wheel_outside_the_checkout(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    example = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert example is not None
+    told = "\nimport stem_attention; print(stem_attention.__file__, stem_attention.__version__)\n"
+    run = subprocess.run(
+        [sys.executable, "-c", example[1] + told], check=True, capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    file, version = run.stdout.split()[-2:]
+    assert Path(file).is_relative_to(installed)
+    assert f"-{version}-" in wheel.name
+
+
+def test_version_follows_the_tag(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        quiet = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *quiet, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    ask = [sys.executable, "-m", "hatchling", "version"]
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "first")
+    git("tag", "v1.2.3")
+    assert subprocess.run(ask, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip() == "1.2.3"
+
+
+def test_sources_without_git_can_be_built(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    ask = [sys.executable, "-m", "hatchling", "version"]
+    version = subprocess.run(ask, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    assert version == "0.0.0"
 
 
 def test_wheel_ships_every_module_the_typed_marker_and_the_licence(built: Path) -> None:

@@ -106,6 +106,7 @@ def corrupted(row, ids, count=None):
         (1, [0, -1, 3], 3, "block ids between 0 and the row's diagonal block"),
         (1, [3, 0, -1], None, "strictly ascending block ids"),
         (1, [0, 0, 3], None, "strictly ascending block ids"),
+        (2, [0, 4, 3], None, "strictly ascending block ids"),
         (1, [0, 1, 2], None, "every row to hold its diagonal block"),
         (1, [0, 3, -1], 1, "every row to hold its diagonal block"),
         (0, [2, -2, -1], 1, "padding of -1 after each row's count"),
@@ -174,3 +175,113 @@ def test_from_mask_refuses_bad_masks(mask, name):
 def test_from_lists_refuses_bad_lists(lists, name):
     with pytest.raises(ValueError, match=f"^{name}: expected "):
         BlockSelection.from_lists(lists, block_size=SIZE, q_len=8, kv_len=8)
+
+
+LENGTHS = {"block_size": SIZE, "q_len": 12, "kv_len": 12}
+FULL = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+SHAPE = "(batch, q_heads, rows, key_blocks)"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: dataclasses.replace(good(), block_size=0),
+            "block_size: expected an integer >= 1, got 0; pass the tokens per block",
+        ),
+        (lambda: dataclasses.replace(good(), q_len=-1), "q_len: expected an integer >= 0, got -1; pass the length of q"),
+        (lambda: dataclasses.replace(good(), kv_len=None), "kv_len: expected an integer >= 0, got None; pass the length of k"),
+        (
+            lambda: dataclasses.replace(good(), q_len=20),
+            "q_len: expected at most kv_len=19, got 20; queries are the last q_len keys",
+        ),
+        (
+            lambda: dataclasses.replace(good(), indices=[1]),
+            "indices: expected an int32 tensor, got list; use from_mask / from_lists",
+        ),
+        (
+            lambda: dataclasses.replace(good(), indices=torch.zeros(1, 2)),
+            "indices: expected int32 (batch, q_heads, rows, width), got torch.float32 of shape (1, 2); "
+            "convert it, or use from_mask / from_lists",
+        ),
+        (
+            lambda: dataclasses.replace(good(), q_len=3),
+            "indices: expected 1 rows for q_len=3, kv_len=19, block_size=4, got 3; "
+            "give one row for every query block that the queries touch",
+        ),
+        (
+            lambda: dataclasses.replace(good(), counts=torch.ones(2)),
+            "counts: expected int32 (1, 2, 3), got torch.float32 of shape (2,); count the ids of every row",
+        ),
+        (
+            lambda: BlockSelection.from_mask(None, **LENGTHS),
+            f"mask: expected bool {SHAPE}, got NoneType; build one entry per block pair",
+        ),
+        (
+            lambda: BlockSelection.from_mask(FULL.int(), **LENGTHS),
+            f"mask: expected bool {SHAPE}, got torch.int32 of shape (1, 1, 3, 3); build one entry per block pair",
+        ),
+        (
+            lambda: BlockSelection.from_mask(FULL[..., :2], **LENGTHS),
+            "mask: expected 3 key blocks for kv_len=12, block_size=4, got 2; give one column for every key block",
+        ),
+        (
+            lambda: BlockSelection.from_lists([[[[0]]], []], block_size=4, q_len=4, kv_len=4),
+            "lists: expected the same heads in every batch entry and rows in every head, "
+            "got head counts [0, 1] and row counts [1]; fill the gaps",
+        ),
+        (
+            lambda: BlockSelection.from_lists([[[0]]], block_size=4, q_len=4, kv_len=4),
+            "lists: expected sequences of block ids, four deep, got int; nest lists[batch][head][row]",
+        ),
+        (
+            lambda: BlockSelection.from_lists([[[[0.5]]]], block_size=4, q_len=4, kv_len=4),
+            "lists: expected integers of 32 bits as block ids, got 0.5; turn them into int",
+        ),
+        (
+            lambda: BlockSelection.from_lists([[[[0]]]], block_size=4, q_len=4, kv_len=4, device="toaster"),
+            "device: expected a torch device, got 'toaster'; name one, as in \"cpu\" or \"cuda:0\"",
+        ),
+        (
+            lambda: corrupted(1, [0, 0, 3]).validate(),
+            "selection: expected strictly ascending block ids, got something else; build it with from_mask or from_lists",
+        ),
+    ],
+)  # fmt: skip
+def test_messages_are_whole(build, message):
+    with pytest.raises(ValueError, match="expected") as refused:
+        build()
+    assert str(refused.value) == message
+
+
+def test_everything_is_made_on_the_tensors_own_device():
+    """A default device elsewhere must not reach inside."""
+    expected = good()
+    mask = expected.to_mask()
+    with torch.device("meta"):
+        lists = BlockSelection.from_lists([[[[0], [0, 1]]]], block_size=SIZE, q_len=8, kv_len=8, device="cpu")
+        masked = BlockSelection.from_mask(mask, block_size=SIZE, q_len=11, kv_len=19)
+        masked.validate()
+        again = masked.to_mask()
+    assert lists.indices.tolist() == [[[[0, -1], [0, 1]]]]
+    assert torch.equal(again, mask)
+    assert torch.equal(masked.indices, expected.indices)
+
+
+def test_nothing_to_select_is_a_selection_without_rows():
+    lists = BlockSelection.from_lists([[[]]], block_size=SIZE, q_len=0, kv_len=9)
+    masked = BlockSelection.from_mask(torch.zeros(1, 1, 0, 3, dtype=torch.bool), block_size=SIZE, q_len=0, kv_len=9)
+    for selection in (lists, masked):
+        assert selection.indices.shape == (1, 1, 0, 0)
+        assert selection.to_mask().shape == (1, 1, 0, 3)
+        assert selection.density() == 1.0
+        selection.validate()
+
+
+def test_density_counts_beyond_32_bits():
+    """Counts of 2^20 rows of 2^20 blocks sum past 2^31; nothing of that size is allocated."""
+    counts = torch.arange(1, 1 + 2**17, dtype=torch.int32).expand(1, 2, -1)
+    indices = torch.zeros(1, dtype=torch.int32).expand(1, 2, 2**17, 1)
+    selection = BlockSelection(indices, counts, 1, 2**17, 2**17)
+    assert int(counts.sum(dtype=torch.int64)) > 2**31
+    assert selection.density() == 1.0

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from stem_attention.api import block_sparse_attention, dense_limit, select_blocks, stem_attention
 from stem_attention.config import StemConfig
 from stem_attention.errors import UnsupportedError
-from stem_attention.integrations.transformers_dense import HostCall, Output, host_attention
+from stem_attention.integrations.transformers_dense import ErrorsNaming, HostCall, Output, host_attention
 from stem_attention.integrations.transformers_mask import WindowMask, stem_mask, token_spans
 from stem_attention.integrations.transformers_settings import (
     NAME,
@@ -82,6 +82,7 @@ def attention_forward(
 
     Raises:
         UnsupportedError: A gradient is needed on the sparse path, or the layer needs what neither side offers.
+        Exception: What a policy or the sparse path raises, its message with the layer and the shapes.
     """
     call = HostCall(module, query, key, value, attention_mask, dropout, scaling, sliding_window, kwargs)
     given = overrides()
@@ -94,7 +95,10 @@ def attention_forward(
         spans = token_spans(call.padding)
     if spans is None:
         return _dense(call, "padding inside the text", given)
-    return _sparse(call, policy, spans, given), None
+    if torch.compiler.is_compiling():
+        return _sparse(call, policy, spans, given), None
+    with ErrorsNaming(call):
+        return _sparse(call, policy, spans, given), None
 
 
 def _layer_obstacle(call: HostCall) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -73,6 +74,22 @@ class HostCall:
             if value is not None and value is not False:
                 return meaning
         return None
+
+
+class ErrorsNaming:
+    """Add the layer and the shapes of a call to what is raised inside; its type stays, so that hosts can catch it."""
+
+    def __init__(self, call: HostCall) -> None:
+        self.call = call
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            call = self.call
+            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("query", call.query), ("key", call.key)))
+            error.args = (f"{error} [in layer {call.layer}, {type(call.module).__name__}: {shapes}, {call.query.dtype}]",)
 
 
 def host_attention(call: HostCall) -> Output:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -133,9 +133,11 @@ def set_config(model: PreTrainedModel, config: StemConfig | None = None) -> None
         config: None keeps what the model's config holds; a reloaded model needs that once before ``torch.compile``.
 
     Raises:
-        ValueError: ``config`` is not a StemConfig, or the model's config holds a bad one.
+        ValueError: ``model`` is no model, ``config`` is not a StemConfig, or the model's config holds a bad one.
         UnsupportedError: The model's class cannot take the attention function, or the model was loaded with another one.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise bad_argument("model", "a model of transformers", type(model).__name__, "load one with from_pretrained")
     if config is not None and not isinstance(config, StemConfig):
         raise bad_argument("config", "a StemConfig or None", type(config).__name__, "build one with StemConfig(...)")
     text = model.config.get_text_config(decoder=True)
@@ -165,7 +167,9 @@ def model_config(host_config: Any) -> StemConfig:
         return stored.config
     if torch.compiler.is_compiling():
         raise UnsupportedError("call set_config(model) before torch.compile, which cannot parse the model's stem_attention")
-    return _parse(tuple(stored.items())) if isinstance(stored, dict) else StemConfig.from_dict(stored)
+    if isinstance(stored, dict) and all(isinstance(value, Hashable) for value in stored.values()):
+        return _parse(tuple(stored.items()))
+    return StemConfig.from_dict(stored)
 
 
 @lru_cache(maxsize=256)
