@@ -33,7 +33,7 @@ def make_policy(name: str, config: StemConfig, **options: Any) -> Policy:
 
     Args:
         name: One of :func:`policy_names`.
-        config: What Stem keeps, by whichever rule; from here every policy also takes the fields that it shares with ``StemConfig``, such as
+        config: What Stem keeps; from here every policy also takes the fields that it shares with ``StemConfig``, such as
             ``block_size``.
         options: The policy's own fields; they override what ``config`` says.
 
@@ -43,7 +43,7 @@ def make_policy(name: str, config: StemConfig, **options: Any) -> Policy:
     if not isinstance(name, str) or name not in _POLICIES:
         raise bad_argument("policy", f"one of {', '.join(_POLICIES)}", repr(name), "pick one of these names")
     check_is_config(config)
-    policy: Any = Mass if name == Stem.name and config.keep == "mass" else _POLICIES[name]
+    policy: Any = _POLICIES[name] if name != Stem.name or config.keep == "budget" else Mass
     known = [field.name for field in dataclasses.fields(policy) if field.name not in ("name", "config")]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -53,4 +53,5 @@ def make_policy(name: str, config: StemConfig, **options: Any) -> Policy:
     shared = {field: getattr(config, field) for field in known if hasattr(config, field)}
     if "config" in (field.name for field in dataclasses.fields(policy)):
         shared["config"] = config
-    return policy(**{**shared, **options})
+    built: Policy = policy(**{**shared, **options})
+    return built
