@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -132,9 +133,7 @@ def check_contestants(
     Raises:
         WrongResultError: Stem is wrong, or its layers would run dense.
     """
-    keep_all = replace(
-        config, dense_below=0, dense_layers=0, schedule="smooth", ratio_short=1.0, ratio_long=1.0, decay=1.0, forced="inside"
-    )
+    keep_all = _keeping_all(config)
     expected = _observed(model, _PLAIN, tokens, config)
     admitted, checks, left_out = [], {}, {}
     for entrant in entrants:
@@ -166,6 +165,14 @@ def check_contestants(
         checks[entrant.name] = check
     _check_sparse(model, tokens, keep_all)
     return admitted, checks, left_out
+
+
+def _keeping_all(config: StemConfig) -> StemConfig:
+    """The config with a rule that drops nothing."""
+    everywhere = replace(config, dense_below=0, dense_layers=0)
+    if config.keep == "mass":
+        return replace(everywhere, share=sys.float_info.min)
+    return replace(everywhere, schedule="smooth", ratio_short=1.0, ratio_long=1.0, decay=1.0, forced="inside")
 
 
 def _observed(model: PreTrainedModel, entrant: Contestant, tokens: Tensor, config: StemConfig) -> Observed:
