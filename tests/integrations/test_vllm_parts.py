@@ -43,8 +43,8 @@ def test_settings_come_from_one_of_three_places(monkeypatch: pytest.MonkeyPatch,
         ("{", "STEM_ATTENTION_CONFIG: expected a JSON object, got invalid JSON"),
         ("/no/such.json", "STEM_ATTENTION_CONFIG: expected a JSON object or the path of a file with one, got '/no/such.json'"),
         ('{"decay": 2}', "STEM_ATTENTION_CONFIG: decay: expected a finite number > 0 and <= 1, got 2"),
-        ('{"blocksize": 2}', "STEM_ATTENTION_CONFIG: fields: expected names among preset, min_query_len, backend, block_size"),
-        ('{"preset": "fast"}', "STEM_ATTENTION_CONFIG: preset: expected one of default, paper, angelslim, got 'fast'"),
+        ('{"blocksize": 2}', "STEM_ATTENTION_CONFIG: fields: expected names among preset, min_query_len, backend, "),
+        ('{"preset": "fast"}', "STEM_ATTENTION_CONFIG: preset: expected one of default, paper, angelslim, mass, got 'fast'"),
         ('{"preset": ["paper"]}', "STEM_ATTENTION_CONFIG: preset: expected one of"),
         ('{"min_query_len": 1}', "STEM_ATTENTION_CONFIG: min_query_len: expected an integer >= 2, got 1"),
         ('{"min_query_len": true}', "STEM_ATTENTION_CONFIG: min_query_len: expected an integer >= 2, got True"),
@@ -106,9 +106,16 @@ def test_tokens_and_pages_are_those_of_the_chosen_rows(chosen: list[int]) -> Non
     assert isinstance(token_index(rows, chosen, pages.device), slice) == neighbours
 
 
-@pytest.mark.parametrize("forced", ["inside", "extra"])
-def test_counters_tell_what_the_selection_keeps(forced: str) -> None:
-    config = StemConfig(block_size=16, stride=4, dense_below=0, forced=forced)
+@pytest.mark.parametrize(
+    ("config", "is_exact"),
+    [
+        (StemConfig(block_size=16, stride=4, dense_below=0), True),
+        (StemConfig(block_size=16, stride=4, dense_below=0, forced="extra"), False),
+        (StemConfig(keep="mass", block_size=16, query_pool=4, key_pool=4, dense_below=0), False),
+    ],
+    ids=["inside", "extra", "mass"],
+)
+def test_counters_tell_what_the_selection_keeps(config: StemConfig, is_exact: bool) -> None:
     count, kept, causal = Counters(), 0, 0
     for q_len, kv_len, prompt_len in ((500, 500, 500), (77, 350, 500), (64, 64, 300), (33, 1000, 1000)):
         q, k = torch.randn(1, q_len, 2, 8), torch.randn(1, kv_len, 1, 8)
@@ -117,7 +124,9 @@ def test_counters_tell_what_the_selection_keeps(forced: str) -> None:
         causal += round(int(selection.counts.sum()) / selection.density()) // 2
         count.count_sparse([Row(q_len, kv_len, prompt_len)], config)
     assert (count.sparse_rows, count.sparse_tokens, count.causal_blocks) == (4, 674, causal)
-    assert count.kept_blocks == kept if forced == "inside" else count.kept_blocks >= kept
+    assert count.is_bound != is_exact
+    assert count.kept_blocks == kept if is_exact else count.kept_blocks >= kept
+    assert ("at most" in str(count)) != is_exact
 
 
 def test_counters_read_well_and_start_again() -> None:
@@ -128,7 +137,7 @@ def test_counters_read_well_and_start_again() -> None:
     count.dense_rows.update(["decode", "decode", "short prompt"])
     plain: dict[str, Any] = json.loads(json.dumps(count.to_dict()))
     assert plain == {
-        "sparse_rows": 1, "sparse_tokens": 64, "kept_blocks": 7, "causal_blocks": 10, "density": 0.7,
+        "sparse_rows": 1, "sparse_tokens": 64, "kept_blocks": 7, "causal_blocks": 10, "density": 0.7, "is_bound": False,
         "dense_rows": {"decode": 2, "short prompt": 1},
     }  # fmt: skip
     assert str(count) == (

@@ -20,9 +20,9 @@ class Counters:
         sparse_rows: Rows that took Stem.
         sparse_tokens: Their tokens.
         dense_rows: Rows that the host's attention ran, by reason.
-        kept_blocks: Block pairs that the schedule kept in sparse rows, for one head of one layer; with ``forced="extra"`` at
-            most so many were.
+        kept_blocks: Block pairs that the schedule let sparse rows keep, for one head of one layer.
         causal_blocks: Block pairs that dense attention would have read there.
+        is_bound: Whether fewer may have been kept: what ``forced="extra"`` and ``keep="mass"`` keep, only the device knows.
     """
 
     sparse_rows: int = 0
@@ -30,9 +30,11 @@ class Counters:
     dense_rows: Counter[str] = field(default_factory=Counter)
     kept_blocks: int = 0
     causal_blocks: int = 0
+    is_bound: bool = False
 
     def count_sparse(self, rows: Sequence[Row], config: StemConfig) -> None:
         """Count rows that take Stem."""
+        self.is_bound |= config.forced == "extra" or config.keep == "mass"
         for row in rows:
             blocks = block_count(max(row.prompt_len, row.kv_len), config.block_size)
             first, end = (row.kv_len - row.q_len) // config.block_size, block_count(row.kv_len, config.block_size)
@@ -48,7 +50,8 @@ class Counters:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        numbers = {name: getattr(self, name) for name in ("sparse_rows", "sparse_tokens", "kept_blocks", "causal_blocks")}
+        names = ("sparse_rows", "sparse_tokens", "kept_blocks", "causal_blocks", "is_bound")
+        numbers = {name: getattr(self, name) for name in names}
         return {**numbers, "dense_rows": dict(self.dense_rows), "density": self.density}
 
     def reset(self) -> None:
@@ -57,9 +60,10 @@ class Counters:
 
     def __str__(self) -> str:
         dense = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dense_rows.items())) or "none"
+        bound = "at most " if self.is_bound else ""
         return (
-            f"{self.sparse_rows} rows ({self.sparse_tokens} tokens) took Stem and read {self.density:.3f} of their causal "
-            f"blocks; rows left to the host: {dense}"
+            f"{self.sparse_rows} rows ({self.sparse_tokens} tokens) took Stem and read {bound}{self.density:.3f} of their "
+            f"causal blocks; rows left to the host: {dense}"
         )
 
 

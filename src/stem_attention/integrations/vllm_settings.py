@@ -21,6 +21,7 @@ _PRESETS: dict[str, Callable[..., StemConfig]] = {
     "default": StemConfig,
     "paper": StemConfig.paper,
     "angelslim": StemConfig.angelslim,
+    "mass": StemConfig.mass,
 }
 
 
@@ -49,9 +50,10 @@ class Settings:
 def read_settings(additional_config: object = None) -> Settings:
     """Settings of this process.
 
-    They are a JSON object of :class:`StemConfig` fields, beside ``preset`` (``"default"``, ``"paper"`` or ``"angelslim"``,
-    which the other fields change), ``min_query_len`` and ``backend``: under ``"stem_attention"`` in ``additional_config``, or
-    in the environment variable ``STEM_ATTENTION_CONFIG``, which holds the object itself or the path of a file with it.
+    They are a JSON object of :class:`StemConfig` fields, beside ``preset`` (``"default"``, ``"paper"``, ``"angelslim"`` or
+    ``"mass"``, which the other fields change), ``min_query_len`` and ``backend``: under ``"stem_attention"`` in
+    ``additional_config``, or in the environment variable ``STEM_ATTENTION_CONFIG``, which holds the object itself or the path
+    of a file with it.
 
     Args:
         additional_config: vLLM's ``additional_config``; anything but a mapping says nothing about Stem.

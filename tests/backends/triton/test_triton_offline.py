@@ -8,9 +8,10 @@ from triton.runtime import driver
 
 from stem_attention import StemConfig
 from stem_attention.backends.precompile import Calls, precompile
-from stem_attention.backends.triton import select
+from stem_attention.backends.triton import routes
 from stem_attention.backends.triton.choose import launch
 from stem_attention.backends.triton.offline import Compilation, offline
+from stem_attention.backends.triton.span import Span
 
 CALLS = Calls([5000], heads=4, kv_heads=2, head_dim=32, dtype=torch.bfloat16)
 CONFIG = StemConfig(block_size=64)
@@ -21,7 +22,8 @@ def choose_blocks(scores, budgets, indices, counts):
     sizes = {"SINK": CONFIG.sink_blocks, "LOCAL": CONFIG.local_blocks, "B": 64}
     positions = (0, 5003, 5003, 0, 79, 79, 80, 17, 79)
     launch(
-        scores, budgets, indices, counts, 1, 4, None, None, *positions, **sizes, EXTRA=False, IMPLICIT=True, RAGGED=False
+        scores, budgets, indices, counts, 1, 4, None, None, *positions, CONFIG.share, **sizes, EXTRA=False, MASS=False,
+        IMPLICIT=True, RAGGED=False,
     )  # fmt: skip
 
 
@@ -36,13 +38,20 @@ def test_launches_on_real_memory_find_what_was_compiled_on_meta_tensors(tmp_path
         # As transformers lays them out: keys by head. Their number of tokens is no multiple of 16.
         q = torch.zeros(1, 5003, 4, 32, dtype=torch.bfloat16)
         k = torch.zeros(1, 2, 5003, 32, dtype=torch.bfloat16).transpose(1, 2)
-        span = select._Span.of(q, k, 64, None, None)
-        select._pool_keys(k, k, CONFIG, span, True, None)
+        routes._pool_keys(k, k, CONFIG, Span.of(q, k, 64, None, None), True, None)
         scores, table = torch.zeros(1, 4, 79, 80), torch.zeros(1, 79, dtype=torch.int32)
         indices, counts = torch.zeros(1, 4, 79, 17, dtype=torch.int32), torch.zeros(1, 4, 79, dtype=torch.int32)
         choose_blocks(scores, table, indices, counts)
     assert [(kernel.kernel, kernel.cached) for kernel in found] == [("pool_keys", True), ("choose_kernel", True)]
     assert {kernel.key for kernel in found} <= {kernel.key for kernel in made}
+
+
+def test_keep_by_mass_is_compiled_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made: list[Compilation] = []
+    assert precompile("sm80", CALLS, StemConfig.mass(), made.append) == "triton"
+    names = ["pool_key_means", "pool_query_means", "mass_kernel", "choose_kernel", "attention_kernel"]
+    assert list(dict.fromkeys(kernel.kernel for kernel in made)) == names
 
 
 def test_nothing_is_started_and_the_driver_comes_back(tmp_path, monkeypatch):

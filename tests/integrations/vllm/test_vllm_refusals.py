@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from stem_attention import UnsupportedError
 from stem_attention.integrations import vllm as plugin
-from stem_attention.integrations import vllm_runner
+from stem_attention.integrations import vllm_host, vllm_runner
 from stem_attention.integrations.vllm_settings import ENVIRONMENT
 
 
@@ -58,6 +58,8 @@ def test_a_model_of_sliding_windows_alone(models: Callable[..., Path], engine: A
 
 def test_an_unknown_vllm(llama: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    monkeypatch.setattr(vllm_host, "watch_runners", lambda: None)
 
     announced = GPUModelRunner.initialize_kv_cache
     monkeypatch.setattr(GPUModelRunner, "initialize_kv_cache", getattr(announced, "__wrapped__", announced))
