@@ -20,7 +20,7 @@ SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80}
 # Triton 3.8's ptxas takes 64 or 80 registers, so that two programs fit on a multiprocessor, and a few bytes of stack for it.
 CHEAP_STACK = {"choose_kernel": 16, "pool_key_means": 8}
 # A row of 16384 blocks, which only a million tokens in blocks of 64 have, is more than these cards' registers hold.
-LONGEST_ROW, LONGEST_ROW_STACK = 16384, {"sm120": 72, "gfx942": 75}
+LONGEST_ROW, LONGEST_ROW_STACK = 16384, {"sm100": 24, "sm120": 72, "gfx942": 75}
 
 
 def fits(target: str, launch: Recorded) -> Compiled:
