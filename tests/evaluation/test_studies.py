@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stem_attention import StemConfig
-from stem_attention.evaluation.studies import BASE, DENSITIES, PARETO, STUDIES, study
+from stem_attention.evaluation.studies import BASE, DENSITIES, PARETO, SHARES, STUDIES, study
 from stem_attention.policies import policy_names
 
 
@@ -49,6 +49,7 @@ def test_ablation_compares_uniform_at_the_compute_of_the_base(tokens):
 def test_pareto_has_every_policy_at_every_density_that_a_long_prompt_allows():
     contenders = study("pareto")
     assert {*PARETO, "xattention", "dense"} == set(policy_names())
+    assert [c.name for c in contenders if c.family == "mass"] == [f"mass:share={share}" for share in SHARES]
     for name in PARETO:
         own = [contender for contender in contenders if contender.family == name]
         assert all(c.density(32768) == pytest.approx(d, rel=0.05) for c, d in zip(own, DENSITIES, strict=True))
@@ -64,9 +65,9 @@ def test_pareto64_reaches_lower_densities_on_short_prompts():
 def test_equal_means_within_five_percent_of_stem(tokens):
     stem = StemConfig()
     known = {c.name: c.density(tokens) for c in study("equal")}
-    assert {name.split("@")[0] for name in known} == {*policy_names(), "paper"}
+    assert {name.split("@")[0] for name in known} == {*policy_names(), "paper", "mass"}
     for name, density in known.items():
-        if name not in ("dense", "paper", "xattention"):
+        if name not in ("dense", "paper", "xattention", "mass"):
             assert density == pytest.approx(known["stem"], rel=0.05)
     assert study("equal")[1].at(tokens).to_dict() == {**stem.to_dict(), "dense_below": 0}
 

@@ -12,6 +12,8 @@ DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4)
 PARETO = ("stem", "uniform", "sink-window", "strided", "longformer", "bigbird", "xattention-topk", "oracle")
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
 """XAttention's own knob: what density it comes to is measured, not asked for."""
+SHARES = (0.5, 1, 2, 4)
+"""Those of keep by mass, likewise."""
 
 BASE = "base"
 _BASE = (("tail_blocks", 0),)
@@ -65,7 +67,9 @@ def pareto(block_size: int = 128) -> list[Contender]:
     size = "" if block_size == 128 else f"block_size={block_size}"
     colon, comma = (":", ",") if size else ("", "")
     tuned = [parse_contender(f"{name}{colon}{size}@{density}") for name in PARETO for density in DENSITIES]
-    return [*tuned, *(parse_contender(f"xattention:threshold={threshold}{comma}{size}") for threshold in THRESHOLDS)]
+    by_threshold = [f"xattention:threshold={threshold}{comma}{size}" for threshold in THRESHOLDS]
+    by_mass = [f"mass:share={share}" for share in SHARES]  # its blocks are of 64 in either
+    return [*tuned, *map(parse_contender, by_threshold + by_mass)]
 
 
 def pareto64() -> list[Contender]:
@@ -74,9 +78,9 @@ def pareto64() -> list[Contender]:
 
 
 def equal() -> list[Contender]:
-    """Every policy at the density of Stem's default; XAttention's threshold as published."""
+    """Every policy at the density of Stem's default; XAttention's threshold as published, and mass at its default."""
     others = [parse_contender(f"{name}@stem") for name in PARETO if name != "stem"]
-    return [parse_contender("stem"), parse_contender("paper"), *others, parse_contender("xattention")]
+    return [parse_contender("stem"), parse_contender("paper"), *others, parse_contender("xattention"), parse_contender("mass")]
 
 
 def table1() -> list[Contender]:
