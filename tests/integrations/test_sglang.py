@@ -34,7 +34,7 @@ class Server:
     """A runner, its backend, and prompts whose keys go to scrambled slots."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, lengths: list[int], **settings: Any) -> None:
-        monkeypatch.setenv("STEM_ATTENTION_CONFIG", json.dumps({**CONFIG, **settings}))
+        monkeypatch.setenv("STEM_ATTENTION_CONFIG", json.dumps({"min_query_len": 32, **CONFIG, **settings}))
         self.runner = make_runner()
         plugin.register()
         self.backend = plugin.ATTENTION_BACKENDS["stem"](self.runner)

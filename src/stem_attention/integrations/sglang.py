@@ -19,7 +19,7 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, r
 
 from stem_attention.api import explain
 from stem_attention.errors import bad_argument
-from stem_attention.integrations.vllm_settings import read_settings
+from stem_attention.integrations.serving_settings import read_settings
 
 __all__ = ["NAME", "create", "register"]
 

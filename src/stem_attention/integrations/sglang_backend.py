@@ -12,11 +12,11 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
 from stem_attention.api import dense_limit
+from stem_attention.integrations.serving_counters import Counters
+from stem_attention.integrations.serving_rows import SparseRows
+from stem_attention.integrations.serving_settings import Settings
 from stem_attention.integrations.sglang_layers import layer_obstacle
 from stem_attention.integrations.sglang_step import KEEP_ALL_BELOW, Step, batch_obstacle, plan
-from stem_attention.integrations.vllm_counters import Counters
-from stem_attention.integrations.vllm_rows import SparseRows
-from stem_attention.integrations.vllm_settings import Settings
 from stem_attention.varlen import stem_attention_varlen
 
 logger = logging.getLogger(__name__)

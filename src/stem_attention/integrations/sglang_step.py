@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_attention.integrations.vllm_rows import Row, SparseRows
+from stem_attention.integrations.serving_rows import Row, SparseRows
 
 # Longer than any prompt: under it, a call keeps every block.
 KEEP_ALL_BELOW = 1 << 40

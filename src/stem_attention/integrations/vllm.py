@@ -15,8 +15,8 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from stem_attention.integrations.vllm_counters import COUNTERS
-from stem_attention.integrations.vllm_settings import read_settings
+from stem_attention.integrations.serving_counters import COUNTERS
+from stem_attention.integrations.serving_settings import read_settings
 
 __all__ = ["counters", "register", "reset_counters"]
 
@@ -38,7 +38,7 @@ def register() -> None:
 
 
 def counters(_worker: object = None) -> dict[str, Any]:
-    """What the plug-in has done in this process so far, see :class:`.vllm_counters.Counters`.
+    """What the plug-in has done in this process so far, see :class:`.serving_counters.Counters`.
 
     Args:
         _worker: Ignored; ``llm.collective_rpc(counters)`` passes it and asks every worker.

@@ -16,8 +16,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from stem_attention.errors import UnsupportedError
+from stem_attention.integrations.serving_rows import SparseRows
 from stem_attention.integrations.vllm_host import StemBackend, StemBuilder, StemImpl
-from stem_attention.integrations.vllm_rows import SparseRows
 
 _DIGIT_BITS = 7  # numbers below 128 are exact in every dtype
 

@@ -28,11 +28,11 @@ from vllm.v1.attention.backend import (
 
 from stem_attention import ops
 from stem_attention.api import explain
-from stem_attention.integrations.vllm_counters import COUNTERS
+from stem_attention.integrations.serving_counters import COUNTERS
+from stem_attention.integrations.serving_rows import Index, Row, SparseRows, row_index, to_device, token_index
+from stem_attention.integrations.serving_settings import Settings, read_settings
 from stem_attention.integrations.vllm_layers import LayerTraits, check_engine, checked_dense_limit, layer_reasons, start_line
-from stem_attention.integrations.vllm_rows import Index, Row, SparseRows, row_index, to_device, token_index
 from stem_attention.integrations.vllm_runner import PromptLens, prompt_lengths, watch_runners
-from stem_attention.integrations.vllm_settings import Settings, read_settings
 
 # vLLM shows what loggers below its own say.
 logger = init_logger("vllm.stem_attention")

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from stem_attention.api import dense_limit, explain
 from stem_attention.errors import UnsupportedError
-from stem_attention.integrations.vllm_settings import Settings
+from stem_attention.integrations.serving_settings import Settings
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from stem_attention import StemConfig, stem_attention
+from stem_attention.integrations.serving_rows import Row, SparseRows
+from stem_attention.integrations.serving_settings import Settings
 from stem_attention.integrations.vllm_flash import StemFlashBackend
 from stem_attention.integrations.vllm_host import Plan
-from stem_attention.integrations.vllm_rows import Row, SparseRows
-from stem_attention.integrations.vllm_settings import Settings
 from stem_attention.integrations.vllm_triton import StemTritonBackend
 
 BACKENDS = [StemFlashBackend, StemTritonBackend]

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 from stem_attention import UnsupportedError
 from stem_attention.integrations import vllm as plugin
 from stem_attention.integrations import vllm_host, vllm_runner
-from stem_attention.integrations.vllm_settings import ENVIRONMENT
+from stem_attention.integrations.serving_settings import ENVIRONMENT
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from stem_attention import StemConfig, select_blocks
-from stem_attention.integrations.vllm_counters import Counters
-from stem_attention.integrations.vllm_rows import Row, SparseRows, token_index
-from stem_attention.integrations.vllm_settings import ENVIRONMENT, Settings, read_settings
+from stem_attention.integrations.serving_counters import Counters
+from stem_attention.integrations.serving_rows import Row, SparseRows, token_index
+from stem_attention.integrations.serving_settings import ENVIRONMENT, Settings, read_settings
 
 
 def test_nothing_said_means_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

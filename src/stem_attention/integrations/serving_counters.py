@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stem_attention.config import StemConfig
-from stem_attention.integrations.vllm_rows import Row
+from stem_attention.integrations.serving_rows import Row
 from stem_attention.policies.budget import block_count, row_budgets
 
 
