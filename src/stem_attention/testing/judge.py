@@ -21,8 +21,9 @@ def attention_faults(
 ) -> list[str]:
     """Why ``out`` and ``lse`` are not attention over a selection, as sentences; none when they are.
 
-    The worst row's error against fp64 may be three times that of torch's own attention in the same precision (in fp64
-    1e-11), and a little for rows of one or two keys, where torch's is 0.
+    The worst row's error against fp64 may be four times that of torch's own attention in the same precision (in fp64
+    1e-11), and a little for rows of one or two keys, where torch's is 0. Rows whose values nearly cancel make the worst row a
+    matter of chance: among 3330 problems two came to 3.0 and 3.1 times.
     """
     if out.shape != q.shape or out.dtype != q.dtype:
         return [f"out is {out.dtype} {tuple(out.shape)}"]
@@ -34,7 +35,7 @@ def attention_faults(
         ours, bound = worst_row_error(out, exact), 1e-11
     else:
         ours, theirs = error_against_sdpa(out, q, k, v, mask, scale)
-        bound = 3 * theirs + 2 * torch.finfo(q.dtype).eps
+        bound = 4 * theirs + 2 * torch.finfo(q.dtype).eps
     if not ours <= bound:
         faults.append(f"the worst row is off by {ours:.2e}, more than {bound:.2e}")
     if lse is not None:
