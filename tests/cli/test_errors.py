@@ -149,6 +149,7 @@ import os, signal, sys
 from stem_attention.cli import main
 from stem_attention.evaluation import bench_timing
 bench_timing._wait = lambda device: os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 sys.exit(main(["bench", "--lengths", "2048", "--repeats", "100000"]))
 """
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

@@ -65,6 +65,24 @@ def test_a_wrong_selection_is_seen():
         assert selection_faults(selection, Q, K, V, changed, 300)
 
 
+def test_a_wrong_selection_by_mass_is_seen():
+    config = sa.StemConfig.mass(
+        block_size=16, query_pool=4, key_pool=8, share=2.0, local_blocks=1, tail_blocks=1, dense_below=0
+    )
+    selection = sa.select_blocks(Q, K, V, config=config)
+    assert selection_faults(selection, Q, K, V, config, 300) == []
+    mask = selection.to_mask()
+    free = torch.ones_like(mask).tril(-1)
+    free[..., 0], free[..., -1, :] = False, False
+    kept, dropped = (mask & free).nonzero()[0], (~mask & free).nonzero()[0]
+    for at in (kept, dropped, torch.tensor([0, 0, 9, 0]), torch.tensor([0, 0, 18, 5])):  # a sink and the tail's row too
+        wrong = mask.clone()
+        wrong[tuple(at)] ^= True
+        bad = sa.BlockSelection.from_mask(wrong, block_size=16, q_len=300, kv_len=300)
+        assert selection_faults(bad, Q, K, V, config, 300)
+    assert selection_faults(selection, Q, K, V, replace(config, share=4.0), 300)
+
+
 def test_poison_is_where_it_should_be():
     view = surrounded(Q)
     assert torch.equal(view, Q)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
+from stem_attention.backends.reference.mass import row_masses
 from stem_attention.config import StemConfig
 from stem_attention.policies.budget import block_count, forced_count, scored_budget
 from stem_attention.policies.stem import Stem
@@ -14,6 +17,8 @@ from stem_attention.testing.inputs import token_mask
 
 # Of the largest score of a row: scores are summed in fp32 on the CPU, from two bf16 numbers (16 bits) on a GPU.
 _TIE = {"cpu": 1e-5, "cuda": 1e-3}
+# Of the least mass that is kept. A GPU sums pools in another order, so that a mean may round to the next bf16.
+_MASS_TIE = {"cpu": 1e-3, "cuda": 5e-2}
 
 
 def attention_faults(
@@ -48,7 +53,7 @@ def attention_faults(
 def selection_faults(
     selection: BlockSelection, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, prompt_len: int, scale: float | None = None
 ) -> list[str]:
-    """Why a selection is not Stem's, as sentences: by the budgets, and by fp64 scores up to ties.
+    """Why a selection is not Stem's, as sentences: by the budgets and fp64 scores, or by the twin's masses, up to ties.
 
     Args:
         selection: What was selected.
@@ -63,6 +68,8 @@ def selection_faults(
     if not selection.rows:
         return []
     kept, num_blocks = selection.to_mask(), block_count(prompt_len, config.block_size)
+    if config.keep == "mass":
+        return _mass_faults(kept, q, k, config, num_blocks, q.shape[3] ** -0.5 if scale is None else scale)
     policy, end = Stem(config), selection.first_row + selection.rows
     runs = policy.scores(
         q.double(), k.double(), v.double(), q.shape[3] ** -0.5 if scale is None else scale, selection.first_row, end
@@ -74,6 +81,26 @@ def selection_faults(
             fault = _row_fault(mine, scores[:, :, i, : first + i + 1], first + i, num_blocks, config)
             if fault:
                 faults.append(f"row {first + i}: {fault}")
+    return faults
+
+
+def _mass_faults(kept: Tensor, q: Tensor, k: Tensor, config: StemConfig, num_blocks: int, scale: float) -> list[str]:
+    """Of ``kept (batch, heads, rows, key_blocks)``."""
+    faults, first, group = [], (k.shape[1] - q.shape[1]) // config.block_size, q.shape[2] // k.shape[2]
+    least, tie = config.share / num_blocks, 1 + _MASS_TIE.get(kept.device.type, 5e-2)
+    for b, h, i in product(*map(range, kept.shape[:3])):
+        row, mine = first + i, kept[b, h, i, : first + i + 1]
+        blocks = torch.arange(row + 1, device=kept.device)
+        always = (blocks < config.sink_blocks) | (blocks > row - config.local_blocks)
+        if row >= num_blocks - config.tail_blocks:
+            always = torch.ones_like(always)
+        mass = row_masses(q[b, :, h], k[b, :, h // group], row, config, scale)
+        if bool((always & ~mine).any()):
+            faults.append(f"row {row}: a forced block is missing")
+        elif bool((mine & ~always & (mass < least / tie)).any()):
+            faults.append(f"row {row}: a kept block holds less than {least:.3e}")
+        elif bool((~mine & (mass > least * tie)).any()):
+            faults.append(f"row {row}: a dropped block holds more than {least:.3e}")
     return faults
 
 

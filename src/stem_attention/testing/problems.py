@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -119,12 +121,26 @@ def _lengths(draw: Random, space: Space, block_size: int, pairs: int) -> tuple[i
 def _config(draw: Random, block_size: int, presets: bool) -> StemConfig:
     dense_below = draw.choice((0, 0, 0, 300))
     if presets:
-        preset = draw.choice((StemConfig, StemConfig.paper, StemConfig.angelslim))
+        preset: Callable[..., StemConfig] = draw.choice(
+            (StemConfig, StemConfig.paper, StemConfig.angelslim, partial(StemConfig.mass, key_pool=16))
+        )
         return preset(block_size=block_size, dense_below=dense_below)
+    divisors = [size for size in range(1, block_size + 1) if block_size % size == 0]
+    if draw.random() < 0.2:
+        return StemConfig.mass(
+            block_size=block_size,
+            share=draw.choice((0.1, 1.0, 3.0, 10.0)),
+            query_pool=draw.choice(divisors),
+            key_pool=draw.choice(divisors),
+            sink_blocks=draw.choice((0, 1, 4)),
+            local_blocks=draw.choice((1, 2, 4)),
+            tail_blocks=draw.choice((0, 1, 2)),
+            dense_below=dense_below,
+        )
     ratio = draw.choice((0.05, 0.2, 0.5, 1.0))
     return StemConfig(
         block_size=block_size,
-        stride=draw.choice([stride for stride in range(1, block_size + 1) if block_size % stride == 0]),
+        stride=draw.choice(divisors),
         beta=draw.choice((0.0, 0.2, 1.0)),
         magnitude=draw.choice(("log", "log", "zscore", "none")),
         decay=draw.choice((0.3, 0.7, 1.0)),

@@ -26,10 +26,25 @@ def select_by_mass(q: Tensor, k: Tensor, config: StemConfig, scale: float, promp
 
 def keep_row(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: float, prompt_len: int) -> list[int]:
     """The ids that one query block of one head keeps."""
-    size, start = config.block_size, len(k) - len(q)
-    num_blocks = math.ceil(prompt_len / size)
+    num_blocks = math.ceil(prompt_len / config.block_size)
     if row >= num_blocks - config.tail_blocks:
         return list(range(row + 1))
+    forced = [j < config.sink_blocks or j > row - config.local_blocks for j in range(row + 1)]
+    kept = (~(row_masses(q, k, row, config, scale) < config.share / num_blocks)).tolist()
+    return [j for j in range(row + 1) if forced[j] or kept[j]]
+
+
+def row_masses(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: float) -> Tensor:
+    """What a query block of one head gives to each of its ``row + 1`` key blocks: the most of any pool of its queries.
+
+    Args:
+        q: ``(q_len, dim)``, the last of the positions.
+        k: ``(kv_len, dim)``.
+        row: Absolute query block.
+        config: Pools and block size.
+        scale: Softmax scale.
+    """
+    size, start = config.block_size, len(k) - len(q)
     keys = k[: (row + 1) * size]
     pools = [(x.to(accumulator_dtype(x)).mean(0).to(x.dtype), len(x)) for x in torch.split(keys, config.key_pool)]
     means, counts = torch.stack([mean for mean, _ in pools]), [count for _, count in pools]
@@ -39,9 +54,7 @@ def keep_row(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: float, p
         if low < high:
             query = q[low - start : high - start].to(most.dtype).mean(0).to(q.dtype)
             most = torch.maximum(most, estimated_attention(query, means, counts, high - 1, config, scale))
-    forced = [j < config.sink_blocks or j > row - config.local_blocks for j in range(row + 1)]
-    kept = (~(most < config.share / num_blocks)).tolist()
-    return [j for j in range(row + 1) if forced[j] or kept[j]]
+    return most
 
 
 def estimated_attention(query: Tensor, means: Tensor, counts: list[int], last: int, config: StemConfig, scale: float) -> Tensor:
