@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stem_attention import StemConfig, block_sparse_attention, select_blocks, stem_attention
-from stem_attention.policies import Mass, Stem, policy_of
+from stem_attention.policies import Mass, Stem, mass, policy_of
+from stem_attention.policies.budget import row_budgets
 from stem_attention.policies.mass import block_masses, pool
 from stem_attention.policies.oracle import block_mass
 from stem_attention.testing import make_qkv
@@ -58,6 +59,17 @@ def test_a_chunk_keeps_what_the_whole_prompt_keeps():
     for low, high in ((0, 96), (96, 240), (240, 330)):
         chunk = Mass(SMALL)(q[:, low:high], k[:, :high], v[:, :high], prompt_len=330).to_mask()
         assert torch.equal(chunk, whole[:, :, low // 16 : -(-high // 16), : -(-high // 16)])
+
+
+def test_runs_of_another_size_keep_the_same(monkeypatch):
+    q, k, v = peaked(1, 200, 330, (4, 2), 16)
+    whole = Mass(SMALL)(q, k, v).to_mask()
+    monkeypatch.setattr(mass, "_WORKSPACE", 1)  # a row at a time
+    assert torch.equal(Mass(SMALL)(q, k, v).to_mask(), whole)
+
+
+def test_there_is_room_for_every_causal_block():
+    assert row_budgets(SMALL, 5) == (1, 2, 3, 4, 5)
 
 
 def test_a_head_keeps_the_same_whatever_heads_are_beside_it():
