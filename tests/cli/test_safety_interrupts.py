@@ -21,8 +21,17 @@ RECORDS = 6 * 3
 MEASURED = ("measure", "case", "tokens", "contender", "kl", "top1", "density", "nll")
 
 
+# What a shell starts in the background ignores Ctrl-C, and so would these tests and the command in them.
+LISTENING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from stem_attention.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "stem_attention.cli", *arguments]
+    command = [sys.executable, "-c", LISTENING, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
