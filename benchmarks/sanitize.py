@@ -1,0 +1,103 @@
+"""Every kernel variant once, on tiny shapes, for compute-sanitizer on a GPU. Run it plainly first: that fills Triton's cache.
+
+    python benchmarks/sanitize.py [--only PART OF A NAME]
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
+
+The other tools are initcheck, racecheck and synccheck. Without torch's cache every tensor is an allocation of its own, so that
+memcheck sees one element too far.
+"""
+
+import argparse
+import itertools
+import time
+
+import torch
+
+from stem_attention import StemConfig, block_sparse_attention, explain, select_blocks, stem_attention, stem_attention_varlen
+from stem_attention.backends.triton.choose import choose
+from stem_attention.testing import make_qkv, random_selection
+from stem_attention.testing.packed import borders, to_pages
+
+LENGTHS = [(130, 130), (1, 300), (0, 70), (200, 333)]
+
+
+def variants():
+    for backend, dim, block in itertools.product(("triton", "hopper"), (64, 128, 256), (64, 128)):
+        if explain(device="cuda", dtype=torch.bfloat16, head_dim=dim, backend=backend).chosen is None:
+            continue
+        name = f"{backend}-d{dim}-b{block}"
+        for lse in (False, True):
+            yield f"{name}-lists{'-lse' * lse}", lambda a=(backend, dim, block, lse): lists(*a)
+        yield f"{name}-whole", lambda a=(backend, dim, block): whole(*a)
+        if block == 64:
+            yield f"{name}-mass", lambda a=(backend, dim): packed(*a, 64, 16, StemConfig.mass(dense_below=0))
+        for page in (0, 16, 64, 128):
+            yield f"{name}-packed-page{page}", lambda a=(backend, dim, block, page): packed(*a)
+    yield "triton-d80-fp16-pointers", lambda: lists("triton", 80, 128, True, torch.float16, odd=True)
+    for config in (StemConfig.angelslim(), StemConfig.paper(forced="extra"), StemConfig(magnitude="none", stride=8)):
+        yield f"select-{config.magnitude}-{config.forced}", lambda c=config: select_blocks(*qkv(64, 700, 900), config=c)
+    for pools in ({}, {"query_pool": 64, "key_pool": 8}, {"query_pool": 4, "key_pool": 64}):
+        yield f"mass-{pools}", lambda p=pools: select_blocks(*qkv(128, 700, 900), config=StemConfig.mass(**p))
+    yield "choose", lambda: choose(torch.randn(2, 3, 40, 45, device="cuda"), 5, [min(6 + i, 9) for i in range(40)], 2, 3)
+    yield "corrupted", corrupted
+
+
+def qkv(dim, q_len, kv_len, dtype=torch.bfloat16, batch=2, heads=(4, 2)):
+    return make_qkv(batch, q_len, kv_len, *heads, dim, dtype, "cuda")
+
+
+def lists(backend, dim, block, lse, dtype=torch.bfloat16, odd=False):
+    q, k, v = qkv(dim, 200, 333, dtype)
+    if odd:
+        k, v = (torch.nn.functional.pad(x, (1, 4))[..., 1 : dim + 1] for x in (k, v))
+    selection = random_selection(2, 4, 200, 333, block, device="cuda")
+    block_sparse_attention(q, k, v, selection, return_lse=lse, backend=backend)
+
+
+def whole(backend, dim, block):
+    config = StemConfig(block_size=block, dense_below=0, min_blocks=3)
+    stem_attention(*qkv(dim, 333, 460), config=config, prompt_len=700, backend=backend)
+
+
+def packed(backend, dim, block, page, config=None):
+    parts = [make_qkv(1, a, b, 4, 2, dim, torch.bfloat16, "cuda", i) for i, (a, b) in enumerate(LENGTHS)]
+    q, k, v = (torch.cat(x, 1)[0] for x in zip(*parts, strict=True))
+    q_lens, kv_lens = zip(*LENGTHS, strict=True)
+    table = None
+    if page:
+        (k, table), (v, _) = (to_pages(x, kv_lens, page) for x in (k, v))
+    config = config or StemConfig(block_size=block, dense_below=0, min_blocks=3)
+    stem_attention_varlen(
+        q, k, v, borders(q_lens), borders(kv_lens), max(q_lens), max(kv_lens), page_table=table, config=config,
+        return_lse=True, backend=backend,
+    )  # fmt: skip
+
+
+def corrupted():
+    """No address outside a tensor, whatever a list holds: the tensors are exactly as large as they must be."""
+    q, k, v = qkv(128, 300, 300)
+    good = random_selection(2, 4, 300, 300, 128, device="cuda")
+    for backend, wild in itertools.product(("triton", "hopper"), (1 << 20, -(1 << 20), (1 << 31) - 1, -(1 << 31))):
+        if explain(device="cuda", dtype=torch.bfloat16, backend=backend).chosen:
+            for indices, counts in (
+                (torch.full_like(good.indices, wild), good.counts), (good.indices, torch.full_like(good.counts, wild)),
+            ):  # fmt: skip
+                bad = type(good)(indices, counts, 128, 300, 300)
+                block_sparse_attention(q, k, v, bad, backend=backend)
+
+
+def main():
+    """Run the variants asked for, and say how long each took."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="run the variants whose name holds this")
+    only = parser.parse_args().only
+    for name, run in variants():
+        if only in name:
+            begun = time.monotonic()
+            run()
+            torch.cuda.synchronize()
+            print(f"{name}: {time.monotonic() - begun:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
