@@ -30,6 +30,12 @@ __all__ = [
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")]
 
 SPARSE = StemConfig(dense_below=0)
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def free_memory() -> int:
+    """Bytes of the current GPU that nobody has taken; 0 without one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
 def random_qkv(

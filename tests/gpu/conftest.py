@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ def backend(request: pytest.FixtureRequest) -> str:
     if found.chosen is None:
         pytest.skip(found.reasons[request.param])
     return request.param
+
+
+@pytest.fixture
+def _return_memory() -> Iterator[None]:
+    """Give back what a large test took, so that its neighbours find room."""
+    yield
+    torch.cuda.empty_cache()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,21 +7,9 @@ from stem_attention import block_sparse_attention, select_blocks, stem_attention
 from stem_attention.backends.reference import ReferenceBackend
 from stem_attention.testing import make_qkv, random_selection, relative_error
 
-from .common import SPARSE, at_most_extra_bytes, no_synchronisation, on_gpu, random_qkv
+from .common import GIB, MIB, SPARSE, at_most_extra_bytes, free_memory, no_synchronisation, on_gpu, random_qkv
 
-pytestmark = on_gpu
-
-MIB, GIB = 1 << 20, 1 << 30
-
-
-def free_memory() -> int:
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-
-
-@pytest.fixture(autouse=True)
-def _return_memory():
-    yield
-    torch.cuda.empty_cache()
+pytestmark = [*on_gpu, pytest.mark.usefixtures("_return_memory")]
 
 
 @pytest.mark.parametrize("return_lse", [False, True])

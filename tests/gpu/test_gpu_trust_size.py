@@ -8,21 +8,9 @@ import torch
 from stem_attention import stem_attention, stem_attention_varlen
 from stem_attention.testing.packed import borders, to_pages
 
-from .common import SPARSE, at_most_extra_bytes, on_gpu, random_qkv
+from .common import GIB, MIB, SPARSE, at_most_extra_bytes, free_memory, on_gpu, random_qkv
 
-pytestmark = on_gpu
-
-MIB, GIB = 1 << 20, 1 << 30
-
-
-def free_memory() -> int:
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-
-
-@pytest.fixture(autouse=True)
-def _return_memory():
-    yield
-    torch.cuda.empty_cache()
+pytestmark = [*on_gpu, pytest.mark.usefixtures("_return_memory")]
 
 
 @pytest.mark.skipif(free_memory() < 14 * GIB, reason="needs 14 GiB of free GPU memory")

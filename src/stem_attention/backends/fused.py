@@ -58,7 +58,7 @@ class FusedBackend(Backend):
         return attend
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_len: int) -> BlockSelection:
-        """Choose blocks by the factorised score, on the device."""
+        """Choose blocks as the config says, on the device."""
         _check_grid(q.shape[0])
         from stem_attention.backends.triton.select import select
 
