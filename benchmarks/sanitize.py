@@ -4,7 +4,11 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
 
 The other tools are initcheck, racecheck and synccheck. Without torch's cache every tensor is an allocation of its own, so that
-memcheck sees one element too far.
+memcheck sees one element too far. racecheck has hundreds of known reports in Hopper's kernel (docs/reliability.md), and shows
+as many as --print-limit allows. Run it in parts, side by side: triton, hopper-d64, hopper-d128, hopper-d256, select, mass-,
+choose.
+
+    compute-sanitizer --tool racecheck --racecheck-report analysis --print-limit 1000 python benchmarks/sanitize.py --only PART
 """
 
 import argparse
@@ -30,13 +34,13 @@ def variants():
             yield f"{name}-lists{'-lse' * lse}", lambda a=(backend, dim, block, lse): lists(*a)
         yield f"{name}-whole", lambda a=(backend, dim, block): whole(*a)
         if block == 64:
-            yield f"{name}-mass", lambda a=(backend, dim): packed(*a, 64, 16, StemConfig.mass(dense_below=0))
+            yield f"{name}-mass", lambda a=(backend, dim): packed(*a, 64, 64, StemConfig.mass(dense_below=0))
         for page in (0, 16, 64, 128):
             yield f"{name}-packed-page{page}", lambda a=(backend, dim, block, page): packed(*a)
     yield "triton-d80-fp16-pointers", lambda: lists("triton", 80, 128, True, torch.float16, odd=True)
     for config in (StemConfig.angelslim(), StemConfig.paper(forced="extra"), StemConfig(magnitude="none", stride=8)):
         yield f"select-{config.magnitude}-{config.forced}", lambda c=config: select_blocks(*qkv(64, 700, 900), config=c)
-    for pools in ({}, {"query_pool": 64, "key_pool": 8}, {"query_pool": 4, "key_pool": 64}):
+    for pools in ({}, {"spread": 0.0}, {"query_pool": 64, "key_pool": 8}, {"query_pool": 4, "key_pool": 64}):
         yield f"mass-{pools}", lambda p=pools: select_blocks(*qkv(128, 700, 900), config=StemConfig.mass(**p))
     yield "choose", lambda: choose(torch.randn(2, 3, 40, 45, device="cuda"), 5, [min(6 + i, 9) for i in range(40)], 2, 3)
     yield "corrupted", corrupted

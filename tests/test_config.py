@@ -121,6 +121,7 @@ MASS = st.fixed_dictionaries(
         **SHARED,
         "keep": st.just("mass"),
         "share": st.floats(0.01, 100),
+        "spread": st.floats(0, 10),
         "query_pool": st.sampled_from([1, 8, 32]),
         "key_pool": st.sampled_from([1, 16, 32]),
     }
@@ -270,7 +271,7 @@ def test_presets_hold_every_published_number():
     [
         ({"keep": "mass", "decay": 0.5}, "decay: expected its default, 0.7, got 0.5; it means nothing under keep='mass'; "
          "leave it out, or take keep='budget'"),
-        ({"share": 2.0}, "share: expected its default, 1.0, got 2.0; it means nothing under keep='budget'; "
+        ({"share": 2.0}, "share: expected its default, 4.0, got 2.0; it means nothing under keep='budget'; "
          "leave it out, or take keep='mass'"),
         ({"keep": "mass", "block_size": 48}, "block_size: expected a multiple of key_pool=32, got 48; "
          "change block_size or key_pool so that one divides the other"),
@@ -288,7 +289,7 @@ def test_every_field_belongs_to_one_rule_or_to_both():
     assert set(dict.fromkeys(FIELDS)) == {
         "keep", "block_size", "sink_blocks", "local_blocks", "tail_blocks", "dense_below", "dense_layers", "stride", "beta",
         "magnitude", "decay", "schedule", "ratio_short", "ratio_long", "knee_tokens", "min_blocks", "forced", "share",
-        "query_pool", "key_pool",
+        "spread", "query_pool", "key_pool",
     }  # fmt: skip
     assert StemConfig.mass() == StemConfig(keep="mass", block_size=64)
     assert StemConfig.mass(share=2).share == 2.0

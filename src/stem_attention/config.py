@@ -27,7 +27,7 @@ _ONLY: dict[str, tuple[str, ...]] = {
     "budget": (
         "stride", "beta", "magnitude", "decay", "schedule", "ratio_short", "ratio_long", "knee_tokens", "min_blocks", "forced",
     ),
-    "mass": ("share", "query_pool", "key_pool"),
+    "mass": ("share", "spread", "query_pool", "key_pool"),
 }  # fmt: skip
 
 # Where the default departs from the paper and the public code (docs/evidence.md says why).
@@ -43,11 +43,13 @@ class StemConfig:
 
     Attributes:
         keep: Which blocks a row keeps besides the forced ones. ``"budget"``: the published method, as many of the best as the
-            schedule allows. ``"mass"``: every block that holds ``share`` of what an average block gets, however many those
+            schedule allows. ``"mass"``: every block that may hold ``share`` of what an average block gets, however many those
             are (:class:`stem_attention.policies.Mass`).
         block_size: Tokens per block (``B``). A multiple of ``stride``, or of both pools.
-        share: Of ``"mass"``: a block is kept if any pool of queries of the row gives it at least ``share / NB`` of its
-            estimated attention, ``NB`` being the blocks of the whole prompt. Lower keeps more.
+        share: Of ``"mass"``: a block is kept if any pool of queries of the row may give it at least ``share / NB`` of its
+            attention, ``NB`` being the blocks of the whole prompt. Lower keeps more.
+        spread: Of ``"mass"``: standard deviations, of the scores that a pool's keys have, by which a pool is judged above
+            the score of its mean. 0 judges by the mean. Higher keeps more: raise ``share`` with it.
         query_pool: Of ``"mass"``: queries that are averaged to one.
         key_pool: Of ``"mass"``: keys that are averaged to one.
         stride: Stride ``s`` of the antidiagonal pooling of the routing score.
@@ -76,7 +78,8 @@ class StemConfig:
 
     keep: str = "budget"
     block_size: int = 128
-    share: float = 1.0
+    share: float = 4.0
+    spread: float = 0.5
     query_pool: int = 16
     key_pool: int = 32
     stride: int = 16
@@ -113,7 +116,8 @@ class StemConfig:
         for name, least in (("min_blocks", 1), ("dense_below", 0)):
             if getattr(self, name) is not None:
                 self._check_int(name, least)
-        self._check_float("beta", 0.0, math.inf)
+        for name in ("beta", "spread"):
+            self._check_float(name, 0.0, math.inf)
         self._check_float("share", 0.0, math.inf, open_below=True)
         for name in ("decay", "ratio_short", "ratio_long"):
             self._check_float(name, 0.0, 1.0, open_below=True)

@@ -12,7 +12,9 @@ from stem_attention.policies.mass import block_masses, pool
 from stem_attention.policies.oracle import block_mass
 from stem_attention.testing import make_qkv
 
-SMALL = StemConfig.mass(block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, dense_below=0)
+SMALL = StemConfig.mass(
+    block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1, dense_below=0
+)
 
 
 def peaked(batch, q_len, kv_len, heads, dim, dtype=torch.float32):
@@ -29,9 +31,10 @@ def peaked(batch, q_len, kv_len, heads, dim, dtype=torch.float32):
         (replace(SMALL, share=3.0, sink_blocks=0), 1, 90, 149, (2, 1), 32, 149),
         (replace(SMALL, query_pool=16, key_pool=16), 1, 45, 160, (3, 1), 24, 400),
         (replace(SMALL, query_pool=2, key_pool=1, tail_blocks=0, share=8.0), 1, 161, 161, (2, 2), 8, 161),
-        (replace(SMALL, block_size=32, share=3.0), 1, 161, 161, (1, 1), 16, 161),
+        (replace(SMALL, block_size=32, share=5.0), 1, 161, 161, (1, 1), 16, 161),
+        (replace(SMALL, spread=0.0), 1, 161, 161, (2, 1), 16, 161),
     ],
-    ids=["plain", "higher-share", "whole-blocks", "no-pools", "block-32"],
+    ids=["plain", "higher-share", "whole-blocks", "no-pools", "block-32", "means-alone"],
 )
 def test_both_ways_of_writing_it_keep_the_same(config, batch, q_len, kv_len, heads, dim, prompt_len, dtype):
     q, k, v = peaked(batch, q_len, kv_len, heads, dim, dtype)
@@ -51,6 +54,16 @@ def test_with_pools_of_one_the_estimate_is_the_largest_true_share_of_a_query():
     last_query = [block_masses(q[:, 95:], k, replace(SMALL, query_pool=1, key_pool=1), 0.25)]
     torch.testing.assert_close(next(last_query[0])[1][:, :, 0].float(), one_query_a_block)
     assert (masses[0, :, 5] >= one_query_a_block[0] - 1e-6).all()
+
+
+def test_a_key_that_its_pools_mean_hides_is_noticed():
+    q, k, v = (torch.zeros(1, 160, 1, 16) for _ in range(3))
+    q[..., 0] = 4.0
+    k[0, 40, 0, 0], k[0, 41, 0, 0] = 16.0, -16.0  # exp(16) for one key of block 2, in a pool whose mean is zero
+    means, judged = (Mass(replace(SMALL, share=2.0, spread=spread))(q, k, v).to_mask()[0, 0] for spread in (0.0, 0.5))
+    assert not means[5:9, 2].any()
+    assert judged[5:9, 2].all()
+    assert not judged[5:9, 3].any()
 
 
 def test_a_chunk_keeps_what_the_whole_prompt_keeps():
@@ -104,8 +117,8 @@ def test_keys_that_are_not_numbers_stay_visible():
 
 @pytest.mark.parametrize(
     "change",
-    [{"share": 4.0}, {"query_pool": 16}, {"key_pool": 16}, {"sink_blocks": 3}, {"local_blocks": 4}, {"tail_blocks": 4},
-     {"block_size": 32}],
+    [{"share": 4.0}, {"spread": 0.2}, {"query_pool": 16}, {"key_pool": 16}, {"sink_blocks": 3}, {"local_blocks": 4},
+     {"tail_blocks": 4}, {"block_size": 32}],
     ids=str,
 )  # fmt: skip
 def test_every_field_changes_the_result(change):
@@ -117,8 +130,9 @@ def test_every_field_changes_the_result(change):
 
 def test_pools_are_means_of_the_tokens_that_are_there():
     x = torch.arange(1.0, 8.0).view(1, 7, 1, 1)
-    means, counts = pool(x, 5, 8, 4)  # positions 5 to 11
+    means, variances, counts = pool(x, 5, 8, 4)  # positions 5 to 11
     assert means.flatten().tolist() == [0.0, 2.0, 5.5, 0.0]
+    assert variances.flatten().tolist() == pytest.approx([0.0, 2 / 3, 1.25, 0.0])
     assert counts.tolist() == [0, 3, 4, 0]
 
 

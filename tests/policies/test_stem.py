@@ -60,7 +60,7 @@ CHANGES = [
 def test_the_changes_cover_every_field():
     """``dense_layers`` is the integrations' to obey; the other rule's fields are test_mass.py's."""
     fields = {field.name for field in dataclasses.fields(StemConfig) if field.init}
-    assert {name for name, _ in CHANGES} | {"dense_layers", "keep", "share", "query_pool", "key_pool"} == fields
+    assert {name for name, _ in CHANGES} | {"dense_layers", "keep", "share", "spread", "query_pool", "key_pool"} == fields
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -1,8 +1,9 @@
-"""Keep by mass: every block that is estimated to hold a noticeable share of some query's attention.
+"""Keep by mass: every block that may hold a noticeable share of some query's attention.
 
 Queries and keys are averaged in short pools (of 16 and 32 tokens). A softmax over the key pools estimates how each query
-pool spreads its attention, and a block is kept if any query pool of the row gives it ``share / NB`` or more, ``NB`` being
-the blocks of the whole prompt. Nothing is ranked and no row, head or layer has a fixed budget: heads that look at little
+pool spreads its attention. A pool's mean hides the one key that matters, so a pool is judged ``spread`` standard deviations
+above it; a block is kept if any query pool of the row may give it ``share / NB`` or more, ``NB`` being the blocks of the
+whole prompt. Nothing is ranked and no row, head or layer has a fixed budget: heads that look at little
 keep little, and what they save goes where attention is spread. Measured in docs/mass.md.
 """
 
@@ -65,8 +66,8 @@ class Mass:
         return BlockSelection.from_mask(mask, block_size=config.block_size, q_len=q_len, kv_len=kv_len)
 
 
-def pool(x: Tensor, start: int, size: int, pool_size: int) -> tuple[Tensor, Tensor]:
-    """Means of runs of tokens, rounded to the dtype of ``x`` as the kernels' operands are.
+def pool(x: Tensor, start: int, size: int, pool_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of runs of tokens, rounded to the dtype of ``x`` as the kernels' operands are, and variances around them.
 
     Args:
         x: ``(batch, length, heads, dim)``, token ``i`` at absolute position ``start + i``.
@@ -75,23 +76,26 @@ def pool(x: Tensor, start: int, size: int, pool_size: int) -> tuple[Tensor, Tens
         pool_size: Tokens per pool, on absolute positions.
 
     Returns:
-        ``(batch, heads, pools, dim)``, the first pool being that of the first token's block, and int64 ``(pools,)``, how many
-        tokens each pool has; one without tokens is 0.
+        Means and, in each dimension, variances ``(batch, heads, pools, dim)``, the first pool being that of the first token's
+        block; and int64 ``(pools,)``, how many tokens each pool has. One without tokens is 0.
     """
     before, after = start % size, -(start + x.shape[1]) % size
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, before, after))
-    sums = torch.unflatten(padded, 1, (-1, pool_size)).sum(2, dtype=accumulator_dtype(x))
-    begins = torch.arange(sums.shape[1], device=x.device) * pool_size - before
-    counts = (begins + pool_size).clamp(max=x.shape[1]) - begins.clamp(min=0)
-    means = sums / counts.clamp(min=1).to(sums.dtype)[:, None, None]
-    return means.to(x.dtype).transpose(1, 2), counts.clamp(min=0)
+    runs = torch.unflatten(padded, 1, (-1, pool_size)).to(accumulator_dtype(x))
+    tokens = torch.arange(padded.shape[1], device=x.device) - before
+    present = torch.unflatten((tokens >= 0) & (tokens < x.shape[1]), 0, (-1, pool_size))
+    counts = present.sum(1)
+    divisor = counts.clamp(min=1).to(runs.dtype)[:, None, None]
+    means = runs.sum(2) / divisor
+    variances = ((runs - means[:, :, None]).square() * present[:, :, None, None]).sum(2) / divisor
+    return means.to(x.dtype).transpose(1, 2), variances.transpose(1, 2), counts
 
 
 def block_masses(q: Tensor, k: Tensor, config: StemConfig, scale: float) -> Iterator[tuple[int, Tensor]]:
-    """Estimated attention that the query blocks give to key blocks: the most that any query pool of the row gives.
+    """Attention that the query blocks may give to key blocks: the most that any query pool of the row may give.
 
     A pool's keys count as many times as there are of them, and a query pool sees the key pools that begin at or before its
-    last query.
+    last query. With ``spread`` above 0 a row's masses sum to more than 1.
 
     Yields:
         The first of a run of query blocks, and ``(batch, q_heads, rows, columns)`` in fp32 (fp64 on the CPU and for fp64);
@@ -99,22 +103,26 @@ def block_masses(q: Tensor, k: Tensor, config: StemConfig, scale: float) -> Iter
     """
     size, (batch, q_len, heads, _), (kv_len, kv_heads) = config.block_size, q.shape, k.shape[1:3]
     start, per_row, per_column = kv_len - q_len, size // config.query_pool, size // config.key_pool
-    keys, key_counts = pool(k, 0, size, config.key_pool)
+    keys, variances, key_counts = pool(k, 0, size, config.key_pool)
     # In fp64 a chunk of a prompt estimates what the whole does, whatever the shapes of its products.
     dtype = torch.float64 if q.device.type == "cpu" else accumulator_dtype(q)
-    keys, weights = keys.to(dtype).mT, key_counts.to(dtype).log()
+    keys, variances, weights = keys.to(dtype).mT, variances.to(dtype).mT, key_counts.to(dtype).log()
     begins = torch.arange(len(key_counts), device=q.device) * config.key_pool
     first, end = start // size, block_count(kv_len, size)
     step = max(1, _WORKSPACE // (batch * heads * per_row * len(key_counts)))
     for row in range(first, end, step):
         stop = min(row + step, end)
         low, high, seen = max(row * size, start), min(stop * size, kv_len), stop * per_column
-        queries, counts = pool(q[:, low - start : high - start], low, size, config.query_pool)
-        grouped = torch.unflatten(queries.to(dtype), 1, (kv_heads, -1))
-        logits = (grouped.flatten(2, 3) @ keys[..., :seen]) * scale + weights[:seen]
+        queries, _, counts = pool(q[:, low - start : high - start], low, size, config.query_pool)
+        grouped = torch.unflatten(queries.to(dtype), 1, (kv_heads, -1)).flatten(2, 3)
+        logits = (grouped @ keys[..., :seen]) * scale + weights[:seen]
         lasts = (torch.arange(row * per_row, stop * per_row, device=q.device) + 1).mul(config.query_pool).clamp(max=high) - 1
         logits = torch.unflatten(logits, 2, (-1, len(counts)))
         logits = logits.masked_fill(begins[:seen] > lasts[:, None], -torch.inf)
-        mass = torch.unflatten(logits.softmax(-1), -1, (-1, per_column)).sum(-1)
+        level = logits.logsumexp(-1, keepdim=True)
+        if config.spread:
+            above = (grouped.square() @ variances[..., :seen]).sqrt() * (config.spread * abs(scale))
+            logits = logits + torch.unflatten(above, 2, (-1, len(counts)))
+        mass = torch.unflatten((logits - level).exp(), -1, (-1, per_column)).sum(-1)
         absent = (counts == 0)[:, None]
         yield row, torch.unflatten(mass.masked_fill(absent, 0).flatten(1, 2), 2, (-1, per_row)).amax(3)

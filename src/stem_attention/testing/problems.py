@@ -130,6 +130,7 @@ def _config(draw: Random, block_size: int, presets: bool) -> StemConfig:
         return StemConfig.mass(
             block_size=block_size,
             share=draw.choice((0.1, 1.0, 3.0, 10.0)),
+            spread=draw.choice((0.0, 0.1, 0.5, 2.0)),
             query_pool=draw.choice(divisors),
             key_pool=draw.choice(divisors),
             sink_blocks=draw.choice((0, 1, 4)),

@@ -67,7 +67,9 @@ def test_selection_is_the_references(config, batch, q_len, kv_len, heads, dim):
     assert selection.density() < 1
 
 
-BY_MASS = StemConfig.mass(block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, dense_below=0)
+BY_MASS = StemConfig.mass(
+    block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1, dense_below=0
+)
 
 
 def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,8 +86,9 @@ def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
         (replace(BY_MASS, query_pool=16, key_pool=16), (1, 45, 160, 3, 1, 24), 400),
         (replace(BY_MASS, query_pool=2, key_pool=1, share=8.0), (1, 161, 161, 1, 1, 16), 161),
         (replace(BY_MASS, sink_blocks=0, tail_blocks=0), (1, 200, 200, 2, 1, 16), 200),
+        (replace(BY_MASS, spread=0.0), (1, 120, 120, 2, 1, 16), 120),
     ],
-    ids=["chunk", "whole-blocks", "single-keys", "no-sink"],
+    ids=["chunk", "whole-blocks", "single-keys", "no-sink", "means-alone"],
 )
 def test_selection_by_mass_is_the_references(config, shape, prompt_len, dtype):
     assert keeps_what_the_reference_keeps(*peaked(*shape, dtype=dtype), config, prompt_len).density() < 1

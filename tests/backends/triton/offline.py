@@ -85,7 +85,7 @@ def record_selection(
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         for module, name in (
             (routes, "pool_keys"), (routes, "pool_queries"), (routes, "score_kernel"), (choose, "choose_kernel"),
-            (masses, "pool_key_means"), (masses, "pool_query_means"), (masses, "mass_kernel"),
+            (masses, "pool_key_means"), (masses, "pool_query_means"), (masses, "keep_kernel"),
         ):  # fmt: skip
             patch.setattr(module, name, _Recorder(getattr(module, name), launches))
         patch.setattr(routes, "score_launch", lambda _: score_launch_for(target))

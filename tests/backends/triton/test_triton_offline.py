@@ -22,7 +22,7 @@ def choose_blocks(scores, budgets, indices, counts):
     sizes = {"SINK": CONFIG.sink_blocks, "LOCAL": CONFIG.local_blocks, "B": 64}
     positions = (0, 5003, 5003, 0, 79, 79, 80, 17, 79)
     launch(
-        scores, budgets, indices, counts, 1, 4, None, None, *positions, CONFIG.share, **sizes, EXTRA=False, MASS=False,
+        scores, budgets, indices, counts, 1, 4, None, None, *positions, **sizes, EXTRA=False,
         IMPLICIT=True, RAGGED=False,
     )  # fmt: skip
 
@@ -50,7 +50,7 @@ def test_keep_by_mass_is_compiled_too(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made: list[Compilation] = []
     assert precompile("sm80", CALLS, StemConfig.mass(), made.append) == "triton"
-    names = ["pool_key_means", "pool_query_means", "mass_kernel", "choose_kernel", "attention_kernel"]
+    names = ["pool_key_means", "pool_query_means", "keep_kernel", "attention_kernel"]
     assert list(dict.fromkeys(kernel.kernel for kernel in made)) == names
 
 

@@ -46,24 +46,29 @@ def row_masses(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: float)
     """
     size, start = config.block_size, len(k) - len(q)
     keys = k[: (row + 1) * size]
-    pools = [(x.to(accumulator_dtype(x)).mean(0).to(x.dtype), len(x)) for x in torch.split(keys, config.key_pool)]
-    means, counts = torch.stack([mean for mean, _ in pools]), [count for _, count in pools]
+    pools = [x.to(accumulator_dtype(x)) for x in torch.split(keys, config.key_pool)]
+    means, counts = torch.stack([x.mean(0).to(k.dtype) for x in pools]), [len(x) for x in pools]
+    variances = torch.stack([x.var(0, correction=0) for x in pools])
     most = torch.zeros(row + 1, dtype=accumulator_dtype(q), device=q.device)
     for first in range(row * size, (row + 1) * size, config.query_pool):
         low, high = max(first, start), min(first + config.query_pool, len(k))
         if low < high:
             query = q[low - start : high - start].to(most.dtype).mean(0).to(q.dtype)
-            most = torch.maximum(most, estimated_attention(query, means, counts, high - 1, config, scale))
+            most = torch.maximum(most, estimated_attention(query, means, variances, counts, high - 1, config, scale))
     return most
 
 
-def estimated_attention(query: Tensor, means: Tensor, counts: list[int], last: int, config: StemConfig, scale: float) -> Tensor:
-    """Share of each key block in the attention of a pooled query whose last position is ``last``.
+def estimated_attention(
+    query: Tensor, means: Tensor, variances: Tensor, counts: list[int], last: int, config: StemConfig, scale: float
+) -> Tensor:
+    """Share that each key block may have in the attention of a pooled query whose last position is ``last``.
 
-    A pool of keys counts as many times as it has keys; pools that begin after ``last`` lie in the query's future.
+    A pool of keys counts as many times as it has keys; pools that begin after ``last`` lie in the query's future. The whole
+    is what the means say; a block's part of it is what it would be with scores ``spread`` standard deviations above them.
     """
     dtype = accumulator_dtype(query)
     logits = scale * (means.to(dtype) @ query.to(dtype)) + torch.tensor(counts, dtype=dtype, device=query.device).log()
     logits[last // config.key_pool + 1 :] = -math.inf
-    weights = logits.softmax(0)
+    above = scale * (variances @ query.to(dtype).square()).sqrt()
+    weights = (logits + config.spread * above.abs() - logits.logsumexp(0)).exp()
     return torch.stack([part.sum() for part in torch.split(weights, config.block_size // config.key_pool)])

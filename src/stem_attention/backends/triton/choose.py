@@ -36,7 +36,7 @@ def choose(scores: Tensor, first_row: int, budgets: Sequence[int], sink: int, lo
         table = device_ints([[0] * first_row + list(budgets)], scores.device)
         launch(
             scores, table, indices, counts, batch, heads, None, None, 0, rows, first_row + rows, 0, rows, rows, columns, width,
-            first_row + rows, 0.0, B=1, SINK=sink, LOCAL=local, EXTRA=False, MASS=False, IMPLICIT=False, RAGGED=False,
+            first_row + rows, B=1, SINK=sink, LOCAL=local, EXTRA=False, IMPLICIT=False, RAGGED=False,
         )  # fmt: skip
     return indices, counts
 
@@ -44,14 +44,14 @@ def choose(scores: Tensor, first_row: int, budgets: Sequence[int], sink: int, lo
 def launch(
     scores: Tensor, budgets: Tensor, indices: Tensor, counts: Tensor, batch: int, heads: int, cu_q: Tensor | None,
     cu_k: Tensor | None, budget_stride: int, q_len: int, kv_len: int, first_row: int, rows: int, total_rows: int, columns: int,
-    width: int, seen: int, share: float, **constants: Any,
+    width: int, seen: int, **constants: Any,
 ) -> None:  # fmt: skip
     """Run the kernel, which names the rest, on rows whose diagonal lies before block ``seen``."""
     looked_at = max(32, triton.next_power_of_2(seen))
     most_warps = 8 if torch.version.hip else 16  # of AMD's warps, twice as wide, 16 leave too few registers
     choose_kernel[(rows, heads, batch)](
         scores, budgets, indices, counts, cu_q, cu_k, budget_stride, q_len, kv_len, first_row, rows, total_rows, columns, width,
-        share, COLUMNS=looked_at, num_warps=min(most_warps, max(1, looked_at // _COLUMNS_PER_WARP)), **constants,
+        COLUMNS=looked_at, num_warps=min(most_warps, max(1, looked_at // _COLUMNS_PER_WARP)), **constants,
     )  # fmt: skip
 
 

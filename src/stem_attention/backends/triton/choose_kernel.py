@@ -32,14 +32,13 @@ def _pad(ids, count, width, COLUMNS: tl.constexpr):
 @triton.jit(do_not_specialize=["budget_stride", "q_len", "kv_len", "first_row", "rows", "total_rows", "columns", "width"])
 def choose_kernel(
     scores, budgets, indices, counts, cu_q, cu_k, budget_stride, q_len, kv_len, first_row, rows, total_rows, columns, width,
-    share, B: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, EXTRA: tl.constexpr, MASS: tl.constexpr,
-    IMPLICIT: tl.constexpr, COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
+    B: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, EXTRA: tl.constexpr, IMPLICIT: tl.constexpr,
+    COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Write ids and count of row ``first_row + program`` (of each sequence's rows).
 
-    ``budgets[z, block]``: blocks to keep (EXTRA: to keep besides the forced ones). MASS: a budget of ``-blocks`` keeps what
-    scores ``share / blocks`` or more, blocks being those of the whole prompt. IMPLICIT: rows that keep everything get a
-    count and no list.
+    ``budgets[z, block]``: blocks to keep (EXTRA: to keep besides the forced ones). IMPLICIT: rows that keep everything get
+    a count and no list.
     """
     row, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, q_len = query_span(z, cu_q, q_len, RAGGED)
@@ -57,9 +56,6 @@ def choose_kernel(
     source = scores + ((z.to(tl.int64) * tl.num_programs(1) + head) * rows + row) * columns
     if budget > block:  # everything
         keep = causal
-    elif MASS:
-        mass = tl.load(source + j, mask=causal & ~forced, other=0.0)
-        keep = causal & (forced | (mass >= share / -budget))
     else:
         free = causal if EXTRA else causal & ~forced
         wanted = budget if EXTRA else budget - tl.sum(forced.to(tl.int32), 0)

@@ -1,8 +1,9 @@
 """Estimated attention mass: means of short pools of queries and keys, and a softmax over the key pools.
 
 ``pool_query_means`` and ``pool_key_means`` read Q and K once; tile: one block of one head. Means are rounded to the inputs'
-dtype, so the estimate's product runs on the matrix units in one pass. ``mass_kernel``: ``BM`` query pools of one head against
-all key pools they see, ``BN`` at a time, twice: once for the softmax's sums, once for the masses.
+dtype, and variances to bfloat16, whose range they need, so that the products run on the matrix units in one pass.
+``keep_kernel``: ``BM`` query pools of one head against all key pools they see, ``BN`` at a time, twice: once for the softmax's
+sums, once for the masses, which go straight into lists.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from stem_attention.backends.triton.geometry import key_rows, key_span, query_sp
 
 
 @triton.jit
-def _store_means(means, at, tile, valid, B: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Average a block's tokens ``(B, BD)`` in runs of ``P``; absent ones count nowhere."""
-    sums = tl.sum(tl.reshape(tile.to(tl.float32), [B // P, P, BD]), 1)
-    count = tl.sum(tl.reshape(valid.to(tl.int32), [B // P, P]), 1)
-    mean = sums / tl.maximum(count, 1).to(tl.float32)[:, None]
+def _store_pool(means, variances, at, tile, valid, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr):
+    """Average a pool's tokens ``(P, BD)``; absent ones, which are zero, count nowhere. SPREAD: their variance too."""
+    tile = tile.to(tl.float32)
+    count = tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
+    mean = tl.sum(tile, 0) / count
     dims = tl.arange(0, BD)
-    target = means + (at * (B // P) + tl.arange(0, B // P))[:, None] * D + dims
-    tl.store(target, mean.to(means.dtype.element_ty), mask=(dims < D)[None, :])
+    tl.store(means + at * D + dims, mean.to(means.dtype.element_ty), mask=dims < D)
+    if SPREAD:
+        away = tl.where(valid[:, None], tile - mean[None, :], 0.0)
+        tl.store(variances + at * D + dims, (tl.sum(away * away, 0) / count).to(variances.dtype.element_ty), mask=dims < D)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows"])
@@ -34,61 +37,126 @@ def pool_query_means(
     q_first, q_len = query_span(z, cu_q, q_len, RAGGED)
     _, kv_len = key_span(z, cu_k, kv_len, RAGGED)
     start = kv_len - q_len
-    positions = (start // B + first_row + row) * B + tl.arange(0, B)
-    valid = (positions >= start) & (positions < kv_len)
-    tokens = (q_first + positions - start).to(tl.int64)
+    first = (start // B + first_row + row) * B
     outer = 0 if RAGGED else z.to(tl.int64)
     base = q + outer * stride_b + head.to(tl.int64) * stride_h
+    at = ((z.to(tl.int64) * tl.num_programs(1) + head) * rows + row) * (B // P)
     dims = tl.arange(0, BD)
-    tile = tl.load(base + tokens[:, None] * stride_s + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
-    _store_means(means, (z.to(tl.int64) * tl.num_programs(1) + head) * rows + row, tile, valid, B, P, D, BD)
+    for i in range(B // P):
+        positions = first + i * P + tl.arange(0, P)
+        valid = (positions >= start) & (positions < kv_len)
+        tokens = (q_first + positions - start).to(tl.int64)
+        tile = tl.load(base + tokens[:, None] * stride_s + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+        _store_pool(means, means, at + i, tile, valid, D, BD, False)
 
 
 @triton.jit(do_not_specialize=["table_stride", "pages", "kv_len", "blocks"])
 def pool_key_means(
-    k, means, cu_k, page_table, stride_b, stride_s, stride_h, table_stride, pages, kv_len, blocks,
-    B: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr, PAGE: tl.constexpr,
+    k, means, variances, cu_k, page_table, stride_b, stride_s, stride_h, table_stride, pages, kv_len, blocks,
+    B: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Average a key block of every head in runs of ``P``."""
+    """Average a key block of every head in runs of ``P``; SPREAD: the variances of each dimension too."""
     block, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k_first, kv_len = key_span(z, cu_k, kv_len, RAGGED)
-    positions = block * B + tl.arange(0, B)
-    valid = positions < kv_len
-    outer, inner = key_rows(z, k_first, positions, valid, page_table, table_stride, pages, PAGE, RAGGED)
+    at = ((z.to(tl.int64) * tl.num_programs(1) + head) * blocks + block) * (B // P)
     dims = tl.arange(0, BD)
-    offsets = outer * stride_b + inner * stride_s + head.to(tl.int64) * stride_h
-    tile = tl.load(k + offsets[:, None] + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
-    _store_means(means, (z.to(tl.int64) * tl.num_programs(1) + head) * blocks + block, tile, valid, B, P, D, BD)
+    for i in range(B // P):
+        positions = block * B + i * P + tl.arange(0, P)
+        valid = positions < kv_len
+        outer, inner = key_rows(z, k_first, positions, valid, page_table, table_stride, pages, PAGE, RAGGED)
+        offsets = outer * stride_b + inner * stride_s + head.to(tl.int64) * stride_h
+        tile = tl.load(k + offsets[:, None] + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+        _store_pool(means, variances, at + i, tile, valid, D, BD, SPREAD)
+
+
+@triton.jit
+def _pools(source, n, seen, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr):
+    """Rows ``n`` of means or variances."""
+    dims = tl.arange(0, BD)
+    at = source + n[:, None] * D + dims
+    if EDGE:
+        return tl.load(at, mask=(n < seen)[:, None] & (dims < D)[None, :], other=0.0)
+    elif D < BD:
+        return tl.load(at, mask=(dims < D)[None, :], other=0.0)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
 def _logits(
-    queries, k_means, n, pools, last, kv_len, scale,
-    KP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    queries, k_means, n, seen, last, kv_len, scale, KP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 logits of query pools against key pools ``n``, each key pool with the weight of its keys."""
-    dims = tl.arange(0, BD)
-    keys = tl.load(k_means + n[:, None] * D + dims, mask=(n < pools)[:, None] & (dims < D)[None, :], other=0.0)
-    product = tl.dot(queries, keys.T, input_precision="ieee")
-    count = tl.minimum(tl.maximum(kv_len - n * KP, 1), KP)
-    logits = product * scale + tl.log2(count.to(tl.float32))[None, :]
-    return tl.where(n[None, :] * KP <= last[:, None], logits, -float("inf"))
+    """Base-2 logits of query pools against key pools ``n``, up to the weight of a full pool.
+
+    Away from the EDGE all pools are full and lie in every query's past.
+    """
+    keys = _pools(k_means, n, seen, D, BD, EDGE)
+    logits = tl.dot(queries, keys.T, input_precision="ieee") * scale
+    if EDGE:
+        count = tl.minimum(tl.maximum(kv_len - n * KP, 1), KP)
+        logits += tl.log2(count.to(tl.float32) / KP)[None, :]
+        logits = tl.where(n[None, :] * KP <= last[:, None], logits, -float("inf"))
+    return logits
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows", "blocks", "columns"])
-def mass_kernel(
-    q_means, k_means, scores, cu_q, cu_k, q_len, kv_len, first_row, rows, blocks, columns, scale,
-    B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
+@triton.jit
+def _add_weights(
+    peak, total, queries, k_means, n0, seen, last, kv_len, scale,
+    KP: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Write ``scores[z, head, row, column]``, float32, for columns up to the diagonal: the most that a query pool gives.
+    """One step of the softmax's sums: the largest logit so far, and the sum of weights relative to it."""
+    logits = _logits(queries, k_means, n0 + tl.arange(0, BN), seen, last, kv_len, scale, KP, D, BD, EDGE)
+    higher = tl.maximum(peak, tl.max(logits, 1))
+    return higher, total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
 
-    ``scale`` is the softmax scale times log2(e). A NaN becomes +inf, which is kept.
+
+@triton.jit
+def _list_noticed(
+    count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, seen, last, kv_len, scale,
+    spread, width, SINK: tl.constexpr, LOCAL: tl.constexpr, KP: tl.constexpr, per_row: tl.constexpr,
+    per_column: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Append to each row's list the blocks of key pools ``n0`` to ``n0 + BN`` that it keeps; the lists' new lengths."""
+    rows: tl.constexpr = BM // per_row
+    columns: tl.constexpr = BN // per_column
+    n = n0 + tl.arange(0, BN)
+    logits = _logits(queries, k_means, n, seen, last, kv_len, scale, KP, D, BD, EDGE)
+    if SPREAD:
+        variances = _pools(k_variances, n, seen, D, BD, EDGE)
+        logits += tl.sqrt(tl.dot(squares, variances.T, input_precision="ieee")) * spread
+    weights = tl.sum(tl.reshape(tl.exp2(logits - level[:, None]), [BM, columns, per_column]), 2)
+    noticed = (weights < least[:, None]) == 0  # so that NaN is noticed: what dense attention would poison stays visible
+    noticed = tl.max(tl.reshape(noticed.to(tl.int32), [rows, per_row, columns]), 1)
+    j = n0 // per_column + tl.arange(0, columns)
+    keep = (noticed > 0) | (j < SINK)[None, :] | whole[:, None]
+    if EDGE:
+        keep = (keep | (j[None, :] > block[:, None] - LOCAL)) & (j[None, :] <= block[:, None])
+    else:
+        keep = keep | (j[None, :] > block[:, None] - LOCAL)
+    keep = keep.to(tl.int32)
+    slot = count[:, None] + tl.cumsum(keep, 1) - 1
+    tl.store(ids[:, None] + slot, tl.zeros_like(slot) + j[None, :], mask=(keep > 0) & listed[:, None] & (slot < width))
+    return count + tl.sum(keep, 1)
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows", "total_rows", "blocks", "width"])
+def keep_kernel(
+    q_means, k_means, k_variances, indices, counts, prompts, cu_q, cu_k, q_len, kv_len, first_row, rows, total_rows, blocks,
+    width, share, scale, spread, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, SINK: tl.constexpr,
+    LOCAL: tl.constexpr, TAIL: tl.constexpr, IMPLICIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr, ONE_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Write ids and counts of rows ``first_row`` to ``first_row + rows`` (of each sequence's rows).
+
+    ``prompts[z]``: blocks of the whole prompt, 0 for one that keeps everything; ONE_LENGTH: the first stands for all.
+    ``scale`` is the softmax scale times log2(e), ``spread`` its size times the config's; without SPREAD that is 0. IMPLICIT:
+    rows known to keep everything get a count and no list, and lists end without padding.
     """
     per_row: tl.constexpr = B // QP
     per_column: tl.constexpr = B // KP
     tile_rows: tl.constexpr = BM // per_row
-    tile_columns: tl.constexpr = BN // per_column
     # The last rows see the most keys: they begin first.
     row0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * tile_rows
     head, z = tl.program_id(1), tl.program_id(2)
@@ -96,36 +164,55 @@ def mass_kernel(
     _, kv_len = key_span(z, cu_k, kv_len, RAGGED)
     start = kv_len - q_len
     block0 = start // B + first_row + row0
-    if (block0 * B >= kv_len) | (q_len <= 0):
-        return
+    row = row0 + tl.arange(0, tile_rows)
+    block = block0 + tl.arange(0, tile_rows)
+    exists = (row < rows) & (block * B < kv_len) & (q_len > 0)
+    prompt = tl.load(prompts if ONE_LENGTH else prompts + z)
+    whole = block >= prompt - TAIL
     heads = tl.num_programs(1)
-    at = (z.to(tl.int64) * heads + head) * rows
+    at = z.to(tl.int64) * heads + head
+
     m = tl.arange(0, BM)
     first = block0 * B + m * QP
-    present = (first + QP > start) & (first < kv_len)
     last = tl.minimum(first + QP, kv_len) - 1
+    # A pool without queries of this call notices nothing.
+    least = tl.where((first + QP > start) & (first < kv_len), share / tl.maximum(prompt, 1), float("inf"))
     dims = tl.arange(0, BD)
-    source = q_means + ((at + row0) * per_row + m)[:, None] * D + dims
+    source = q_means + (at * (rows * per_row) + row0 * per_row + m)[:, None] * D + dims
     queries = tl.load(source, mask=(row0 * per_row + m < rows * per_row)[:, None] & (dims < D)[None, :], other=0.0)
-    k_means += (z.to(tl.int64) * (heads // G) + head // G) * blocks * per_column * D
-    pools = blocks * per_column
-    seen = tl.minimum((block0 + tile_rows) * per_column, pools)
+    keys = (z.to(tl.int64) * (heads // G) + head // G) * blocks * per_column * D
+    k_means += keys
+    k_variances += keys
+    squares = queries.to(tl.float32) * queries.to(tl.float32)
+    squares = squares.to(k_variances.dtype.element_ty)
+    seen = tl.minimum((block0 + tile_rows) * per_column, tl.cdiv(kv_len, KP))
+    seen = tl.where((block0 * B < kv_len) & (q_len > 0), seen, 0)
+    edge = tl.minimum(block0 * per_column, seen) // BN * BN
+
     peak = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    for n0 in range(0, seen, BN):
-        logits = _logits(queries, k_means, n0 + tl.arange(0, BN), pools, last, kv_len, scale, KP, D, BD)
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
-        peak = higher
+    for n0 in range(0, edge, BN):
+        peak, total = _add_weights(peak, total, queries, k_means, n0, seen, last, kv_len, scale, KP, BN, D, BD, False)
+    for n0 in range(edge, seen, BN):
+        peak, total = _add_weights(peak, total, queries, k_means, n0, seen, last, kv_len, scale, KP, BN, D, BD, True)
     level = peak + tl.log2(total)
-    block = block0 + tl.arange(0, tile_rows)
-    target = scores + (at + row0 + tl.arange(0, tile_rows))[:, None] * columns
-    for n0 in range(0, seen, BN):
-        logits = _logits(queries, k_means, n0 + tl.arange(0, BN), pools, last, kv_len, scale, KP, D, BD)
-        weights = tl.sum(tl.reshape(tl.exp2(logits - level[:, None]), [BM, tile_columns, per_column]), 2)
-        weights = tl.where(weights != weights, float("inf"), weights)
-        weights = tl.where(present[:, None], weights, 0.0)
-        mass = tl.max(tl.reshape(weights, [tile_rows, per_row, tile_columns]), 1)
-        column = n0 // per_column + tl.arange(0, tile_columns)
-        inside = (row0 + tl.arange(0, tile_rows) < rows)[:, None] & (column[None, :] <= block[:, None])
-        tl.store(target + column[None, :], mass, mask=inside & (column < columns)[None, :])
+
+    ids = indices + (at * total_rows + first_row + row) * width
+    listed = exists & (whole == 0) if IMPLICIT else exists
+    count = tl.zeros([tile_rows], tl.int32)
+    for n0 in range(0, edge, BN):
+        count = _list_noticed(
+            count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, seen, last, kv_len,
+            scale, spread, width, SINK, LOCAL, KP, per_row, per_column, BM, BN, D, BD, SPREAD, False,
+        )  # fmt: skip
+    for n0 in range(edge, seen, BN):
+        count = _list_noticed(
+            count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, seen, last, kv_len,
+            scale, spread, width, SINK, LOCAL, KP, per_row, per_column, BM, BN, D, BD, SPREAD, True,
+        )  # fmt: skip
+    count = tl.where(exists, count, 0)
+    tl.store(counts + at * total_rows + first_row + row, count, mask=row < rows)
+    if not IMPLICIT:
+        for first_slot in range(0, width, BN):
+            slot = first_slot + tl.arange(0, BN)[None, :]
+            tl.store(ids[:, None] + slot, -1, mask=(row < rows)[:, None] & (slot >= count[:, None]) & (slot < width))

@@ -1,4 +1,4 @@
-"""Launch of the mass estimate: pool means of queries and keys, and a softmax over the key pools."""
+"""Launch of the selection by mass: statistics of pools of keys and queries, and one kernel from there to the lists."""
 
 from __future__ import annotations
 
@@ -9,58 +9,77 @@ import triton
 from torch import Tensor
 
 from stem_attention.backends.triton.launch import mass_launch
-from stem_attention.backends.triton.mass_kernels import mass_kernel, pool_key_means, pool_query_means
+from stem_attention.backends.triton.mass_kernels import keep_kernel, pool_key_means, pool_query_means
 from stem_attention.backends.triton.span import Span
 from stem_attention.config import StemConfig
 
+# Pooled queries of one run of query blocks.
+_WORKSPACE_BYTES = 128 << 20
 
-class Masses:
-    """Estimated masses of one call, a run of query blocks at a time. Arguments and methods as of :class:`Routes`."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, span: Span, page_table: Tensor | None
-    ) -> None:
-        self._q, self._config, self._span = q, config, span
-        self._scale = scale * math.log2(math.e)
-        self._per_row, self._per_column = config.block_size // config.query_pool, config.block_size // config.key_pool
-        self._tile = mass_launch(q.device)
-        self._keys = _key_means(k, config, span, page_table)
-        self.row_bytes = self._per_row * q.shape[-1] * q.element_size()
-        self.row_multiple = max(1, self._tile.rows // self._per_row)
+def keep_by_mass(
+    q: Tensor, k: Tensor, config: StemConfig, scale: float, span: Span, page_table: Tensor | None, prompts: Tensor,
+    indices: Tensor, counts: Tensor, *, implicit: bool,
+) -> None:  # fmt: skip
+    """Write the lists of a call; arguments as of :func:`stem_attention.backends.triton.select.select`.
 
-    def reserve(self, rows: int) -> None:
-        """Make room for runs of up to ``rows`` query blocks."""
-        shape = (self._span.batch, self._q.shape[-2], rows, self._per_row, self._q.shape[-1])
-        self._means = torch.empty(shape, dtype=self._q.dtype, device=self._q.device)
-
-    def write(self, scores: Tensor, first: int, rows: int) -> None:
-        """Write the masses of query blocks ``first`` to ``first + rows``."""
-        q, config, span, dim = self._q, self._config, self._span, self._q.shape[-1]
-        heads, padded = q.shape[-2], triton.next_power_of_2(dim)
+    Args:
+        q: Queries.
+        k: Keys.
+        config: What to keep.
+        scale: Softmax scale.
+        span: What part of the batch to look at.
+        page_table: int32 ``(batch, max_pages)``.
+        prompts: int32 ``(1 or batch, 1)``, blocks of each whole prompt, 0 for one that keeps everything.
+        indices: int32 ``(batch, heads, rows, width)``, written.
+        counts: int32 ``(batch, heads, rows)``, written.
+        implicit: Rows that keep everything get no list.
+    """
+    size, (heads, dim), padded = config.block_size, q.shape[-2:], triton.next_power_of_2(q.shape[-1])
+    per_row, per_column, ragged = size // config.query_pool, size // config.key_pool, span.cu_q is not None
+    tile = mass_launch(q.device)
+    # A tile holds whole blocks, also where a block has more pools than the tile was measured with.
+    tile_rows, tile_columns = max(tile.rows, per_row), max(tile.columns * 128 // max(128, padded), per_column)
+    keys, variances = _pool_keys(k, config, span, page_table)
+    factor = scale * math.log2(math.e)
+    step = max(1, min(span.rows, _WORKSPACE_BYTES // (span.batch * heads * per_row * dim * q.element_size())))
+    step = step // (tile_rows // per_row) * (tile_rows // per_row) or step  # whole tiles, when there is room for one
+    means = torch.empty((span.batch, heads, step, per_row, dim), dtype=q.dtype, device=q.device)
+    for first in range(0, span.rows, step):
+        rows = min(step, span.rows - first)
         pool_query_means[(rows, heads, span.batch)](
-            q, self._means, span.cu_q, span.cu_k, *span.q_strides, span.q_len, span.kv_len, first, rows,
-            B=config.block_size, P=config.query_pool, D=dim, BD=padded, RAGGED=span.cu_q is not None, num_warps=4,
+            q, means, span.cu_q, span.cu_k, *span.q_strides, span.q_len, span.kv_len, first, rows,
+            B=size, P=config.query_pool, D=dim, BD=padded, RAGGED=ragged, num_warps=_pool_warps(config.query_pool, padded),
         )  # fmt: skip
-        # A tile holds whole blocks, also where a block has more pools than the tile was measured with.
-        tile_rows, tile_columns = max(self._tile.rows, self._per_row), max(self._tile.columns, self._per_column)
-        mass_kernel[(triton.cdiv(rows, tile_rows // self._per_row), heads, span.batch)](
-            self._means, self._keys, scores, span.cu_q, span.cu_k, span.q_len, span.kv_len, first, rows, span.blocks,
-            scores.shape[3], self._scale, B=config.block_size, QP=config.query_pool, KP=config.key_pool,
-            G=heads // self._keys.shape[1], BM=tile_rows, BN=tile_columns, D=dim, BD=padded, RAGGED=span.cu_q is not None,
-            num_warps=self._tile.warps, num_stages=self._tile.stages,
+        keep_kernel[(triton.cdiv(rows, tile_rows // per_row), heads, span.batch)](
+            means, keys, variances, indices, counts, prompts, span.cu_q, span.cu_k, span.q_len, span.kv_len, first, rows,
+            span.rows, span.blocks, indices.shape[3], config.share, factor, config.spread * abs(factor), B=size,
+            QP=config.query_pool, KP=config.key_pool, G=heads // k.shape[-2], SINK=config.sink_blocks,
+            LOCAL=config.local_blocks, TAIL=config.tail_blocks, IMPLICIT=implicit, BM=tile_rows, BN=tile_columns, D=dim,
+            BD=padded, SPREAD=config.spread > 0, RAGGED=ragged, ONE_LENGTH=len(prompts) == 1, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
 
 
-def _key_means(k: Tensor, config: StemConfig, span: Span, page_table: Tensor | None) -> Tensor:
-    """``(batch, kv_heads, blocks, pools per block, dim)`` in the dtype of ``k``."""
+def _pool_keys(k: Tensor, config: StemConfig, span: Span, page_table: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means in the dtype of ``k`` and variances ``(batch, kv_heads, blocks, pools per block, dim)``."""
     kv_heads, dim = k.shape[-2:]
     shape = (span.batch, kv_heads, span.blocks, config.block_size // config.key_pool, dim)
     means = torch.empty(shape, dtype=k.dtype, device=k.device)
+    # The interpreter, on a CPU, computes bfloat16 wrongly.
+    kind = torch.float32 if k.device.type == "cpu" or k.dtype == torch.float32 else torch.bfloat16
+    variances = torch.empty(shape, dtype=kind, device=k.device) if config.spread else means
     packed = span.cu_k is not None and page_table is None
     pool_key_means[(span.blocks, kv_heads, span.batch)](
-        k, means, span.cu_k, page_table, *((0, *k.stride()[:2]) if packed else k.stride()[:3]),
+        k, means, variances, span.cu_k, page_table, *((0, *k.stride()[:2]) if packed else k.stride()[:3]),
         page_table.stride(0) if page_table is not None else 0, k.shape[0], span.kv_len, span.blocks,
-        B=config.block_size, P=config.key_pool, D=dim, BD=triton.next_power_of_2(dim), RAGGED=span.cu_k is not None,
-        PAGE=k.shape[1] if page_table is not None else 0, num_warps=4,
+        B=config.block_size, P=config.key_pool, D=dim, BD=triton.next_power_of_2(dim), SPREAD=config.spread > 0,
+        RAGGED=span.cu_k is not None, PAGE=k.shape[1] if page_table is not None else 0,
+        num_warps=_pool_warps(config.key_pool, triton.next_power_of_2(dim)),
     )  # fmt: skip
-    return means
+    return means, variances
+
+
+def _pool_warps(pool: int, dim: int) -> int:
+    """One, as long as its registers hold a pool: by far the fastest that was measured."""
+    return max(1, pool * dim // 4096)

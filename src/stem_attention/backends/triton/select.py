@@ -1,4 +1,4 @@
-"""Launch of the selection: pool, score, choose, a bounded run of query blocks at a time."""
+"""Launch of the selection: pool, score, choose, a bounded run of query blocks at a time; or keep by mass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from stem_attention.backends.ragged import Ragged
 from stem_attention.backends.triton.choose import device_ints
 from stem_attention.backends.triton.choose import launch as launch_choice
-from stem_attention.backends.triton.masses import Masses
+from stem_attention.backends.triton.masses import keep_by_mass
 from stem_attention.backends.triton.routes import Routes
 from stem_attention.backends.triton.span import Span
 from stem_attention.config import StemConfig
@@ -23,31 +23,37 @@ _WORKSPACE_BYTES = 128 << 20
 
 
 def _scored(config: StemConfig, blocks: int, dense: bool) -> Sequence[int]:
-    """What the choose kernel is asked for in each row of a prompt; ``-blocks`` stands for "by mass"."""
-    if dense:
-        return range(1, blocks + 1)
+    """What the choice is asked for in each row of a prompt. By mass that is not known, and this is everything."""
+    return range(1, blocks + 1) if dense else ranked_budgets(config, blocks)
+
+
+def _needs_list(config: StemConfig, blocks: int, dense: bool, row: int) -> bool:
+    """Whether a row may keep less than everything."""
     if config.keep == "mass":
-        tail = blocks - config.tail_blocks
-        return [row + 1 if row >= tail else -blocks for row in range(blocks)]
-    return ranked_budgets(config, blocks)
+        return not dense and row < blocks - config.tail_blocks
+    return _scored(config, blocks, dense)[row] <= row
 
 
 @lru_cache(maxsize=256)
 def _list_width(config: StemConfig, blocks: int, dense: bool, first: int, end: int, implicit: bool) -> int:
     """The longest list that must be written for rows ``first`` to ``end`` of a prompt of ``blocks`` blocks."""
-    scored = _scored(config, blocks, dense)
-    most = row_budgets(config, blocks)
-    return max((most[row] for row in range(first, min(end, blocks)) if not (implicit and scored[row] > row)), default=1)
+    most, rows = row_budgets(config, blocks), range(first, min(end, blocks))
+    return max((most[row] for row in rows if not implicit or _needs_list(config, blocks, dense, row)), default=1)
 
 
 @lru_cache(maxsize=64)
 def _kept_budgets(config: StemConfig, prompts: tuple[tuple[int, bool], ...], device: torch.device, stream: int) -> Tensor:
     """The table of one stream: another could read it before it is copied, or after its memory has been given away."""
+    if config.keep == "mass":
+        return device_ints([[0 if dense else blocks] for blocks, dense in prompts], device)
     return device_ints([_scored(config, blocks, dense) for blocks, dense in prompts], device)
 
 
 def _budget_table(config: StemConfig, prompts: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
-    """int32 ``(prompts, longest)``, the numbers of :func:`_scored`, for what the current stream runs next."""
+    """int32 ``(prompts, longest)``, the numbers of :func:`_scored`, for what the current stream runs next.
+
+    By mass ``(prompts, 1)``: the blocks of each prompt, 0 for a dense one.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A captured copy runs at replay: the table belongs to the graph, and nobody else may read it.
         return _kept_budgets.__wrapped__(config, prompts, device, 0)
@@ -89,21 +95,23 @@ def select(
     indices = q.new_empty((span.batch, heads, span.rows, width), dtype=torch.int32)
     counts = q.new_empty((span.batch, heads, span.rows), dtype=torch.int32)
     budgets = _budget_table(config, prompts, q.device)
+    if config.keep == "mass":
+        keep_by_mass(q, k, config, scale, span, page_table, budgets, indices, counts, implicit=implicit)
+        return indices, counts
     budget_stride = budgets.shape[1] if len(prompt_lens) > 1 else 0
-    by_mass = config.keep == "mass"
-    scorer = (Masses if by_mass else Routes)(q, k, v, config, scale, span, page_table)
+    routes = Routes(q, k, v, config, scale, span, page_table)
     pitch = triton.cdiv(span.blocks, 16) * 16  # rows that begin at aligned addresses: else the score kernel spills
-    step = max(1, min(span.rows, _WORKSPACE_BYTES // (span.batch * heads * (scorer.row_bytes + pitch * 4))))
-    step = step // scorer.row_multiple * scorer.row_multiple or step  # whole tiles, when there is room for one
-    scorer.reserve(step)
+    step = max(1, min(span.rows, _WORKSPACE_BYTES // (span.batch * heads * (routes.row_bytes + pitch * 4))))
+    step = step // routes.row_multiple * routes.row_multiple or step  # whole tiles, when there is room for one
+    routes.reserve(step)
     scores = q.new_empty((span.batch, heads, step, pitch), dtype=torch.float32)
     for first in range(0, span.rows, step):
         rows = min(step, span.rows - first)
         seen = min(span.blocks, span.first + first + rows) if ragged is None else span.blocks
-        scorer.write(scores, first, rows)
+        routes.write(scores, first, rows)
         launch_choice(
             scores, budgets, indices, counts, span.batch, heads, span.cu_q, span.cu_k, budget_stride, span.q_len, span.kv_len,
-            first, rows, span.rows, pitch, width, seen, config.share, SINK=config.sink_blocks, LOCAL=config.local_blocks,
-            EXTRA=config.forced == "extra", MASS=by_mass, IMPLICIT=implicit, B=size, RAGGED=ragged is not None,
+            first, rows, span.rows, pitch, width, seen, SINK=config.sink_blocks, LOCAL=config.local_blocks,
+            EXTRA=config.forced == "extra", IMPLICIT=implicit, B=size, RAGGED=ragged is not None,
         )  # fmt: skip
     return indices, counts
