@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from stem_attention.backends.hopper import BLOCK_SIZES, HEAD_DIMS, attention
+from stem_attention.backends.hopper import BLOCK_SIZES, HEAD_DIMS, attention, consumer, producer
 from stem_attention.backends.hopper.launch import LAUNCHES
 from stem_attention.backends.ragged import Ragged
 
@@ -90,6 +91,54 @@ def barriers_and_tickets(ptx: str) -> tuple[set[int], set[int]]:
     return barriers, {int(n) for n in re.findall(r"ld\.shared\.b32 \t%r\d+, \[global_smem\+(\d+)\]", ptx)}
 
 
+# What orders accesses to shared memory, these accesses, and where control may come from or go to.
+MARK = re.compile(r"(?:@!?%p\d+\s+)?((?:barrier|bar|mbarrier|ld\.shared|st\.shared|bra|brx|ret)\b.*|\$L__BB\w+:)")
+
+
+def marks(ptx: str) -> list[tuple[str, str]]:
+    """The kernel's marks, without predicates, each with the line of the source that it comes from."""
+    found, place = [], ""
+    for text in map(str.strip, ptx.splitlines()):
+        if named := re.match(r"\.loc\s.*// (\w+\.py:\d+)", text):
+            place = named[1]
+        elif mark := MARK.match(text):
+            found.append((place, mark[1]))
+    return found
+
+
+def place_of(module: ModuleType, code: str) -> str:
+    """The line of a source that holds this, as ``marks`` name it."""
+    file = Path(str(module.__file__))
+    (number,) = [i for i, line in enumerate(file.read_text().splitlines(), 1) if code in line]
+    return f"{file.name}:{number}"
+
+
+def windows(found: list[tuple[str, str]], access: str, place: str) -> list[str]:
+    """The mark before each such access to shared memory, the access, and the two marks behind it."""
+    spots = [i for i, (where, text) in enumerate(found) if re.match(access, text) and where.startswith(place)]
+    return [" ".join(text for _, text in found[i - 1 : i + 3]) for i in spots]
+
+
+def assert_ordered(ptx: str, consumers: int) -> None:
+    """Tickets and the state of Triton's workers are read and written only where a barrier has ordered them."""
+    found = marks(ptx)
+    reads = windows(found, r"ld\.shared", place_of(consumer, "ticket_s.index(slot).load("))
+    read = r"mbarrier\.try_wait.*; ld\.shared.*; bar\.sync\s+(\d+), 128; mbarrier\.arrive\.shared.*"
+    groups = [match[1] for text in reads if (match := re.fullmatch(read, text))]
+    assert len(reads) == len(groups) == len(set(groups)) == consumers, reads
+    writes = windows(found, r"st\.shared", place_of(producer, "ticket_s.index(slot).store("))
+    assert len(writes) == 1
+    assert re.fullmatch(r"mbarrier\.try_wait.*; st\.shared.*; bar\.warp\.sync\s+-1; mbarrier\.arrive\.shared.*", writes[0])
+
+    (state,) = windows(found, r"ld\.shared\.[bu]8\b", "kernel.py")
+    match = re.match(r"barrier\.sync\s+1; ld\.shared.*?\+(\d+)\];", state)
+    assert match, state
+    # A byte for every warp; the four that start the workers have none.
+    start, end = windows(found, rf"st\.shared.*\[global_smem\+{int(match[1]) + 4}\]", "kernel.py")
+    assert re.match(r"\S.*; st\.shared.*?; barrier\.sync\s+1; barrier\.sync\s+1;", start)
+    assert re.match(r"barrier\.sync\s+1; st\.shared.*?; barrier\.sync\s+1;", end)
+
+
 VARIANTS = {
     **{f"block-{b}-dim-{d}": {"block_size": b, "dim": d} for b in BLOCK_SIZES for d in HEAD_DIMS},
     "fp16-no-lse": {"dtype": torch.float16, "lse": False},
@@ -124,6 +173,23 @@ def test_a_ticket_never_lies_where_a_barrier_was(block_size, monkeypatch):
     assert len(barriers) == 2 * (choice.key_slots + choice.value_slots) + 6 + (2 if block_size == 128 else 0)
     assert tickets
     assert not any(start <= ticket < start + 8 for start in barriers for ticket in tickets)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_warps_tell_each_other_is_ordered(variant, monkeypatch):
+    """racecheck reports these accesses: it does not see what orders them (docs/reliability.md)."""
+    consumers = VARIANTS[variant].get("block_size", 128) // 64
+    assert_ordered(compiled(monkeypatch, **VARIANTS[variant]).asm["ptx"], consumers)
+
+
+@pytest.mark.parametrize("missing", ["bar.sync", "bar.warp.sync", "barrier.sync", "mbarrier.try_wait", "mbarrier.arrive"])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_a_missing_barrier_is_noticed(block_size, missing, monkeypatch):
+    ptx = compiled(monkeypatch, block_size=block_size, ragged=True).asm["ptx"]
+    assert_ordered(ptx, block_size // 64)
+    without = re.sub(rf"^.*\b{re.escape(missing)}\b.*\n", "", ptx, flags=re.MULTILINE)
+    with pytest.raises(AssertionError):
+        assert_ordered(without, block_size // 64)
 
 
 @pytest.mark.parametrize("shape", LAUNCHES, ids=str)
