@@ -133,10 +133,44 @@ def test_report_joins_directories(finished: Path, tmp_path: Path, capsys: pytest
     assert (other / "report.md").exists()
 
 
+def window_row(report: Path) -> list[str]:
+    """Cells about the sparse contender's windows, without their seconds."""
+    row = next(line for line in report.read_text().splitlines() if line.startswith(f"| text.txt | 1500 | {SPARSE}"))
+    *cells, _, windows = (cell.strip() for cell in row.strip("|").split("|"))
+    return [*cells, windows]
+
+
+def test_parts_of_a_run_join_to_the_report_of_the_whole(
+    finished: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [tmp_path / "first", tmp_path / "second"]
+    for index, out in enumerate(parts, 1):
+        assert main(command(tiny_llama, out, "--part", f"{index}/2")) == 0
+        assert f"part {index}/2: 1 of 2 cases" in capsys.readouterr().err
+    assert [[record["contender"] for record in records(out)] for out in parts] == [["dense", SPARSE]] * 2
+    assert main(["report", *map(str, parts), "--out", str(tmp_path / "joined")]) == 0
+    joined, whole = (window_row(out / "report.md") for out in (tmp_path / "joined", finished))
+    assert joined == whole
+    assert joined[-1] == "2"
+
+
+def test_cost_joins_what_another_directory_says_about_accuracy(finished: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    timed = tmp_path / "timed"
+    arguments = command(tiny_llama, timed, "--policy", "flashprefill-topk:block_size=64,tail_blocks=0")
+    arguments[1] = "cost"
+    assert main(arguments) == 0
+    assert len(records(timed)) == 2 * 3
+    assert main(["report", str(finished), str(timed), "--out", str(tmp_path / "joined")]) == 0
+    report = (tmp_path / "joined" / "report.md").read_text()
+    (heads,) = (line for line in report.splitlines() if line.startswith("| tokens | contender | density | time over dense |"))
+    assert "perplexity over dense, text.txt" in heads
+    assert f"| 1500 | {SPARSE} | " in report.split("### Attention time of a prompt")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["magic"], "MEASURE: expected some of perplexity, needle, layers, stress, ruler, longbench, got magic"),
+        (["magic"], "MEASURE: expected some of perplexity, needle, layers, cost, stress, ruler, longbench, got magic"),
         (["perplexity", "--policy", "magic"], "policy: expected one of dense"),
         (["perplexity", "--study", "magic"], "study: expected one of"),
         (["perplexity", "--lengths", "9000"], "--lengths: expected at most 4096"),
@@ -147,6 +181,10 @@ def test_report_joins_directories(finished: Path, tmp_path: Path, capsys: pytest
         (["needle", "--depths", "2"], "depths: expected numbers from 0 to 1"),
         (["needle", "--kinds", "magic"], "kinds: expected among single"),
         (["needle", "--lengths", "100"], "for the question alone"),
+        (["perplexity", "--part", "0/8"], "--part: expected I/N with I from 1 to N such as 2/8, got '0/8'"),
+        (["perplexity", "--part", "9/8"], "--part: expected I/N"),
+        (["perplexity", "--part", "x"], "--part: expected I/N"),
+        (["perplexity", "--part", "1/2/3"], "--part: expected I/N"),
         (["needle", "--haystack", "absent.txt"], "--haystack: cannot read absent.txt"),
         (["stress", "ruler", "--tasks", "recall"], "--tasks: expected only one of"),
         (["stress"], "stress needs its own model"),

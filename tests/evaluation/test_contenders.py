@@ -18,7 +18,10 @@ from stem_attention.evaluation.contenders import (
 from stem_attention.evaluation.row_range import RowRange
 from stem_attention.policies import Dense, SinkWindow, Stem, UniformTopK, XAttention, policy_names
 
-TUNED = ("stem", "paper", "uniform", "sink-window", "strided", "longformer", "bigbird", "xattention-topk", "oracle")
+TUNED = (
+    "stem", "paper", "uniform", "sink-window", "strided", "longformer", "bigbird", "xattention-topk", "flashprefill-topk",
+    "oracle",
+)  # fmt: skip
 
 
 def measured_density(what, tokens, heads=2):

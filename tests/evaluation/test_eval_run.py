@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stem_attention.evaluation.contenders import parse_contender
-from stem_attention.evaluation.eval_run import make_plan, run_plan
+from stem_attention.evaluation.eval_run import Part, make_plan, run_plan
 from stem_attention.evaluation.journal import Journal, open_journal
 from stem_attention.evaluation.measure import Case
 
@@ -84,6 +84,31 @@ def test_contender_that_cannot_be_built_at_a_length_is_left_out_there_alone(tmp_
         ("long", "dense"),
         ("long", "stem@0.1"),
     ]
+
+
+def test_parts_share_the_cases_and_every_case_keeps_all_its_contenders() -> None:
+    measures = [Noting("one", [Case(str(n), 2048) for n in range(5)]), Noting("two", [Case(str(n), 4096) for n in range(4)])]
+    whole = make_plan(measures, contenders("stem", "paper"))
+    parts = [make_plan(measures, contenders("stem", "paper"), Part(index, 4)) for index in range(1, 5)]
+    shares = [[(measure.name, case.key) for measure, case in part.cases()] for part in parts]
+    assert shares[1] == [("one", "1"), ("two", "0")]
+    assert [len(share) for share in shares] == [3, 2, 2, 2]
+    assert sorted(case for share in shares for case in share) == [(measure.name, case.key) for measure, case in whole.cases()]
+    assert all([one.name for *_, one in part.tasks()][:3] == ["dense", "stem", "paper"] for part in parts)
+    assert sum(len(part.tasks()) for part in parts) == len(whole.tasks())
+    assert all(part.reachable == whole.reachable for part in parts)
+
+
+def test_directory_gains_the_cases_of_another_part(tmp_path: Path) -> None:
+    for index in (2, 1, 2):
+        run_plan(make_plan([Noting("noting", CASES)], contenders("stem"), Part(index, 2)), journal(tmp_path), watching)
+    assert [record["case"] for record in journal(tmp_path).records] == ["b", "b", "a", "a"]
+
+
+@pytest.mark.parametrize(("index", "count"), [(0, 8), (9, 8), (0, 0), (-1, 2)])
+def test_part_that_is_none_is_refused(index: int, count: int) -> None:
+    with pytest.raises(ValueError, match="part: expected I/N"):
+        Part(index, count)
 
 
 def test_measures_are_named_once() -> None:

@@ -1,5 +1,6 @@
 """The planted prompt: its length, what it hides, and that it repeats."""
 
+import hashlib
 from itertools import islice
 
 import pytest
@@ -37,6 +38,26 @@ def test_depth_says_where_the_number_stands(tokenizer, depth: float, low: float,
 def test_same_seed_same_prompt_other_seed_another(tokenizer) -> None:
     assert planted_prompt(tokenizer, 2000, seed=3) == planted_prompt(tokenizer, 2000, seed=3)
     assert planted_prompt(tokenizer, 2000, seed=3).answer != planted_prompt(tokenizer, 2000, seed=4).answer
+
+
+@pytest.mark.parametrize(
+    ("haystack", "digest"),
+    [
+        (None, "02677ca973dbc52eb745b9c7d43edfb3c583880b15998142c3931598c472a026"),
+        (
+            "".join(f"Sentence {n} of the text is\nnot the last. " for n in range(300)),
+            "e8085eb9e658a01a508c27fd3a2ad28a42641dd351c52eba0cc54ab6c04fc160",
+        ),
+    ],
+    ids=["made up", "text"],
+)
+def test_prompts_are_those_of_the_results_on_record(tokenizer, haystack: str | None, digest: str) -> None:
+    found = hashlib.sha256()
+    for kind in KINDS:
+        for seed in range(3):
+            settings = {"seed": f"0 {kind}-{seed}", "depth": seed / 2, "kind": kind, "count": 4, "haystack": haystack}
+            found.update(repr(planted_prompt(tokenizer, 12000, **settings)).encode())
+    assert found.hexdigest() == digest, "records under benchmarks/results/eval come from other prompts than these"
 
 
 def test_sentences_hardly_repeat_and_are_whole() -> None:

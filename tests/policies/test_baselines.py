@@ -15,6 +15,7 @@ from stem_attention import StemConfig, block_sparse_attention
 from stem_attention.policies import (
     BigBird,
     Dense,
+    FlashPrefillTopK,
     Longformer,
     Oracle,
     SinkWindow,
@@ -37,6 +38,7 @@ PATTERNS = {
     "bigbird": BigBird(2, 1, 2, 5, SIZE),
     "xattention": XAttention(4, 0.8, SIZE),
     "xattention-topk": XAttentionTopK(SMALL),
+    "flashprefill-topk": FlashPrefillTopK(SMALL),
     "oracle": Oracle(SMALL),
     "uniform": UniformTopK(StemConfig(block_size=SIZE, sink_blocks=1, local_blocks=1, ratio_short=0.3, knee_tokens=160)),
 }

@@ -84,7 +84,7 @@ def test_the_scale_is_one_over_the_root_of_the_dimension_unless_given(name):
     q, k, v = make_qkv(1, 400, 400, 2, 1, 16)
     policy = make_policy(name, CONFIG)
     assert torch.equal(policy(q, k, v).indices, policy(q, k, v, scale=0.25).indices)
-    if name in ("stem", "xattention", "xattention-topk", "oracle"):
+    if name in ("stem", "xattention", "xattention-topk", "flashprefill-topk", "oracle"):
         assert not torch.equal(policy(q, k, v).to_mask(), policy(q, k, v, scale=4.0).to_mask())
     if name == "uniform":  # without values only the order of the scores counts
         assert not torch.equal(policy(q, k, v).to_mask(), policy(q, k, v, scale=-0.25).to_mask())
@@ -97,9 +97,10 @@ def test_the_public_codes_schedule_takes_a_scaling_of_one_alone():
             UniformTopK(StemConfig.angelslim(), scaling=scaling)
 
 
-@pytest.mark.parametrize("name", ["stem", "oracle", "xattention-topk"])
+@pytest.mark.parametrize("name", ["stem", "oracle", "xattention-topk", "flashprefill-topk"])
 def test_scores_come_once_for_every_row(name, monkeypatch):
     monkeypatch.setattr("stem_attention.policies.stem._ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr("stem_attention.policies.flashprefill._WORKSPACE", 3 * 2 * 16 * 13)
     q, k, v = make_qkv(1, 160, 200, 2, 1, 16)
     policy = make_policy(name, CONFIG)
     rows = [row + i for row, scores in policy.scores(q, k, v, 0.25, 2, 13) for i in range(scores.shape[2])]

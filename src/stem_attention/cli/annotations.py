@@ -36,6 +36,12 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any StemConfig field, or an option of --policy; overrides. Repeatable."),
 ]
+Part = Annotated[
+    str,
+    typer.Option(
+        metavar="I/N", help="Run every N-th case from the I-th on: N processes share a grid, each with an --out of its own."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on the CPU, bfloat16 elsewhere.")]
 Plot = Annotated[

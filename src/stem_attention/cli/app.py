@@ -22,6 +22,7 @@ from stem_attention.cli.annotations import (
     Json,
     KvHeads,
     Model,
+    Part,
     Plot,
     PolicyName,
     Preset,
@@ -178,7 +179,7 @@ app.command("compile")(precompile)
 def evaluate(
     context: typer.Context,
     measures: Annotated[
-        list[str], typer.Argument(metavar="MEASURE...", help="perplexity, needle, layers, stress, ruler, longbench.")
+        list[str], typer.Argument(metavar="MEASURE...", help="perplexity, needle, layers, cost, stress, ruler, longbench.")
     ],
     out: Annotated[Path, typer.Option(help="Directory for records and report; the same command again goes on there.")],
     model: Model = None,
@@ -223,6 +224,7 @@ def evaluate(
     commit: Annotated[
         str | None, typer.Option(help="Commit to put on record where there is no repository.", show_default="what git says")
     ] = None,
+    part: Part = "1/1",
 ) -> int:
     """Measure a model dense and under any policies, and write a report with intervals and plots.
 
@@ -234,7 +236,7 @@ def evaluate(
 
     options = EvalOptions(
         measures, study, policy or [], model, lengths, text or [], windows, kinds, depths, samples, count, haystack,
-        chat_template, tasks, limit, data, seed, device, dtype, commit, out,
+        chat_template, tasks, limit, data, seed, device, dtype, commit, part, out,
     )  # fmt: skip
     return eval_command(options, context.obj)
 

@@ -17,7 +17,7 @@ from stem_attention.cli.errors import UserError
 from stem_attention.cli.eval_measures import EvalOptions, Setup, make_measures, read_measures, read_setup
 from stem_attention.cli.system import cpu_model, progress_console
 from stem_attention.evaluation.contenders import Contender, parse_contenders
-from stem_attention.evaluation.eval_run import Plan, Watching, make_plan, run_plan
+from stem_attention.evaluation.eval_run import Part, Plan, Watching, make_plan, run_plan
 from stem_attention.evaluation.facts import contender_facts, header, model_facts, session_facts, text_facts
 from stem_attention.evaluation.journal import Journal, open_journal, read_journal
 from stem_attention.evaluation.measure import Record
@@ -45,12 +45,13 @@ def eval_command(options: EvalOptions, arguments: list[str]) -> int:
     """
     console = progress_console()
     read_measures(options.measures)
+    part = read_part(options.part)
     try:
         contenders = read_contenders(options)
         setup = read_setup(options, console)
         with console.status("making the cases"):
             measures, settings = make_measures(setup)
-            plan = make_plan(measures, contenders)
+            plan = make_plan(measures, contenders, part)
         journal = open_journal(options.out, _header(options, setup, plan, settings, arguments))
     except ValueError as error:
         raise UserError(f"eval: {error}") from error
@@ -103,6 +104,19 @@ def read_contenders(options: EvalOptions) -> list[Contender]:
     return [*(study(options.study) if options.study else []), *parse_contenders(named)]
 
 
+def read_part(text: str) -> Part:
+    """The part that ``I/N`` names.
+
+    Raises:
+        UserError: It names none.
+    """
+    try:
+        index, count = map(int, text.split("/"))
+        return Part(index, count)
+    except ValueError as error:
+        raise UserError(f"--part: expected I/N with I from 1 to N such as 2/8, got {text!r}; count the parts from 1") from error
+
+
 def _header(options: EvalOptions, setup: Setup, plan: Plan, settings: dict[str, Record], arguments: list[str]) -> Record:
     device = setup.model.device
     on_cpu = device.type == "cpu"
@@ -131,6 +145,9 @@ def backend_of(setup: Setup) -> str | None:
 def _say_what_is_left(console: Console, plan: Plan, journal: Journal) -> None:
     if journal.dropped:
         console.print("dropped a half-written last record of the run before")
+    if plan.part.count > 1:
+        everything = sum(len(measure.cases()) for measure in plan.measures)
+        console.print(f"part {plan.part.index}/{plan.part.count}: {len(plan.cases())} of {everything} cases")
     done = sum(journal.has(measure.name, case.key, one.name) for measure, case, one in plan.tasks())
     if done:
         console.print(f"{done} of {len(plan.tasks())} records are there already")

@@ -46,6 +46,7 @@ class EvalOptions:
     device: str
     dtype: str
     commit: str | None
+    part: str
     out: Path
 
 
@@ -76,6 +77,12 @@ def _layers(setup: Setup) -> Made:
     from stem_attention.evaluation.layers import Layers
 
     return Layers(setup.model, setup.tokenizer, setup.texts, setup.lengths, setup.options.windows), {}
+
+
+def _cost(setup: Setup) -> Made:
+    from stem_attention.evaluation.cost import Cost
+
+    return Cost(setup.model, setup.tokenizer, setup.texts, setup.lengths, setup.options.windows), {}
 
 
 def _needle(setup: Setup) -> Made:
@@ -135,6 +142,7 @@ MAKERS: dict[str, Callable[[Setup], Made]] = {
     "perplexity": _perplexity,
     "needle": _needle,
     "layers": _layers,
+    "cost": _cost,
     "stress": _stress,
     "ruler": _ruler,
     "longbench": _longbench,

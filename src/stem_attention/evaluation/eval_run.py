@@ -18,6 +18,23 @@ Watching: TypeAlias = Callable[[str, int], AbstractContextManager[Watcher]]
 
 
 @dataclass(frozen=True)
+class Part:
+    """A share of the cases, for processes that run side by side: every ``count``-th, from the ``index``-th on, counted from 1.
+
+    Raises:
+        ValueError: There is no such part.
+    """
+
+    index: int = 1
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.index <= self.count:
+            fix = "count the parts from 1"
+            raise bad_argument("part", "I/N with I from 1 to N", f"{self.index}/{self.count}", fix)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to run.
 
@@ -25,11 +42,13 @@ class Plan:
         measures: In this order.
         contenders: Dense first.
         reachable: Contenders that can be built, by prompt length.
+        part: Which of the cases. All else is about all of them, so that the facts of every part's run are the same.
     """
 
     measures: tuple[Measure, ...]
     contenders: tuple[Contender, ...]
     reachable: dict[int, tuple[Contender, ...]]
+    part: Part = Part()
 
     @property
     def left_out(self) -> list[tuple[int, str]]:
@@ -41,18 +60,23 @@ class Plan:
             if contender not in able
         ]
 
+    def cases(self) -> list[tuple[Measure, Case]]:
+        """The part's share of all measures' cases, in order."""
+        everything = [(measure, case) for measure in self.measures for case in measure.cases()]
+        return everything[self.part.index - 1 :: self.part.count]
+
     def tasks(self) -> list[tuple[Measure, Case, Contender]]:
         """Everything to run, in order: all contenders run a case before the next one starts, dense first."""
-        return [
-            (measure, case, contender)
-            for measure in self.measures
-            for case in measure.cases()
-            for contender in self.reachable[case.tokens]
-        ]
+        return [(measure, case, contender) for measure, case in self.cases() for contender in self.reachable[case.tokens]]
 
 
-def make_plan(measures: Sequence[Measure], contenders: Sequence[Contender]) -> Plan:
+def make_plan(measures: Sequence[Measure], contenders: Sequence[Contender], part: Part = Part()) -> Plan:
     """Put dense in front, and find out which contenders can be built at which length.
+
+    Args:
+        measures: To be run in this order.
+        contenders: Beside dense.
+        part: Which of the cases to run.
 
     Raises:
         ValueError: Two contenders or two measures share a name.
@@ -65,7 +89,7 @@ def make_plan(measures: Sequence[Measure], contenders: Sequence[Contender]) -> P
             raise bad_argument(kind, "each name once", f"{', '.join(twice)} twice", "leave one out")
     lengths = sorted({case.tokens for measure in measures for case in measure.cases()})
     reachable = {tokens: tuple(one for one in ordered if one.is_reachable(tokens)) for tokens in lengths}
-    return Plan(tuple(measures), ordered, reachable)
+    return Plan(tuple(measures), ordered, reachable, part)
 
 
 def run_plan(plan: Plan, journal: Journal, watching: Watching) -> None:

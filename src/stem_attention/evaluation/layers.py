@@ -31,6 +31,17 @@ _POSITIONS = 256
 _DIGITS = 6
 
 
+def check_full_attention(model: PreTrainedModel, measure: str) -> None:
+    """Check that every layer attends to all earlier tokens.
+
+    Raises:
+        UnsupportedError: Some do not; the message names the measure.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if kinds - {"full_attention"}:
+        raise UnsupportedError(f"{measure} compares full causal attention; {type(model).__name__} has {', '.join(kinds)}")
+
+
 class LayerProbe:
     """Tries a contender on every attention call of a dense prefill; pass it as ``on_attention``.
 
@@ -131,9 +142,7 @@ class Layers:
         lengths: Sequence[int],
         windows: int,
     ) -> None:
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-        if kinds - {"full_attention"}:
-            raise UnsupportedError(f"layers compares full causal attention; {type(model).__name__} has {', '.join(kinds)}")
+        check_full_attention(model, self.name)
         self._model = model
         self._texts = tokenized(tokenizer, texts)
         self._cases = window_cases(self._texts, lengths, windows, prefills=2)

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -110,13 +111,18 @@ def file_sentences(text: str, seed: int | str) -> Iterator[str]:
     Raises:
         ValueError: There is no sentence in it.
     """
-    sentences = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+    sentences = _split(text)
     if not sentences[0]:
         raise bad_argument("haystack", "a text with sentences", "an empty one", "name another file")
     first = random.Random(seed).randrange(len(sentences))
     while True:
         yield from sentences[first:]
         yield from sentences[:first]
+
+
+@lru_cache(maxsize=1)  # every prompt of a grid is cut from the same text, which may be megabytes
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(re.split(r"(?<=[.!?])\s+", " ".join(text.split())))
 
 
 @dataclass(frozen=True)

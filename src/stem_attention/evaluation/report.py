@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stem_attention.errors import bad_argument
+from stem_attention.evaluation.cost_report import relative_costs
 from stem_attention.evaluation.journal import Journal, differences, key_of
 from stem_attention.evaluation.measure import Record, Section, Table
 from stem_attention.evaluation.render import render_html, render_markdown
@@ -22,6 +23,7 @@ SECTIONS = {
     "perplexity": "perplexity_report",
     "needle": "needle_report",
     "layers": "layers_plots",
+    "cost": "cost_report",
     "stress": "stress",
     "ruler": "lm_tasks",
     "longbench": "lm_tasks",
@@ -92,11 +94,11 @@ def chapter_sections(chapter: Chapter) -> list[Section]:
     for header in chapter.headers:
         contenders.update(header["contenders"])
     families = {name: contender["family"] for name, contender in contenders.items()}
-    found = columns(chapter.records)
+    found, costs = columns(chapter.records), relative_costs(by_measure.get("cost", []))
     overview = Section(
         f"{chapter.title}: overview",
-        (_facts(chapter), *best_table(found, families), *side_by_side(found)),
-        tuple(pareto_figures(found, families)),
+        (_facts(chapter), *best_table(found, families), *side_by_side(found, costs)),
+        tuple(pareto_figures(found, families, costs)),
     )
     details = [_measure_section(name, chapter.title, records) for name, records in by_measure.items()]
     sections = [overview, *details, Section(f"{chapter.title}: contenders", (_contenders(contenders),))]

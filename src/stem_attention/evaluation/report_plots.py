@@ -1,18 +1,24 @@
-"""The report's pictures: heat maps, lines over positions, accuracy against density. Needs matplotlib."""
+"""The report's pictures: heat maps, lines over positions, accuracy against density and time. Needs matplotlib."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from stem_attention.evaluation.scores import Column
 
 _MARKERS = "osD^vP*X<>hd"
-_TICKS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 5, 7, 10)
+_FEW_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""For axes of more than a decade."""
+_HOLLOW = "hollow: selection in eager torch"
 _WIDE = 4
 """Panels next to each other."""
 
@@ -67,50 +73,89 @@ def draw_buckets(ratios: Mapping[str, Sequence[float]], ends: Sequence[int], tit
     return figure
 
 
-def draw_pareto(columns: Sequence[Column], families: Mapping[str, str], title: str) -> Figure:
-    """Accuracy against density, one panel per column and one line per family; dense is the dashed line.
+@dataclass(frozen=True)
+class Across:
+    """What accuracy is drawn against.
+
+    Attributes:
+        label: Of the axis.
+        places: Where contenders stand; None for their density.
+        hollow: Those whose time has a selection in eager torch in it, whose markers are hollow.
+    """
+
+    label: str = "density"
+    places: Mapping[str, float] | None = None
+    hollow: Collection[str] = ()
+
+    def of(self, column: Column) -> dict[str, float]:
+        """Places of a column's sparse contenders, as far as they are known."""
+        places = column.densities if self.places is None else self.places
+        return {name: places[name] for name in column.values if name in places and column.densities[name] < 1}
+
+
+def draw_pareto(columns: Sequence[Column], families: Mapping[str, str], title: str, across: Across) -> Figure:
+    """Accuracy against density or time, one panel per column and one line per family; dense is the dashed line.
 
     Args:
         columns: Of one prompt length.
         families: By contender.
         title: Heading.
+        across: What is drawn to the right.
     """
     figure, panels = _panels(len(columns), 5.2, 4.2)
     figure.suptitle(title)
     order = {family: place for place, family in enumerate(dict.fromkeys(families.values()))}
+    legend: dict[str, Artist] = {}
     for axes, column in zip(panels, columns, strict=True):
+        places = across.of(column)
         for family, place in order.items():
             names = [name for name in column.values if families[name] == family]
-            _draw_family(axes, column, names, family, place)
+            _draw_family(axes, column, names, family, place, across)
         axes.set_title(column.title, fontsize=9)
-        axes.set_xlabel("density")
+        axes.set_xlabel(across.label)
         axes.set_ylabel(column.metric.axis)
         axes.set_xscale("log")
-        kept = [density for density in column.densities.values() if density < 1]
-        ticks = [tick for tick in _TICKS if min(kept, default=1) * 0.9 <= tick <= max(kept, default=1) * 1.1]
+        if across.places is not None:
+            axes.axvline(1.0, linestyle=":", color="0.4", label="as fast as dense")
+        ticks = _ticks([*places.values(), *([] if across.places is None else [1.0])])
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+        legend = {**dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)), **legend}
+    if any(name in across.hollow for column in columns for name in across.of(column)):
+        legend[_HOLLOW] = Line2D([], [], linestyle="", marker="o", color="0.4", markerfacecolor="white")
+    figure.legend(list(legend.values()), list(legend), loc="outside right center", fontsize=8)
     return figure
 
 
-def _draw_family(axes: Axes, column: Column, names: Sequence[str], family: str, place: int) -> None:
-    points = sorted((column.densities[name], name) for name in names)
-    plot = column.metric.plot
-    dense = [name for density, name in points if density == 1]
+def _ticks(places: Sequence[float]) -> list[float]:
+    low, high = min(places, default=1.0) * 0.9, max(places, default=1.0) * 1.1
+    return [tick for tick in (_TICKS if high < 10 * low else _FEW_TICKS) if low <= tick <= high]
+
+
+def _draw_family(axes: Axes, column: Column, names: Sequence[str], family: str, place: int, across: Across) -> None:
+    plot, places = column.metric.plot, across.of(column)
+    dense = [name for name in names if column.densities[name] == 1]
     if dense:
         axes.axhline(plot(column.estimate(dense[0]).mean), linestyle="--", color="0.4", label=family)
-    sparse = [(density, column.estimate(name)) for density, name in points if density < 1]
+    sparse = sorted((name for name in names if name in places), key=lambda name: (places[name], name))
     if not sparse:
         return
-    means = [plot(estimate.mean) for _, estimate in sparse]
-    reach = [(plot(estimate.mean) - plot(estimate.low), plot(estimate.high) - plot(estimate.mean)) for _, estimate in sparse]
+    estimates = {name: column.estimate(name) for name in sparse}
+    means = {name: plot(estimate.mean) for name, estimate in estimates.items()}
+    reach = [(means[name] - plot(one.low), plot(one.high) - means[name]) for name, one in estimates.items()]
     below, above = ([0.0 if math.isnan(pair[side]) else pair[side] for pair in reach] for side in (0, 1))
+    marker, colour = _MARKERS[place % len(_MARKERS)], _colour(place)
+    hollow = [name for name in sparse if name in across.hollow]
     axes.errorbar(
-        [density for density, _ in sparse], means, (below, above), marker=_MARKERS[place % len(_MARKERS)],
-        elinewidth=0.6, capsize=2, label=family, color=_colour(place),
+        [places[name] for name in sparse], list(means.values()), (below, above), marker=marker, elinewidth=0.6, capsize=2,
+        label=family, color=colour, markerfacecolor="white" if hollow == sparse else colour,
     )  # fmt: skip
+    if hollow != sparse:
+        axes.plot(
+            [places[name] for name in hollow], [means[name] for name in hollow], linestyle="", marker=marker, color=colour,
+            markerfacecolor="white", zorder=3,
+        )  # fmt: skip
 
 
 def _colour(place: int) -> tuple[float, float, float, float]:

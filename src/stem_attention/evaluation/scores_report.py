@@ -1,4 +1,4 @@
-"""All measures together: who is best at equal density, one table side by side, accuracy against density."""
+"""All measures together: who is best at equal density, one table side by side, accuracy against density and against time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from stem_attention.evaluation.cost_report import Place, RelativeCost
 from stem_attention.evaluation.measure import Table
-from stem_attention.evaluation.report_plots import draw_pareto
+from stem_attention.evaluation.report_plots import Across, draw_pareto
 from stem_attention.evaluation.scores import EQUAL, Column, Verdict, verdicts
 
 STEM_FAMILIES = ("stem", "paper", "angelslim")
@@ -63,8 +64,8 @@ def _in_words(found: Sequence[Verdict], stems: Sequence[str]) -> str:
     return " ".join(lines)
 
 
-def side_by_side(columns: Sequence[Column]) -> list[Table]:
-    """One table with all measures: a row per prompt length and contender."""
+def side_by_side(columns: Sequence[Column], costs: Mapping[Place, RelativeCost]) -> list[Table]:
+    """One table with all measures: a row per prompt length and contender, with its time over dense's where that is known."""
     titles = list(dict.fromkeys(column.title for column in columns))
     places = list(dict.fromkeys((column.tokens, name) for column in columns for name in column.values))
     by_place = {(column.tokens, column.title): column for column in columns}
@@ -72,12 +73,15 @@ def side_by_side(columns: Sequence[Column]) -> list[Table]:
     for tokens, name in sorted(places, key=lambda place: place[0]):
         mine = {title: column for title in titles if (column := by_place.get((tokens, title))) and name in column.values}
         density = fmean(column.densities[name] for column in mine.values())
-        rows.append((str(tokens), name, f"{density:.3f}", *(_cell(mine.get(title), name) for title in titles)))
+        cost = costs.get((tokens, name))
+        time = (cost.text if cost else "",) if costs else ()
+        rows.append((str(tokens), name, f"{density:.3f}", *time, *(_cell(mine.get(title), name) for title in titles)))
     note = (
         "Means with 95 % intervals (Wilson's for shares, else Student's t over cases), and the number of cases; density is the "
         "mean over the row."
     )
-    return [Table("All measures", ("tokens", "contender", "density", *titles), tuple(rows), note)] if rows else []
+    heads = ("tokens", "contender", "density", *(["time over dense"] if costs else []), *titles)
+    return [Table("All measures", heads, tuple(rows), note)] if rows else []
 
 
 def _cell(column: Column | None, name: str) -> str:
@@ -87,11 +91,33 @@ def _cell(column: Column | None, name: str) -> str:
     return f"{estimate.text(column.metric.show)}, n {estimate.count}"
 
 
-def pareto_figures(columns: Sequence[Column], families: Mapping[str, str]) -> list[tuple[str, Figure]]:
-    """Accuracy against density, one picture per prompt length at which at least two sparse contenders ran."""
+def pareto_figures(
+    columns: Sequence[Column], families: Mapping[str, str], costs: Mapping[Place, RelativeCost]
+) -> list[tuple[str, Figure]]:
+    """Accuracy against density and against time, a picture per prompt length with two sparse contenders to draw.
+
+    Args:
+        columns: What to draw.
+        families: By contender.
+        costs: Times over dense's, by prompt length and contender; those without one are in the first picture alone.
+    """
     figures = []
     for tokens in dict.fromkeys(column.tokens for column in columns):
-        mine = [column for column in columns if column.tokens == tokens]
-        if any(sum(density < 1 for density in column.densities.values()) > 1 for column in mine):
-            figures.append((f"pareto-{tokens}", draw_pareto(mine, families, f"Accuracy against density, {tokens} tokens")))
+        timed = {name: cost for (length, name), cost in costs.items() if length == tokens}
+        for stem, against, across in (
+            ("pareto", "density", Across()),
+            ("pareto-time", "attention time", _across_time(timed)),
+        ):
+            mine = [column for column in columns if column.tokens == tokens and across.of(column)]
+            if any(len(across.of(column)) > 1 for column in mine):
+                title = f"Accuracy against {against}, {tokens} tokens"
+                figures.append((f"{stem}-{tokens}", draw_pareto(mine, families, title, across)))
     return figures
+
+
+def _across_time(costs: Mapping[str, RelativeCost]) -> Across:
+    return Across(
+        "attention time over dense's, selection included",
+        {name: cost.ratio.mean for name, cost in costs.items()},
+        frozenset(name for name, cost in costs.items() if not cost.fused),
+    )

@@ -9,10 +9,12 @@ from stem_attention.errors import bad_argument
 from stem_attention.evaluation.contenders import Contender, Value, parse_contender
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4)
-PARETO = ("stem", "uniform", "sink-window", "strided", "longformer", "bigbird", "xattention-topk", "oracle")
+PARETO = (
+    "stem", "uniform", "sink-window", "strided", "longformer", "bigbird", "xattention-topk", "flashprefill-topk", "oracle"
+)  # fmt: skip
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
 """XAttention's own knob: what density it comes to is measured, not asked for."""
-SHARES = (0.5, 1, 2, 4)
+SHARES = (2, 4, 8, 16)
 """Those of keep by mass, likewise."""
 
 BASE = "base"

@@ -3,6 +3,7 @@
 from stem_attention.policies.base import Policy
 from stem_attention.policies.bigbird import BigBird
 from stem_attention.policies.dense import Dense
+from stem_attention.policies.flashprefill import FlashPrefillTopK
 from stem_attention.policies.longformer import Longformer
 from stem_attention.policies.mass import Mass
 from stem_attention.policies.of_config import policy_of
@@ -18,6 +19,7 @@ from stem_attention.policies.xattention import XAttention, XAttentionTopK
 __all__ = [
     "BigBird",
     "Dense",
+    "FlashPrefillTopK",
     "Longformer",
     "Mass",
     "Oracle",

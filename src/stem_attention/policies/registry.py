@@ -10,6 +10,7 @@ from stem_attention.errors import bad_argument
 from stem_attention.policies.base import Policy, check_is_config
 from stem_attention.policies.bigbird import BigBird
 from stem_attention.policies.dense import Dense
+from stem_attention.policies.flashprefill import FlashPrefillTopK
 from stem_attention.policies.longformer import Longformer
 from stem_attention.policies.mass import Mass
 from stem_attention.policies.oracle import Oracle
@@ -19,7 +20,9 @@ from stem_attention.policies.strided import Strided
 from stem_attention.policies.uniform import UniformTopK
 from stem_attention.policies.xattention import XAttention, XAttentionTopK
 
-_CLASSES = (Stem, Dense, UniformTopK, SinkWindow, Strided, Longformer, BigBird, XAttention, XAttentionTopK, Oracle)
+_CLASSES = (
+    Stem, Dense, UniformTopK, SinkWindow, Strided, Longformer, BigBird, XAttention, XAttentionTopK, FlashPrefillTopK, Oracle
+)  # fmt: skip
 _POLICIES = {cls.name: cls for cls in _CLASSES}
 
 
