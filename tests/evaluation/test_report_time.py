@@ -132,3 +132,17 @@ def test_accuracy_and_cost_of_two_directories_become_one_picture(tmp_path: Path)
     assert "## small: Cost of attention" in report
     write_report(journals[1:], tmp_path / "alone")
     assert "pareto" not in (tmp_path / "alone" / "report.md").read_text()
+
+
+def test_a_contender_far_from_all_others_does_not_squeeze_them():
+    records = [
+        {**one, "case": f"{one['case']}-{lap}", "found": found, "hits": [found], "share": float(found)}
+        for lap in range(4)
+        for one in needles()
+        for found in [one["contender"] == "dense" or (one["contender"] != "stem@0.1" and (lap, one["sample"]) != (0, 0))]
+    ]
+    axes = figures(records, costs())["pareto-1024"].axes[0]
+    low, high = axes.get_ylim()
+    assert 90 < low < 93.75 < 100 < high < 110
+    assert [text.get_text() for text in axes.texts] == ["beyond: stem (1)"]
+    assert not figures(needles(), costs())["pareto-1024"].axes[0].texts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ _FEW_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 50
 _HOLLOW = "hollow: selection in eager torch"
 _WIDE = 4
 """Panels next to each other."""
+_FAR = 5.0
+"""Median distances from dense beyond which a point would squeeze all others into a line."""
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -111,6 +115,7 @@ def draw_pareto(columns: Sequence[Column], families: Mapping[str, str], title: s
         for family, place in order.items():
             names = [name for name in column.values if families[name] == family]
             _draw_family(axes, column, names, family, place, across)
+        _leave_out_far_ones(axes, column, families, across)
         axes.set_title(column.title, fontsize=9)
         axes.set_xlabel(across.label)
         axes.set_ylabel(column.metric.axis)
@@ -126,6 +131,25 @@ def draw_pareto(columns: Sequence[Column], families: Mapping[str, str], title: s
         legend[_HOLLOW] = Line2D([], [], linestyle="", marker="o", color="0.4", markerfacecolor="white")
     figure.legend(list(legend.values()), list(legend), loc="outside right center", fontsize=8)
     return figure
+
+
+def _leave_out_far_ones(axes: Axes, column: Column, families: Mapping[str, str], across: Across) -> None:
+    """Draw to the scale of the contenders near dense, and name the families of the others."""
+    plot, dense = column.metric.plot, [name for name in column.values if column.densities[name] == 1]
+    if not dense:
+        return
+    level = plot(column.estimate(dense[0]).mean)
+    means = {name: plot(column.estimate(name).mean) for name in across.of(column)}
+    reach = _FAR * statistics.median(abs(mean - level) for mean in means.values()) if means else 0.0
+    far = [name for name, mean in means.items() if abs(mean - level) > reach]
+    if not far or not reach:
+        return
+    near = [level, *(mean for name, mean in means.items() if name not in far)]
+    margin = 0.15 * (max(near) - min(near))
+    axes.set_ylim(min(near) - margin, max(near) + margin)
+    counts = Counter(families[name] for name in far)
+    listed = ", ".join(f"{family} ({count})" for family, count in counts.items())
+    axes.text(0.98, 0.98, f"beyond: {listed}", transform=axes.transAxes, ha="right", va="top", fontsize=7)
 
 
 def _ticks(places: Sequence[float]) -> list[float]:
