@@ -19,6 +19,7 @@ ANSWER_TOKENS = 24
 
 _NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+")
 _COMPLETE = re.compile(rf"(?:{_NUMBER.pattern})(?=[^\d,]|,[^\d])")
+_LIST_MARK = re.compile(r"^\s*\d{1,2}[.)](?=\s|$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,13 @@ def try_prompt(
 
 
 def numbers(answer: str) -> list[str]:
-    """The runs of digits in a text, commas between thousands left out."""
-    return [match.replace(",", "") for match in _NUMBER.findall(answer)]
+    """The runs of digits in a text, commas between thousands and the marks of a numbered list left out."""
+    return [match.replace(",", "") for match in _NUMBER.findall(_LIST_MARK.sub("", answer))]
 
 
 def complete_numbers(answer: str) -> int:
     """How many numbers stand in an answer that no continuation can change."""
-    return len(_COMPLETE.findall(answer))
+    return len(_COMPLETE.findall(_LIST_MARK.sub("", answer)))
 
 
 class Needle:

@@ -38,8 +38,10 @@ def keep_by_mass(
     size, (heads, dim), padded = config.block_size, q.shape[-2:], triton.next_power_of_2(q.shape[-1])
     per_row, per_column, ragged = size // config.query_pool, size // config.key_pool, span.cu_q is not None
     tile = mass_launch(q.device)
-    # A tile holds whole blocks, also where a block has more pools than the tile was measured with.
-    tile_rows, tile_columns = max(tile.rows, per_row), max(tile.columns * 128 // max(128, padded), per_column)
+    # A tile holds whole blocks, also where a block has more pools than the tile was measured with; and no more keys or blocks
+    # than its registers and shared memory do.
+    tile_rows = max(tile.rows, per_row)
+    tile_columns = max(min(tile.columns * 128 // max(128, padded), 32 * per_column), per_column)
     keys, variances = _pool_keys(k, config, span, page_table)
     factor = scale * math.log2(math.e)
     step = max(1, min(span.rows, _WORKSPACE_BYTES // (span.batch * heads * per_row * dim * q.element_size())))
