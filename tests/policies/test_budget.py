@@ -18,6 +18,12 @@ def test_block_count_rounds_up():
     assert [block_count(n, 128) for n in (0, 1, 127, 128, 129, 16384)] == [0, 1, 1, 1, 2, 128]
 
 
+def test_the_public_codes_schedule_falls_even_over_two_rows():
+    config = StemConfig.angelslim(ratio_short=0.45)
+    assert first_row_budget(config, 58) == 56
+    assert [scored_budget(config, 58, row) for row in (55, 56, 57)] == [56, 56, 39]
+
+
 @pytest.mark.parametrize(
     ("preset", "expected"),
     [
