@@ -8,7 +8,7 @@ import torch
 from stem_attention import StemConfig, block_sparse_attention, select_blocks, stem_attention
 from stem_attention.policies import Mass, Stem, mass, policy_of
 from stem_attention.policies.budget import row_budgets
-from stem_attention.policies.mass import block_masses, pool
+from stem_attention.policies.mass import block_masses, pool, pool_variances
 from stem_attention.policies.oracle import block_mass
 from stem_attention.testing import make_qkv
 
@@ -130,10 +130,11 @@ def test_every_field_changes_the_result(change):
 
 def test_pools_are_means_of_the_tokens_that_are_there():
     x = torch.arange(1.0, 8.0).view(1, 7, 1, 1)
-    means, variances, counts = pool(x, 5, 8, 4)  # positions 5 to 11
+    means, counts = pool(x, 5, 8, 4)  # positions 5 to 11
     assert means.flatten().tolist() == [0.0, 2.0, 5.5, 0.0]
-    assert variances.flatten().tolist() == pytest.approx([0.0, 2 / 3, 1.25, 0.0])
     assert counts.tolist() == [0, 3, 4, 0]
+    assert pool_variances(x, 8, 4).flatten().tolist() == pytest.approx([1.25, 2 / 3])
+    assert pool_variances(x, 16, 4).flatten().tolist() == pytest.approx([1.25, 2 / 3, 0.0, 0.0])
 
 
 def test_no_queries_have_an_empty_selection():

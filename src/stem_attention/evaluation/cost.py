@@ -22,7 +22,8 @@ from stem_attention.evaluation.bench_timing import Call, time_in_turn
 from stem_attention.evaluation.layers import check_full_attention
 from stem_attention.evaluation.measure import Case, Record, What
 from stem_attention.evaluation.prefill import AttentionCall, Watcher, read
-from stem_attention.evaluation.texts import Text, tokenized, window_cases
+from stem_attention.evaluation.texts import Text
+from stem_attention.evaluation.windows import Windows
 from stem_attention.policies import Mass, Policy, Stem, UniformTopK
 
 REPEATS = 3
@@ -121,7 +122,7 @@ def _medians(calls: Mapping[str, Call], device: torch.device) -> dict[str, float
     return {name: median(times[name].work) for name in calls}
 
 
-class Cost:
+class Cost(Windows):
     """Windows of texts, attention timed under each contender; see :class:`stem_attention.evaluation.measure.Measure`.
 
     One dense prefill gives every layer's exact inputs, on which the contender is timed (:func:`layer_cost`), one layer after
@@ -150,16 +151,11 @@ class Cost:
         windows: int,
     ) -> None:
         check_full_attention(model, self.name)
-        self._model = model
-        self._texts = tokenized(tokenizer, texts)
-        self._cases = window_cases(self._texts, lengths, windows)
-
-    def cases(self) -> Sequence[Case]:
-        return self._cases
+        super().__init__(model, tokenizer, texts, lengths, windows)
 
     def run(self, case: Case, what: What, watcher: Watcher) -> Record:
         """The record holds milliseconds by layer and their sums; ``seconds`` is the sum of the whole calls."""
-        ids = self._texts[case.about["text"]].window(case.about["start"], case.tokens)
+        ids = self.ids(case)
         layers = list[LayerCost]()
 
         def timing(call: AttentionCall) -> None:

@@ -17,7 +17,8 @@ from stem_attention.errors import UnsupportedError
 from stem_attention.evaluation.measure import Case, Record, What
 from stem_attention.evaluation.perplexity import read_text
 from stem_attention.evaluation.prefill import AttentionCall, Watcher
-from stem_attention.evaluation.texts import Text, tokenized, window_cases
+from stem_attention.evaluation.texts import Text
+from stem_attention.evaluation.windows import Windows
 from stem_attention.policies import Dense
 from stem_attention.policies.oracle import block_mass
 from stem_attention.selection import BlockSelection
@@ -114,7 +115,7 @@ def relative_error(got: Tensor, expected: Tensor) -> Tensor:
     return difference / norm.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-class Layers:
+class Layers(Windows):
     """Windows of texts, each layer and the whole model compared; see :class:`stem_attention.evaluation.measure.Measure`.
 
     One dense prefill gives every layer's exact inputs, on which the contender is tried (:class:`LayerProbe`); one sparse
@@ -133,6 +134,7 @@ class Layers:
     """
 
     name = "layers"
+    prefills = 2
 
     def __init__(
         self,
@@ -143,19 +145,14 @@ class Layers:
         windows: int,
     ) -> None:
         check_full_attention(model, self.name)
-        self._model = model
-        self._texts = tokenized(tokenizer, texts)
-        self._cases = window_cases(self._texts, lengths, windows, prefills=2)
-
-    def cases(self) -> Sequence[Case]:
-        return self._cases
+        super().__init__(model, tokenizer, texts, lengths, windows)
 
     def run(self, case: Case, what: What, watcher: Watcher) -> Record:
         """The record holds, beside the probe's lists, relative errors of hidden states and logits by quarter of the text.
 
         For dense itself they show what rounding alone makes: recall 1, and output errors of the kernel.
         """
-        ids = self._texts[case.about["text"]].window(case.about["start"], case.tokens)
+        ids = self.ids(case)
         probe = LayerProbe(what)
 
         def probing(call: AttentionCall) -> None:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.evaluation.measure import Case, Record, What
 from stem_attention.evaluation.prefill import Reading, Watcher, read
-from stem_attention.evaluation.texts import Text, tokenized, window_cases
+from stem_attention.evaluation.texts import Text
+from stem_attention.evaluation.windows import Windows
 
 BUCKETS = 8
 """Equal stretches of positions whose scores are told apart."""
@@ -109,7 +110,7 @@ def score_text(model: PreTrainedModel, ids: list[int], dense: TextReading, other
     return Scores(*torch.cat(parts, 1))
 
 
-class Perplexity:
+class Perplexity(Windows):
     """Windows of texts, predicted under each contender; see :class:`stem_attention.evaluation.measure.Measure`.
 
     Args:
@@ -135,16 +136,11 @@ class Perplexity:
     ) -> None:
         if min(lengths) <= BUCKETS:
             raise bad_argument("lengths", f"more than {BUCKETS} tokens", min(lengths), "ask for longer windows")
-        self._model = model
-        self._texts = tokenized(tokenizer, texts)
-        self._cases = window_cases(self._texts, lengths, windows)
+        super().__init__(model, tokenizer, texts, lengths, windows)
         self._dense: tuple[str, TextReading] | None = None
 
-    def cases(self) -> Sequence[Case]:
-        return self._cases
-
     def run(self, case: Case, what: What, watcher: Watcher) -> Record:
-        ids = self._texts[case.about["text"]].window(case.about["start"], case.tokens)
+        ids = self.ids(case)
         dense = self._dense_reading(case, ids, watcher)
         reading = dense if what is None else read_text(self._model, ids, what, on_attention=watcher)
         scores, count = score_text(self._model, ids, dense, reading), len(ids) - 1

@@ -66,8 +66,8 @@ class Mass:
         return BlockSelection.from_mask(mask, block_size=config.block_size, q_len=q_len, kv_len=kv_len)
 
 
-def pool(x: Tensor, start: int, size: int, pool_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of runs of tokens, rounded to the dtype of ``x`` as the kernels' operands are, and variances around them.
+def pool(x: Tensor, start: int, size: int, pool_size: int) -> tuple[Tensor, Tensor]:
+    """Means of runs of tokens, rounded to the dtype of ``x`` as the kernels' operands are.
 
     Args:
         x: ``(batch, length, heads, dim)``, token ``i`` at absolute position ``start + i``.
@@ -76,19 +76,26 @@ def pool(x: Tensor, start: int, size: int, pool_size: int) -> tuple[Tensor, Tens
         pool_size: Tokens per pool, on absolute positions.
 
     Returns:
-        Means and, in each dimension, variances ``(batch, heads, pools, dim)``, the first pool being that of the first token's
-        block; and int64 ``(pools,)``, how many tokens each pool has. One without tokens is 0.
+        ``(batch, heads, pools, dim)``, the first pool being that of the first token's block, and int64 ``(pools,)``, how many
+        tokens each pool has; one without tokens is 0.
     """
     before, after = start % size, -(start + x.shape[1]) % size
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, before, after))
+    sums = torch.unflatten(padded, 1, (-1, pool_size)).sum(2, dtype=accumulator_dtype(x))
+    begins = torch.arange(sums.shape[1], device=x.device) * pool_size - before
+    counts = (begins + pool_size).clamp(max=x.shape[1]) - begins.clamp(min=0)
+    means = sums / counts.clamp(min=1).to(sums.dtype)[:, None, None]
+    return means.to(x.dtype).transpose(1, 2), counts.clamp(min=0)
+
+
+def pool_variances(x: Tensor, size: int, pool_size: int) -> Tensor:
+    """Variances in each dimension of the pools of :func:`pool`, whose first token stands at position 0; not rounded."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size))
     runs = torch.unflatten(padded, 1, (-1, pool_size)).to(accumulator_dtype(x))
-    tokens = torch.arange(padded.shape[1], device=x.device) - before
-    present = torch.unflatten((tokens >= 0) & (tokens < x.shape[1]), 0, (-1, pool_size))
-    counts = present.sum(1)
-    divisor = counts.clamp(min=1).to(runs.dtype)[:, None, None]
-    means = runs.sum(2) / divisor
-    variances = ((runs - means[:, :, None]).square() * present[:, :, None, None]).sum(2) / divisor
-    return means.to(x.dtype).transpose(1, 2), variances.transpose(1, 2), counts
+    present = torch.unflatten(torch.arange(padded.shape[1], device=x.device) < x.shape[1], 0, (-1, pool_size))
+    divisor = present.sum(1).clamp(min=1).to(runs.dtype)[:, None, None]
+    away = (runs - (runs.sum(2) / divisor)[:, :, None]) * present[:, :, None, None]
+    return (away.square().sum(2) / divisor).transpose(1, 2)
 
 
 def block_masses(q: Tensor, k: Tensor, config: StemConfig, scale: float) -> Iterator[tuple[int, Tensor]]:
@@ -103,24 +110,25 @@ def block_masses(q: Tensor, k: Tensor, config: StemConfig, scale: float) -> Iter
     """
     size, (batch, q_len, heads, _), (kv_len, kv_heads) = config.block_size, q.shape, k.shape[1:3]
     start, per_row, per_column = kv_len - q_len, size // config.query_pool, size // config.key_pool
-    keys, variances, key_counts = pool(k, 0, size, config.key_pool)
+    keys, key_counts = pool(k, 0, size, config.key_pool)
     # In fp64 a chunk of a prompt estimates what the whole does, whatever the shapes of its products.
     dtype = torch.float64 if q.device.type == "cpu" else accumulator_dtype(q)
-    keys, variances, weights = keys.to(dtype).mT, variances.to(dtype).mT, key_counts.to(dtype).log()
+    keys, weights = keys.to(dtype).mT, key_counts.to(dtype).log()
+    variances = pool_variances(k, size, config.key_pool).to(dtype).mT if config.spread else None
     begins = torch.arange(len(key_counts), device=q.device) * config.key_pool
     first, end = start // size, block_count(kv_len, size)
     step = max(1, _WORKSPACE // (batch * heads * per_row * len(key_counts)))
     for row in range(first, end, step):
         stop = min(row + step, end)
         low, high, seen = max(row * size, start), min(stop * size, kv_len), stop * per_column
-        queries, _, counts = pool(q[:, low - start : high - start], low, size, config.query_pool)
+        queries, counts = pool(q[:, low - start : high - start], low, size, config.query_pool)
         grouped = torch.unflatten(queries.to(dtype), 1, (kv_heads, -1)).flatten(2, 3)
         logits = (grouped @ keys[..., :seen]) * scale + weights[:seen]
         lasts = (torch.arange(row * per_row, stop * per_row, device=q.device) + 1).mul(config.query_pool).clamp(max=high) - 1
         logits = torch.unflatten(logits, 2, (-1, len(counts)))
         logits = logits.masked_fill(begins[:seen] > lasts[:, None], -torch.inf)
         level = logits.logsumexp(-1, keepdim=True)
-        if config.spread:
+        if variances is not None:
             above = (grouped.square() @ variances[..., :seen]).sqrt() * (config.spread * abs(scale))
             logits = logits + torch.unflatten(above, 2, (-1, len(counts)))
         mass = torch.unflatten((logits - level).exp(), -1, (-1, per_column)).sum(-1)

@@ -23,7 +23,7 @@ _WORKSPACE_BYTES = 128 << 20
 
 
 def _scored(config: StemConfig, blocks: int, dense: bool) -> Sequence[int]:
-    """What the choice is asked for in each row of a prompt. By mass that is not known, and this is everything."""
+    """What the choice by budgets is asked for in each row of a prompt."""
     return range(1, blocks + 1) if dense else ranked_budgets(config, blocks)
 
 
