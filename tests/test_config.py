@@ -289,7 +289,7 @@ def test_every_field_belongs_to_one_rule_or_to_both():
     assert set(dict.fromkeys(FIELDS)) == {
         "keep", "block_size", "sink_blocks", "local_blocks", "tail_blocks", "dense_below", "dense_layers", "stride", "beta",
         "magnitude", "decay", "schedule", "ratio_short", "ratio_long", "knee_tokens", "min_blocks", "forced", "share",
-        "spread", "query_pool", "key_pool",
+        "spread", "query_pool", "key_pool", "head_factors",
     }  # fmt: skip
     assert StemConfig.mass() == StemConfig(keep="mass", block_size=64)
     assert StemConfig.mass(share=2).share == 2.0

@@ -79,7 +79,7 @@ def stem_attention(
     check_qkv(q, k, v)
     check_batch(q, k)
     length = check_prompt_len(prompt_len, k.shape[1])
-    settings, scale, name = check_config(config), check_scale(scale, q.shape[3]), check_backend(backend)
+    settings, scale, name = check_config(config, q.shape[2]), check_scale(scale, q.shape[3]), check_backend(backend)
     check_flag("return_lse", return_lse)
     # The operator would come to the same decision, but costs a short prompt more time than its attention.
     if not return_lse and not torch.compiler.is_compiling() and length < _dense_limit(q, settings, name):
@@ -102,7 +102,7 @@ def select_blocks(
     check_qkv(q, k, v)
     check_batch(q, k)
     length = check_prompt_len(prompt_len, k.shape[1])
-    settings, scale, name = check_config(config), check_scale(scale, q.shape[3]), check_backend(backend)
+    settings, scale, name = check_config(config, q.shape[2]), check_scale(scale, q.shape[3]), check_backend(backend)
     indices, counts = ops.select(q, k, v, settings.to_json(), scale, length, name)
     return BlockSelection(indices, counts, settings.block_size, q.shape[1], k.shape[1])
 

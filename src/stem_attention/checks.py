@@ -82,16 +82,21 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def check_config(config: StemConfig | None) -> StemConfig:
-    """The config, ``StemConfig()`` unless given.
+def check_config(config: StemConfig | None, heads: int | None = None) -> StemConfig:
+    """The config, ``StemConfig()`` unless given; for a call of one layer if that has ``heads`` query heads.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is something else, or its ``head_factors`` are for several layers or another number of heads.
     """
     if config is None:
         return _DEFAULT
     if not isinstance(config, StemConfig):
         raise bad_argument("config", "a StemConfig or None", type(config).__name__, "build one with StemConfig(...)")
+    if heads is not None and config.head_factors is not None:
+        shape = len(config.head_factors), len(config.head_factors[0])
+        if shape != (1, heads):
+            expected = f"head_factors of one layer and the {heads} query heads of q"
+            raise bad_argument("config", expected, f"{shape[0]} x {shape[1]} of them", "pass config.for_layer(layer)")
     return config
 
 

@@ -27,7 +27,7 @@ _ONLY: dict[str, tuple[str, ...]] = {
     "budget": (
         "stride", "beta", "magnitude", "decay", "schedule", "ratio_short", "ratio_long", "knee_tokens", "min_blocks", "forced",
     ),
-    "mass": ("share", "spread", "query_pool", "key_pool"),
+    "mass": ("share", "spread", "query_pool", "key_pool", "head_factors"),
 }  # fmt: skip
 
 # Where the default departs from the paper and the public code (docs/evidence.md says why).
@@ -52,6 +52,9 @@ class StemConfig:
             the score of its mean. 0 judges by the mean. Higher keeps more: raise ``share`` with it.
         query_pool: Of ``"mass"``: queries that are averaged to one.
         key_pool: Of ``"mass"``: keys that are averaged to one.
+        head_factors: Of ``"mass"``: what ``share`` is multiplied by: a row for each layer of a model (or a single one, for all
+            of them), in it a number for each query head. ``stem-attention calibrate`` finds them. A call of one layer takes
+            :meth:`for_layer`.
         stride: Stride ``s`` of the antidiagonal pooling of the routing score.
         beta: Weight of the value magnitude in the block score. 0 is the score-aware metric of earlier methods.
         magnitude: ``"log"``: largest ``max(0, ln |v|)`` of the block. ``"zscore"``: the public code's normalised
@@ -82,6 +85,7 @@ class StemConfig:
     spread: float = 0.5
     query_pool: int = 16
     key_pool: int = 32
+    head_factors: tuple[tuple[float, ...], ...] | None = None
     stride: int = 16
     beta: float = 0.2
     magnitude: str = "log"
@@ -97,8 +101,9 @@ class StemConfig:
     forced: str = "inside"
     dense_below: int | None = None
     dense_layers: int = 0
-    # Kept from construction on, because torch.compile cannot trace the JSON encoder.
+    # Kept from construction on, because torch.compile can trace neither the JSON encoder nor the checks of a new config.
     _json: str = dataclasses.field(init=False, repr=False, compare=False)
+    _layers: tuple[StemConfig, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -138,6 +143,7 @@ class StemConfig:
                     self.block_size,
                     f"change block_size or {name} so that one divides the other",
                 )
+        self._check_head_factors()
         self._check_unused()
         if self.ratio_long > self.ratio_short:
             raise bad_argument(
@@ -146,8 +152,26 @@ class StemConfig:
                 self.ratio_long,
                 "long prompts keep a smaller share than short ones; raise ratio_short too",
             )
-
         object.__setattr__(self, "_json", json.dumps(self.to_dict()))
+        rows = self.head_factors if self.head_factors is not None and len(self.head_factors) > 1 else ()
+        object.__setattr__(self, "_layers", tuple(dataclasses.replace(self, head_factors=(row,)) for row in rows))
+
+    def _check_head_factors(self) -> None:
+        """Lists, as JSON has them, become tuples of floats."""
+        rows = self.head_factors
+        if rows is None:
+            return
+        expected = "None, or a row for each layer (or one for all) of finite numbers > 0, one for each query head"
+        fix = "take those that stem-attention calibrate writes"
+        if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) and row for row in rows):
+            raise bad_argument("head_factors", expected, f"{type(rows).__name__} {rows!r:.60}", fix)
+        if len({len(row) for row in rows}) > 1:
+            raise bad_argument("head_factors", "rows of one length", f"rows of {sorted({len(row) for row in rows})}", fix)
+        for factor in (factor for row in rows for factor in row):
+            number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+            if not number or not 0 < factor <= sys.float_info.max:
+                raise bad_argument("head_factors", expected, repr(factor), fix)
+        object.__setattr__(self, "head_factors", tuple(tuple(map(float, row)) for row in rows))
 
     def _check_unused(self) -> None:
         """Refuse settings of the rule that is not in force."""
@@ -200,6 +224,31 @@ class StemConfig:
     def mass(cls, **changes: Any) -> StemConfig:
         """Keep by mass, in blocks of 64: as accurate at half the density (docs/mass.md). ``changes`` override."""
         return cls(**{"keep": "mass", "block_size": 64, **changes})
+
+    def for_layer(self, layer: int, heads: slice = slice(None)) -> StemConfig:
+        """What a call of one layer takes: this config, with the layer's row of ``head_factors`` alone.
+
+        Args:
+            layer: Its place in the model, from 0.
+            heads: Those of its query heads that the call has: a rank of tensor parallelism has a part of them.
+
+        Raises:
+            ValueError: ``head_factors`` has no such layer, or no factor for these heads.
+        """
+        if self.head_factors is None:
+            return self
+        rows = len(self.head_factors)
+        if rows > 1 and not 0 <= layer < rows:
+            raise bad_argument("layer", f"one of the {rows} layers of head_factors", layer, "calibrate for this model")
+        own = self._layers[layer] if rows > 1 else self
+        if heads == slice(None):
+            return own
+        factors = self.head_factors[layer if rows > 1 else 0][heads]
+        return dataclasses.replace(own, head_factors=(factors,))
+
+    def head_share(self, head: int) -> float:
+        """``share`` times the factor of a query head of the one layer that this config is for."""
+        return self.share * (self.head_factors[0][head] if self.head_factors is not None else 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types."""

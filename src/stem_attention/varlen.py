@@ -86,7 +86,7 @@ def stem_attention_varlen(
     if page_table is not None:
         _check_pages(page_table, key_starts, pages=k.shape[0], page_size=k.shape[1])
     lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
-    settings, scale = check_config(config), check_scale(scale, q.shape[2])
+    settings, scale = check_config(config, q.shape[1]), check_scale(scale, q.shape[2])
     check_flag("return_lse", return_lse)
     out, lse = ops.forward_varlen(
         q, k, v, starts, key_starts, page_table, settings.to_json(), scale, lengths, return_lse, check_backend(backend)

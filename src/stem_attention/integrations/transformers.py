@@ -87,6 +87,8 @@ def attention_forward(
     call = HostCall(module, query, key, value, attention_mask, dropout, scaling, sliding_window, kwargs)
     given = overrides()
     policy = model_config(getattr(module, "config", None)) if given.policy is None else given.policy
+    if isinstance(policy, StemConfig):
+        policy = policy.for_layer(call.layer)
     reason = _layer_obstacle(call) or _length_obstacle(call, policy, given.prompt_len)
     if reason is not None:
         return _dense(call, reason, given)

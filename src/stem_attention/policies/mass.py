@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from stem_attention.checks import check_config
 from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
 from stem_attention.policies.base import check_is_config
@@ -50,7 +51,7 @@ class Mass:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None
     ) -> BlockSelection:
-        config, (batch, q_len, heads, dim), kv_len = self.config, q.shape, k.shape[1]
+        config, (batch, q_len, heads, dim), kv_len = check_config(self.config, q.shape[2]), q.shape, k.shape[1]
         num_blocks = block_count(kv_len if prompt_len is None else prompt_len, config.block_size)
         first, end = (kv_len - q_len) // config.block_size, block_count(kv_len, config.block_size)
         rows = torch.arange(first, end if q_len else first, device=q.device)[:, None]
@@ -59,10 +60,12 @@ class Mass:
             (columns < config.sink_blocks) | (columns > rows - config.local_blocks) | (rows >= num_blocks - config.tail_blocks)
         )
         mask = (always & (columns <= rows)).expand(batch, heads, -1, -1).clone()
+        shares = torch.tensor([config.head_share(head) for head in range(heads)], dtype=torch.float64, device=q.device)
+        least = shares[:, None, None] / num_blocks
         for row, mass in block_masses(q, k, config, dim**-0.5 if scale is None else scale) if q_len else ():
             part = mask[:, :, row - first : row - first + mass.shape[2], : mass.shape[3]]
             # Written so that NaN is kept: what dense attention would poison stays visible.
-            part |= ~(mass < config.share / num_blocks) & (columns[: mass.shape[3]] <= rows[row - first :][: mass.shape[2]])
+            part |= ~(mass < least.to(mass.dtype)) & (columns[: mass.shape[3]] <= rows[row - first :][: mass.shape[2]])
         return BlockSelection.from_mask(mask, block_size=config.block_size, q_len=q_len, kv_len=kv_len)
 
 

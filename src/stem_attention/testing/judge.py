@@ -87,9 +87,9 @@ def selection_faults(
 def _mass_faults(kept: Tensor, q: Tensor, k: Tensor, config: StemConfig, num_blocks: int, scale: float) -> list[str]:
     """Of ``kept (batch, heads, rows, key_blocks)``."""
     faults, first, group = [], (k.shape[1] - q.shape[1]) // config.block_size, q.shape[2] // k.shape[2]
-    least, tie = config.share / num_blocks, 1 + _MASS_TIE.get(kept.device.type, 5e-2)
+    tie = 1 + _MASS_TIE.get(kept.device.type, 5e-2)
     for b, h, i in product(*map(range, kept.shape[:3])):
-        row, mine = first + i, kept[b, h, i, : first + i + 1]
+        row, mine, least = first + i, kept[b, h, i, : first + i + 1], config.head_share(h) / num_blocks
         blocks = torch.arange(row + 1, device=kept.device)
         always = (blocks < config.sink_blocks) | (blocks > row - config.local_blocks)
         if row >= num_blocks - config.tail_blocks:

@@ -24,8 +24,8 @@ import torch
 from stem_attention.testing.problems import Problem, Space, draw_problem
 from stem_attention.testing.trial import Place, run_problem
 
-# A worker's first fifth fills caches of compiled kernels, budgets and memory; from then on nothing may grow.
-_SETTLED = 0.2
+# A worker's first half fills caches of compiled kernels, budgets and memory; from then on nothing may grow.
+_SETTLED = 0.5
 _SAMPLES = 30
 _ALLOWED_GROWTH = 64 << 20
 _MOST_REPORTED = 20
@@ -74,6 +74,7 @@ def soak(shapes: int, backend: str, device: str, seed: int, worker: int = 0, *, 
     return {
         "shapes": shapes, "kinds": dict(kinds), "failed": len(failed), "first_failures": failed[:_MOST_REPORTED],
         "memory_growth_bytes": {name: round(ends[name] - begins[name]) for name in ends},
+        "memory": memory,
         "seconds": round(time.monotonic() - begun, 1),
     }  # fmt: skip
 

@@ -18,19 +18,19 @@ def select_by_mass(q: Tensor, k: Tensor, config: StemConfig, scale: float, promp
     kv_len, group, size = k.shape[1], q.shape[2] // k.shape[2], config.block_size
     rows = range((kv_len - q_len) // size, math.ceil(kv_len / size)) if q_len else range(0)
     lists = [
-        [[keep_row(q[b, :, h], k[b, :, h // group], row, config, scale, prompt_len) for row in rows] for h in range(q_heads)]
+        [[keep_row(q[b, :, h], k[b, :, h // group], h, row, config, scale, prompt_len) for row in rows] for h in range(q_heads)]
         for b in range(batch)
     ]
     return BlockSelection.from_lists(lists, block_size=size, q_len=q_len, kv_len=kv_len, device=q.device)
 
 
-def keep_row(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: float, prompt_len: int) -> list[int]:
-    """The ids that one query block of one head keeps."""
+def keep_row(q: Tensor, k: Tensor, head: int, row: int, config: StemConfig, scale: float, prompt_len: int) -> list[int]:
+    """The ids that one query block of a head keeps."""
     num_blocks = math.ceil(prompt_len / config.block_size)
     if row >= num_blocks - config.tail_blocks:
         return list(range(row + 1))
     forced = [j < config.sink_blocks or j > row - config.local_blocks for j in range(row + 1)]
-    kept = (~(row_masses(q, k, row, config, scale) < config.share / num_blocks)).tolist()
+    kept = (~(row_masses(q, k, row, config, scale) < config.head_share(head) / num_blocks)).tolist()
     return [j for j in range(row + 1) if forced[j] or kept[j]]
 
 

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from stem_attention.backends.triton.choose_kernel import choose_kernel
+from stem_attention.backends.triton.tables import device_table
 
 _COLUMNS_PER_WARP = 512
 
@@ -33,7 +34,7 @@ def choose(scores: Tensor, first_row: int, budgets: Sequence[int], sink: int, lo
     indices = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=scores.device)
     counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=scores.device)
     if rows:
-        table = device_ints([[0] * first_row + list(budgets)], scores.device)
+        table = device_table([[0] * first_row + list(budgets)], torch.int32, scores.device)
         launch(
             scores, table, indices, counts, batch, heads, None, None, 0, rows, first_row + rows, 0, rows, rows, columns, width,
             first_row + rows, B=1, SINK=sink, LOCAL=local, EXTRA=False, IMPLICIT=False, RAGGED=False,
@@ -53,11 +54,3 @@ def launch(
         scores, budgets, indices, counts, cu_q, cu_k, budget_stride, q_len, kv_len, first_row, rows, total_rows, columns, width,
         COLUMNS=looked_at, num_warps=min(most_warps, max(1, looked_at // _COLUMNS_PER_WARP)), **constants,
     )  # fmt: skip
-
-
-def device_ints(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """int32 ``(rows, longest)``, padded with 0, copied to a device without waiting for it."""
-    table = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
-    return table.to(device, non_blocking=True)

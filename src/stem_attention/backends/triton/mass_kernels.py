@@ -144,13 +144,14 @@ def _list_noticed(
 @triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows", "total_rows", "blocks", "width"])
 def keep_kernel(
     q_means, k_means, k_variances, indices, counts, prompts, cu_q, cu_k, q_len, kv_len, first_row, rows, total_rows, blocks,
-    width, share, scale, spread, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, SINK: tl.constexpr,
-    LOCAL: tl.constexpr, TAIL: tl.constexpr, IMPLICIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr, ONE_LENGTH: tl.constexpr,
+    width, share, head_shares, scale, spread, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, G: tl.constexpr,
+    SINK: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, IMPLICIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr, ONE_LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Write ids and counts of rows ``first_row`` to ``first_row + rows`` (of each sequence's rows).
 
     ``prompts[z]``: blocks of the whole prompt, 0 for one that keeps everything; ONE_LENGTH: the first stands for all.
+    ``head_shares[head]``, unless None, stands for ``share``.
     ``scale`` is the softmax scale times log2(e), ``spread`` its size times the config's; without SPREAD that is 0. IMPLICIT:
     rows known to keep everything get a count and no list, and lists end without padding.
     """
@@ -172,6 +173,8 @@ def keep_kernel(
     heads = tl.num_programs(1)
     at = z.to(tl.int64) * heads + head
 
+    if head_shares is not None:
+        share = tl.load(head_shares + head)
     m = tl.arange(0, BM)
     first = block0 * B + m * QP
     last = tl.minimum(first + QP, kv_len) - 1

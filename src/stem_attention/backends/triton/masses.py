@@ -11,6 +11,7 @@ from torch import Tensor
 from stem_attention.backends.triton.launch import mass_launch
 from stem_attention.backends.triton.mass_kernels import keep_kernel, pool_key_means, pool_query_means
 from stem_attention.backends.triton.span import Span
+from stem_attention.backends.triton.tables import device_table, kept_per_stream
 from stem_attention.config import StemConfig
 
 # Pooled queries of one run of query blocks.
@@ -46,6 +47,7 @@ def keep_by_mass(
     factor = scale * math.log2(math.e)
     step = max(1, min(span.rows, _WORKSPACE_BYTES // (span.batch * heads * per_row * dim * q.element_size())))
     step = step // (tile_rows // per_row) * (tile_rows // per_row) or step  # whole tiles, when there is room for one
+    head_shares = _head_shares(q.device, config, heads) if config.head_factors is not None else None
     means = torch.empty((span.batch, heads, step, per_row, dim), dtype=q.dtype, device=q.device)
     for first in range(0, span.rows, step):
         rows = min(step, span.rows - first)
@@ -55,12 +57,18 @@ def keep_by_mass(
         )  # fmt: skip
         keep_kernel[(triton.cdiv(rows, tile_rows // per_row), heads, span.batch)](
             means, keys, variances, indices, counts, prompts, span.cu_q, span.cu_k, span.q_len, span.kv_len, first, rows,
-            span.rows, span.blocks, indices.shape[3], config.share, factor, config.spread * abs(factor), B=size,
+            span.rows, span.blocks, indices.shape[3], config.share, head_shares, factor, config.spread * abs(factor), B=size,
             QP=config.query_pool, KP=config.key_pool, G=heads // k.shape[-2], SINK=config.sink_blocks,
             LOCAL=config.local_blocks, TAIL=config.tail_blocks, IMPLICIT=implicit, BM=tile_rows, BN=tile_columns, D=dim,
             BD=padded, SPREAD=config.spread > 0, RAGGED=ragged, ONE_LENGTH=len(prompts) == 1, num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip
+
+
+@kept_per_stream
+def _head_shares(device: torch.device, config: StemConfig, heads: int) -> Tensor:
+    """fp32 ``(1, heads)``."""
+    return device_table([[config.head_share(head) for head in range(heads)]], torch.float32, device)
 
 
 def _pool_keys(k: Tensor, config: StemConfig, span: Span, page_table: Tensor | None) -> tuple[Tensor, Tensor]:

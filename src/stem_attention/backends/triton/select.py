@@ -10,11 +10,11 @@ import triton
 from torch import Tensor
 
 from stem_attention.backends.ragged import Ragged
-from stem_attention.backends.triton.choose import device_ints
 from stem_attention.backends.triton.choose import launch as launch_choice
 from stem_attention.backends.triton.masses import keep_by_mass
 from stem_attention.backends.triton.routes import Routes
 from stem_attention.backends.triton.span import Span
+from stem_attention.backends.triton.tables import device_table, kept_per_stream
 from stem_attention.config import StemConfig
 from stem_attention.policies.budget import block_count, ranked_budgets, row_budgets
 
@@ -41,24 +41,15 @@ def _list_width(config: StemConfig, blocks: int, dense: bool, first: int, end: i
     return max((most[row] for row in rows if not implicit or _needs_list(config, blocks, dense, row)), default=1)
 
 
-@lru_cache(maxsize=64)
-def _kept_budgets(config: StemConfig, prompts: tuple[tuple[int, bool], ...], device: torch.device, stream: int) -> Tensor:
-    """The table of one stream: another could read it before it is copied, or after its memory has been given away."""
-    if config.keep == "mass":
-        return device_ints([[0 if dense else blocks] for blocks, dense in prompts], device)
-    return device_ints([_scored(config, blocks, dense) for blocks, dense in prompts], device)
-
-
-def _budget_table(config: StemConfig, prompts: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
-    """int32 ``(prompts, longest)``, the numbers of :func:`_scored`, for what the current stream runs next.
+@kept_per_stream
+def _budget_table(device: torch.device, config: StemConfig, prompts: tuple[tuple[int, bool], ...]) -> Tensor:
+    """int32 ``(prompts, longest)``, the numbers of :func:`_scored`.
 
     By mass ``(prompts, 1)``: the blocks of each prompt, 0 for a dense one.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A captured copy runs at replay: the table belongs to the graph, and nobody else may read it.
-        return _kept_budgets.__wrapped__(config, prompts, device, 0)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _kept_budgets(config, prompts, device, stream)
+    if config.keep == "mass":
+        return device_table([[0 if dense else blocks] for blocks, dense in prompts], torch.int32, device)
+    return device_table([_scored(config, blocks, dense) for blocks, dense in prompts], torch.int32, device)
 
 
 def select(
@@ -94,7 +85,7 @@ def select(
     width = max(_list_width(config, *prompt, span.first, span.blocks, implicit) for prompt in prompts)
     indices = q.new_empty((span.batch, heads, span.rows, width), dtype=torch.int32)
     counts = q.new_empty((span.batch, heads, span.rows), dtype=torch.int32)
-    budgets = _budget_table(config, prompts, q.device)
+    budgets = _budget_table(q.device, config, prompts)
     if config.keep == "mass":
         keep_by_mass(q, k, config, scale, span, page_table, budgets, indices, counts, implicit=implicit)
         return indices, counts
