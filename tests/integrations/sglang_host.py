@@ -20,6 +20,8 @@ from torch import Tensor
 
 REAL = importlib.util.find_spec("sglang") is not None
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
+HEADS_OF_ALL_RANKS = HEADS
+PARALLEL = {"attn_cp_size": 1, "attn_dcp_size": 1, "attn_tp_size": 1, "attn_tp_rank": 0}
 
 
 def make_exec(prefill_graphs: str = "disabled") -> Any:
@@ -116,7 +118,7 @@ def _install_stand_ins() -> None:
         "layers.attention.base_attn_backend": {"AttentionBackend": _AttentionBackend},
         "mem_cache.memory_pool": {"KVWriteLoc": _KVWriteLoc, "MHATokenToKVPool": _Pool},
         "runtime_context": {
-            "get_parallel": lambda: SimpleNamespace(attn_cp_size=1, attn_dcp_size=1),
+            "get_parallel": lambda: SimpleNamespace(**PARALLEL),
             "get_exec": make_exec,
         },
     }
@@ -133,7 +135,7 @@ if REAL:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.runtime_context import get_parallel
 
-    get_parallel().override_permanently(attn_cp_size=1, attn_dcp_size=1)  # the launcher's part
+    get_parallel().override_permanently(**PARALLEL)  # the launcher's part
 else:
     _install_stand_ins()
     AttentionType, ForwardMode = _AttentionType, _ForwardMode
@@ -155,7 +157,8 @@ def make_runner(slots: int = 4096, requests: int = 8, context: int = 2048, dtype
     return SimpleNamespace(
         device="cpu", dtype=dtype, kv_cache_dtype=dtype, use_mla_backend=False, token_to_kv_pool=pool, req_to_token_pool=table,
         kv_index_translator=SimpleNamespace(is_translating=False), decode_attention_backend_str="torch_native",
-        prefill_attention_backend_str="stem", model_config=SimpleNamespace(head_dim=DIM),
+        prefill_attention_backend_str="stem",
+        model_config=SimpleNamespace(head_dim=DIM, num_attention_layers=LAYERS, num_attention_heads=HEADS_OF_ALL_RANKS),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from stem_attention import StemConfig, select_blocks
 from stem_attention.integrations.serving_counters import Counters
 from stem_attention.integrations.serving_rows import Row, SparseRows, token_index
-from stem_attention.integrations.serving_settings import ENVIRONMENT, Settings, read_settings
+from stem_attention.integrations.serving_settings import ENVIRONMENT, Settings, check_head_factors, read_settings
 
 
 def test_nothing_said_means_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +37,46 @@ def test_settings_come_from_one_of_three_places(monkeypatch: pytest.MonkeyPatch,
     assert [s.source for s in results] == ["--additional-config stem_attention", ENVIRONMENT, ENVIRONMENT]
 
 
+def test_a_calibrated_config_is_read_from_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calibrated = StemConfig.mass(share=3.5, head_factors=((0.5, 2.0), (1.0, 4.25), (0.125, 1.0)))
+    path = tmp_path / "calibrated.json"
+    path.write_text(calibrated.to_json() + "\n")
+    monkeypatch.setenv(ENVIRONMENT, str(path))
+    assert read_settings().config == calibrated
+    short = {"preset": "mass", "share": 3.5, "head_factors": [[0.5, 2], [1, 4.25], [0.125, 1]], "min_query_len": 64}
+    monkeypatch.setenv(ENVIRONMENT, json.dumps(short))
+    assert read_settings() == Settings(calibrated, 64, source=ENVIRONMENT)
+    monkeypatch.delenv(ENVIRONMENT)
+    assert read_settings({"stem_attention": short}).config == calibrated
+
+
+def test_a_log_counts_the_head_factors_and_shows_everything_else() -> None:
+    factors = ((0.123456, 2.0, 1.0), (1.0, 4.25, 1.0))
+    plain, calibrated = (str(Settings(StemConfig.mass(share=3.5, head_factors=some))) for some in (None, factors))
+    assert calibrated == f"{plain} and head_factors of 2 x 3"
+    fields = StemConfig.mass(share=3.5).to_dict()
+    del fields["head_factors"]
+    assert plain == f"settings from the defaults: {json.dumps(fields)}"
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 4)])
+def test_head_factors_of_this_model_pass(shape: tuple[int, int]) -> None:
+    rows, heads = shape
+    check_head_factors(StemConfig.mass(head_factors=((1.0,) * heads,) * rows), layers=3, heads=4)
+    check_head_factors(StemConfig(), layers=3, heads=4)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 4), (3, 2), (3, 8), (1, 1), (4, 3)])
+def test_head_factors_of_another_model_are_refused(shape: tuple[int, int]) -> None:
+    rows, heads = shape
+    message = (
+        "head_factors: expected 3 x 4 of them (layers x query heads of this model), or 1 x 4 for every layer, "
+        f"got {rows} x {heads}; run stem-attention calibrate on this model"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_head_factors(StemConfig.mass(head_factors=((1.0,) * heads,) * rows), layers=3, heads=4)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -48,6 +88,8 @@ def test_settings_come_from_one_of_three_places(monkeypatch: pytest.MonkeyPatch,
         ('{"preset": ["paper"]}', "STEM_ATTENTION_CONFIG: preset: expected one of"),
         ('{"min_query_len": 1}', "STEM_ATTENTION_CONFIG: min_query_len: expected an integer >= 2, got 1"),
         ('{"min_query_len": true}', "STEM_ATTENTION_CONFIG: min_query_len: expected an integer >= 2, got True"),
+        ('{"preset": "mass", "head_factors": [1, 2]}', "STEM_ATTENTION_CONFIG: head_factors: expected None, or a row for each"),
+        ('{"head_factors": [[1, 2]]}', "STEM_ATTENTION_CONFIG: head_factors: expected its default, None, got ((1.0, 2.0),)"),
         ('{"backend": 3}', "STEM_ATTENTION_CONFIG: backend: expected the name of a backend, got 3"),
     ],
 )

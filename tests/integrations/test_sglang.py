@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import stem_attention as sa
 from stem_attention.policies.budget import row_budgets
 from stem_attention.testing import structured_qkv
 
-from .sglang_host import DIM, HEADS, KV_HEADS, AttentionType, make_batch, make_exec, make_layer, make_runner
+from . import sglang_host
+from .sglang_host import DIM, HEADS, KV_HEADS, LAYERS, PARALLEL, AttentionType, make_batch, make_exec, make_layer, make_runner
 
 from stem_attention.integrations import sglang as plugin  # isort: skip  (after the host, which may stand in for sglang)
 from stem_attention.integrations import sglang_backend, sglang_layers  # isort: skip
@@ -22,6 +24,9 @@ from stem_attention.integrations import sglang_backend, sglang_layers  # isort: 
 CONFIG = {"block_size": 16, "min_blocks": 3, "sink_blocks": 1, "local_blocks": 1, "tail_blocks": 1, "dense_below": 64}
 SPARSE = sa.StemConfig(**CONFIG)
 KEEP_ALL = {"block_size": 16, "ratio_short": 1.0, "ratio_long": 1.0, "decay": 1.0, "dense_below": 0}
+# Forced blocks alone, blocks as by share, every block: each head of each layer keeps something else.
+FACTORS = ((1e6, 1.0, 1e-6, 4.0), (4.0, 1e-6, 1e6, 1.0))
+BY_MASS: dict[str, Any] = {"keep": "mass", "query_pool": 8, "key_pool": 8, "min_blocks": None}
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +145,61 @@ def test_rows_that_only_pad_the_batch_are_zero(monkeypatch: pytest.MonkeyPatch) 
     out = server.run([(0, 128)], padding=3)
     assert torch.equal(out[:128], server.expected(0, 0, 128))
     assert not out[128:].any()
+
+
+def test_each_layer_keeps_what_its_own_factors_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [300, 50], **BY_MASS, head_factors=FACTORS)
+    outputs = [server.run([(0, 300), (0, 50)], layer=make_layer(layer_id)) for layer_id in range(LAYERS)]
+    kept = []
+    for layer_id, out in enumerate(outputs):
+        config = sa.StemConfig(**{**CONFIG, **BY_MASS, "head_factors": (FACTORS[layer_id],)})
+        assert torch.equal(out[:300], server.expected(0, 0, 300, config))
+        dense = sa.StemConfig(block_size=16, dense_below=10**9)
+        torch.testing.assert_close(out[300:], server.expected(1, 0, 50, dense), atol=1e-5, rtol=1e-5)
+        kept.append(sa.select_blocks(*server.prompts[0], config=config).counts.sum((0, 2)).tolist())
+    assert kept[0][0] == kept[1][2] < kept[0][1] < kept[0][2] == kept[1][1] == 19 * 20 // 2
+    assert not torch.equal(*(out[:300] for out in outputs))
+
+
+def test_one_row_of_factors_serves_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [300], **BY_MASS, head_factors=FACTORS[:1])
+    config = sa.StemConfig(**{**CONFIG, **BY_MASS, "head_factors": FACTORS[:1]})
+    for layer_id in range(LAYERS):
+        assert torch.equal(server.run([(0, 300)], layer=make_layer(layer_id)), server.expected(0, 0, 300, config))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_tensor_parallelism_takes_the_factors_of_its_heads(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tuple(FACTORS[layer] + FACTORS[1 - layer] for layer in range(LAYERS))
+    parallel = SimpleNamespace(**{**PARALLEL, "attn_tp_size": 2, "attn_tp_rank": rank})
+    monkeypatch.setattr(sglang_layers, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(sglang_host, "HEADS_OF_ALL_RANKS", 2 * HEADS)
+    server = Server(monkeypatch, [300], **BY_MASS, head_factors=whole)
+    for layer_id in range(LAYERS):
+        config = sa.StemConfig(**{**CONFIG, **BY_MASS, "head_factors": (FACTORS[layer_id ^ rank],)})
+        assert torch.equal(server.run([(0, 300)], layer=make_layer(layer_id)), server.expected(0, 0, 300, config))
+
+
+@pytest.mark.parametrize("factors", [FACTORS[:1] * 3, [row[:2] for row in FACTORS]], ids=["layers", "heads"])
+def test_factors_of_another_model_are_refused_at_start_up(factors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=f"^head_factors: expected 2 x 4 .* got {len(factors)} x {len(factors[0])}; run stem"):
+        Server(monkeypatch, [300], **BY_MASS, head_factors=factors)
+
+
+def test_a_layer_that_the_factors_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [300], **BY_MASS, head_factors=FACTORS)
+    monkeypatch.setattr(server.runner.token_to_kv_pool, "get_key_buffer", lambda layer_id: torch.zeros(4096, KV_HEADS, DIM))
+    monkeypatch.setattr(server.runner.token_to_kv_pool, "get_value_buffer", lambda layer_id: torch.zeros(4096, KV_HEADS, DIM))
+    with pytest.raises(ValueError, match="^layer: expected one of the 2 layers of head_factors, got 2"):
+        server.run([(0, 300)], layer=make_layer(2), extra={"save_kv_cache": False})
+
+
+def test_the_line_at_start_counts_the_factors(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger=plugin.__name__):
+        Server(monkeypatch, [300], **BY_MASS, head_factors=FACTORS)
+    (line,) = (message for message in caplog.messages if message.startswith("Stem is on"))
+    assert line.endswith("and head_factors of 2 x 4")
+    assert "1e-06" not in line
 
 
 OTHER_LAYERS = {

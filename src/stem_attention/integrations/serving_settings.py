@@ -46,6 +46,32 @@ class Settings:
             raise bad_argument("min_query_len", "an integer >= 2", repr(self.min_query_len), "1 is a decode step")
         check_backend(self.backend)
 
+    def __str__(self) -> str:
+        """What a log says of them; of ``head_factors`` only how many there are."""
+        fields = self.config.to_dict()
+        factors = fields.pop("head_factors")
+        count = "" if factors is None else f" and head_factors of {len(factors)} x {len(factors[0])}"
+        return f"settings from {self.source}: {json.dumps(fields)}{count}"
+
+
+def check_head_factors(config: StemConfig, layers: int, heads: int) -> None:
+    """Refuse ``head_factors`` of another model.
+
+    Args:
+        config: Any config.
+        layers: How many the model has.
+        heads: Query heads of its layers, those of all ranks together.
+
+    Raises:
+        ValueError: There are others; the message says how many.
+    """
+    if config.head_factors is None:
+        return
+    rows, width = len(config.head_factors), len(config.head_factors[0])
+    if rows not in (1, layers) or width != heads:
+        expected = f"{layers} x {heads} of them (layers x query heads of this model), or 1 x {heads} for every layer"
+        raise bad_argument("head_factors", expected, f"{rows} x {width}", "run stem-attention calibrate on this model")
+
 
 def read_settings(additional_config: object = None) -> Settings:
     """Settings of this process.

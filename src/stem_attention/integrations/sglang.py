@@ -63,7 +63,7 @@ def create(runner: Any) -> Any:
         backend=settings.backend,
     ).chosen  # fmt: skip
     logger.info(
-        "Stem is on: prompts of %d tokens or more are read sparsely by stem-attention's %s backend, the rest by %s; %s from %s",
-        backend.dense_limit, chosen, decode, settings.config, settings.source,
+        "Stem is on: prompts of %d tokens or more are read sparsely by stem-attention's %s backend, the rest by %s; %s",
+        backend.dense_limit, chosen, decode, settings,
     )  # fmt: skip
     return backend

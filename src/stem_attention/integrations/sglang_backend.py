@@ -15,7 +15,7 @@ from stem_attention.api import dense_limit
 from stem_attention.integrations.serving_counters import Counters
 from stem_attention.integrations.serving_rows import SparseRows
 from stem_attention.integrations.serving_settings import Settings
-from stem_attention.integrations.sglang_layers import layer_obstacle
+from stem_attention.integrations.sglang_layers import layer_obstacle, rank_config
 from stem_attention.integrations.sglang_step import KEEP_ALL_BELOW, Step, batch_obstacle, plan
 from stem_attention.varlen import stem_attention_varlen
 
@@ -33,6 +33,10 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
         super().__init__()
         self.dense = dense
         self.settings = settings
+        self.config = rank_config(settings.config, runner.model_config)
+        # Neither dense rows nor counters need the factors, and looking thousands of numbers up would cost every batch.
+        self.counted = replace(settings.config, head_factors=None)
+        self.keep_all = replace(self.counted, dense_below=KEEP_ALL_BELOW)
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.kv_index_translator = runner.kv_index_translator
@@ -102,12 +106,11 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
         keys, values = (x.unsqueeze(1) for x in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)))
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.zeros_like(queries)  # rows behind the last request only pad the batch
-        config = self.settings.config
-        for rows, settings in ((step.sparse, config), (step.dense, replace(config, dense_below=KEEP_ALL_BELOW))):
+        for rows, config in ((step.sparse, self.config.for_layer(layer.layer_id)), (step.dense, self.keep_all)):
             if rows is not None:
                 out[rows.tokens] = stem_attention_varlen(
                     queries[rows.tokens], keys, values, *_borders(rows), page_table=rows.pages, prompt_lens=rows.prompt_lens,
-                    config=settings, scale=layer.scaling, backend=self.settings.backend,
+                    config=config, scale=layer.scaling, backend=self.settings.backend,
                 )  # fmt: skip
         return out.flatten(1)
 
@@ -124,7 +127,7 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
             COUNTERS.dense_rows["short prompts and chunks"] += batch.batch_size
             return
         COUNTERS.count_sparse(
-            [row for row, reason in zip(step.rows, step.reasons, strict=True) if reason is None], self.settings.config
+            [row for row, reason in zip(step.rows, step.reasons, strict=True) if reason is None], self.counted
         )
         COUNTERS.dense_rows.update(reason for reason in step.reasons if reason is not None)
         if COUNTERS.sparse_rows >= self._logged:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_exec, get_parallel
 
 from stem_attention.checks import DTYPES
+from stem_attention.config import StemConfig
 from stem_attention.errors import UnsupportedError
+from stem_attention.integrations.serving_settings import check_head_factors
 
 
 def check_model(runner: Any) -> None:
@@ -41,6 +44,24 @@ def check_model(runner: Any) -> None:
             raise UnsupportedError(
                 f"--prefill-attention-backend stem cannot serve this model: {reason}. Leave the option out to serve it dense."
             )
+
+
+def rank_config(config: StemConfig, model: Any) -> StemConfig:
+    """The config with ``head_factors`` for those query heads alone that this rank of tensor parallelism has.
+
+    Args:
+        config: For the whole model.
+        model: SGLang's ``ModelConfig``.
+
+    Raises:
+        ValueError: ``head_factors`` are for another number of layers or heads.
+    """
+    if config.head_factors is None:
+        return config
+    check_head_factors(config, model.num_attention_layers, model.num_attention_heads)
+    heads, rank = model.num_attention_heads // get_parallel().attn_tp_size, get_parallel().attn_tp_rank
+    own = slice(rank * heads, (rank + 1) * heads)
+    return replace(config, head_factors=tuple(row[own] for row in config.head_factors))
 
 
 def layer_obstacle(layer: Any, dense_layers: int, extra: Mapping[str, object]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -31,7 +31,14 @@ from stem_attention.api import explain
 from stem_attention.integrations.serving_counters import COUNTERS
 from stem_attention.integrations.serving_rows import Index, Row, SparseRows, row_index, to_device, token_index
 from stem_attention.integrations.serving_settings import Settings, read_settings
-from stem_attention.integrations.vllm_layers import LayerTraits, check_engine, checked_dense_limit, layer_reasons, start_line
+from stem_attention.integrations.vllm_layers import (
+    LayerTraits,
+    check_engine,
+    checked_dense_limit,
+    layer_reasons,
+    layer_settings,
+    start_line,
+)
 from stem_attention.integrations.vllm_runner import PromptLens, prompt_lengths, watch_runners
 
 # vLLM shows what loggers below its own say.
@@ -69,16 +76,18 @@ class StemBuilder(AttentionMetadataBuilder):
         settings = read_settings(vllm_config.additional_config)
         reasons = layer_reasons(vllm_config, settings)
         layers = vllm_config.compilation_config.static_forward_context
-        served = [layers[name].impl for name in layer_names if reasons.get(name, "not ours") is None]
-        for impl in served:
-            impl.settings = settings
-        self._settings = settings
+        served = {name: layers[name].impl for name in layer_names if reasons.get(name, "not ours") is None}
+        for name, impl in served.items():
+            impl.settings = layer_settings(name, impl, vllm_config, settings)
+        self._min_query_len = settings.min_query_len
+        # What is counted does not depend on the factors, and looking thousands of numbers up would cost every step.
+        self._counted = replace(settings.config, head_factors=None)
         self._prompt_lens: PromptLens | None = None
         self._capturing = False
         if not served:
             return
         self._prompt_lens = prompt_lengths()
-        dtype, head_dim = vllm_config.model_config.dtype, served[0].head_size
+        dtype, head_dim = vllm_config.model_config.dtype, next(iter(served.values())).head_size
         self._limit = checked_dense_limit(settings, device, dtype, head_dim)
         chosen = explain(device=device, dtype=dtype, head_dim=head_dim, config=settings.config, backend=settings.backend).chosen
         _announce(start_line(reasons, settings, self._limit, str(chosen)))
@@ -105,13 +114,13 @@ class StemBuilder(AttentionMetadataBuilder):
         if self._prompt_lens is None or self._capturing or fast_build:
             return metadata
         rows = _rows(common_attn_metadata, self._prompt_lens)
-        reasons = [row.dense_reason(self._settings.min_query_len, self._limit) for row in rows]
+        reasons = [row.dense_reason(self._min_query_len, self._limit) for row in rows]
         sparse = [i for i, reason in enumerate(reasons) if reason is None]
         COUNTERS.dense_rows.update(
             reason for row, reason in zip(rows, reasons, strict=True) if reason is not None and row.q_len > 0
         )
         if sparse:
-            COUNTERS.count_sparse([rows[i] for i in sparse], self._settings.config)
+            COUNTERS.count_sparse([rows[i] for i in sparse], self._counted)
             plan = Plan(
                 SparseRows.of(rows, sparse, common_attn_metadata.block_table_tensor),
                 self._dense(common_attn_metadata, rows, [i for i, reason in enumerate(reasons) if reason is not None]),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
@@ -16,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from stem_attention.api import dense_limit, explain
 from stem_attention.errors import UnsupportedError
-from stem_attention.integrations.serving_settings import Settings
+from stem_attention.integrations.serving_settings import Settings, check_head_factors
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,21 @@ def _reason(name: str, layer: Any, config: VllmConfig, settings: Settings) -> st
     return None
 
 
+def layer_settings(name: str, impl: Any, config: VllmConfig, settings: Settings) -> Settings:
+    """What one layer takes: of ``head_factors`` those of the query heads that this rank has of it.
+
+    Raises:
+        ValueError: ``head_factors`` are for another number of layers or heads.
+    """
+    if settings.config.head_factors is None:
+        return settings
+    heads, rank = impl.num_heads, get_tensor_model_parallel_rank()
+    layers = config.model_config.get_total_num_hidden_layers()
+    check_head_factors(settings.config, layers, heads * get_tensor_model_parallel_world_size())
+    own = slice(rank * heads, (rank + 1) * heads)
+    return replace(settings, config=settings.config.for_layer(extract_layer_index(name), own))
+
+
 def checked_dense_limit(settings: Settings, device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
     """Prompts of fewer tokens stay dense.
 
@@ -119,8 +135,7 @@ def start_line(reasons: dict[str, str | None], settings: Settings, limit: int, b
     rest = f" (dense: {_listed(dense)})" if dense else ""
     return (
         f"Stem is on in {count} of {len(reasons)} attention layers{rest}: prompts of {limit} tokens and more are read "
-        f"sparsely, in steps of {settings.min_query_len} tokens and more, by the {backend} backend; "
-        f"settings from {settings.source}: {settings.config.to_json()}"
+        f"sparsely, in steps of {settings.min_query_len} tokens and more, by the {backend} backend; {settings}"
     )
 
 

@@ -19,6 +19,10 @@ import json, sys
 import vllm
 from stem_attention.integrations.vllm import counters
 
+def factors(worker):
+    layers = worker.model_runner.vllm_config.compilation_config.static_forward_context
+    return [layers[name].impl.settings.config.head_factors for name in sorted(layers)]
+
 def main():
     llm = vllm.LLM(
         sys.argv[1], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=4,
@@ -28,7 +32,8 @@ def main():
     prompts = [{"prompt_token_ids": prompt} for prompt in json.load(open(sys.argv[2]))]
     greedy = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     tokens = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy, use_tqdm=False)]
-    print("RESULT", json.dumps({"tokens": tokens, "counters": llm.collective_rpc(counters), "here": counters()}))
+    asked = {"counters": llm.collective_rpc(counters), "factors": llm.collective_rpc(factors)}
+    print("RESULT", json.dumps({"tokens": tokens, "here": counters(), **asked}))
 
 if __name__ == "__main__":
     main()
@@ -36,30 +41,49 @@ if __name__ == "__main__":
 KEEP_ALL = {"block_size": 64, "dense_below": 0, "ratio_short": 1.0, "ratio_long": 1.0, "decay": 1.0, "min_query_len": 32}
 
 
-def test_worker_processes_give_the_hosts_tokens_and_can_be_asked(
-    llama: Path, tmp_path: Path, engine: Any, generate: Callable[..., list[list[int]]]
-) -> None:
-    script, settings, asked = tmp_path / "serve.py", tmp_path / "stem.json", tmp_path / "prompts.json"
-    prompts = [[i * i * k % 509 for i in range(1, length)] for k, length in ((3, 900), (5, 60), (7, 500))]
+FACTORS = [[1e6, 1.0, 1e-6, 4.0], [4.0, 1e-6, 1e6, 1.0]]
+BY_MASS = {"preset": "mass", "dense_below": 256, "min_query_len": 32, "head_factors": FACTORS}
+PROMPTS = [[i * i * k % 509 for i in range(1, length)] for k, length in ((3, 900), (5, 60), (7, 500))]
+
+
+def serve(model: Path, folder: Path, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the script printed for a model under some settings, and everything that was logged."""
+    script, settings, asked = folder / "serve.py", folder / "stem.json", folder / "prompts.json"
     script.write_text(SCRIPT)
-    settings.write_text(json.dumps(KEEP_ALL))
-    asked.write_text(json.dumps(prompts))
+    settings.write_text(json.dumps(given))
+    asked.write_text(json.dumps(PROMPTS))
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "OMP_NUM_THREADS": "1",
         "STEM_ATTENTION_CONFIG": str(settings),
     }
-    command = [sys.executable, str(script), str(llama), str(asked)]
+    command = [sys.executable, str(script), str(model), str(asked)]
     run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
     log = run.stdout + run.stderr
     assert run.returncode == 0, log[-3000:]
     (line,) = (line for line in run.stdout.splitlines() if line.startswith("RESULT"))
-    result = json.loads(line.removeprefix("RESULT"))
-    assert result["tokens"] == generate(engine(llama), prompts, tokens=8)
+    result: dict[str, Any] = json.loads(line.removeprefix("RESULT"))
+    return result, log
+
+
+def test_worker_processes_give_the_hosts_tokens_and_can_be_asked(
+    llama: Path, tmp_path: Path, engine: Any, generate: Callable[..., list[list[int]]]
+) -> None:
+    result, log = serve(llama, tmp_path, KEEP_ALL)
+    assert result["tokens"] == generate(engine(llama), PROMPTS, tokens=8)
     assert log.count("Stem is on in 2 of 2 attention layers") == 2, "each worker says so once"
     assert "settings from STEM_ATTENTION_CONFIG" in log
     first, second = result["counters"]
     assert first == second
-    assert 1400 < first["sparse_tokens"] <= sum(map(len, prompts))
+    assert 1400 < first["sparse_tokens"] <= sum(map(len, PROMPTS))
     assert result["here"]["sparse_rows"] == 0, "workers count, the process that asks them does not"
+
+
+def test_each_worker_has_the_factors_of_its_own_heads(
+    llama: Path, tmp_path: Path, engine: Any, generate: Callable[..., list[list[int]]]
+) -> None:
+    result, log = serve(llama, tmp_path, BY_MASS)
+    assert result["factors"] == [[[row[:2]] for row in FACTORS], [[row[2:]] for row in FACTORS]]
+    assert result["tokens"] == generate(engine(llama, BY_MASS, max_num_batched_tokens=333), PROMPTS, tokens=8)
+    assert log.count("and head_factors of 2 x 4") == 2
