@@ -91,7 +91,9 @@ def record_selection(
         patch.setattr(routes, "score_launch", lambda _: score_launch_for(target))
         patch.setattr(masses, "mass_launch", lambda _: mass_launch_for(target))
         patch.setattr(torch.version, "hip", None if target.startswith("sm") else "7.0")
-        patch.setattr(select, "_budget_table", lambda *_: torch.empty((1, 9), dtype=torch.int32, device="cuda"))
+        for table in ("_budget_table", "_prompt_table"):
+            patch.setattr(select, table, lambda *_: torch.empty((1, 9), dtype=torch.int32, device="cuda"))
+        patch.setattr(masses, "_head_shares", lambda *_: torch.empty((1, 8), dtype=torch.float32, device="cuda"))
         q, k, borders, table = _inputs(length, dim, dtype, "cuda", ragged, page)
         chosen = StemConfig() if config is None else config
         select.select(q, k, k, chosen, 0.1, (length,), implicit=implicit, ragged=borders, page_table=table)

@@ -27,29 +27,32 @@ def _scored(config: StemConfig, blocks: int, dense: bool) -> Sequence[int]:
     return range(1, blocks + 1) if dense else ranked_budgets(config, blocks)
 
 
-def _needs_list(config: StemConfig, blocks: int, dense: bool, row: int) -> bool:
-    """Whether a row may keep less than everything."""
-    if config.keep == "mass":
-        return not dense and row < blocks - config.tail_blocks
-    return _scored(config, blocks, dense)[row] <= row
+def _list_width(config: StemConfig, blocks: int, dense: bool, first: int, end: int, implicit: bool) -> int:
+    """The longest list that must be written for rows ``first`` to ``end`` of a prompt of ``blocks`` blocks."""
+    if config.keep == "budget":
+        return _budgeted_width(config, blocks, dense, first, end, implicit)
+    unlisted = (blocks if dense else config.tail_blocks) if implicit else 0
+    last = min(end, blocks - unlisted)
+    return last if last > first else 1
 
 
 @lru_cache(maxsize=256)
-def _list_width(config: StemConfig, blocks: int, dense: bool, first: int, end: int, implicit: bool) -> int:
-    """The longest list that must be written for rows ``first`` to ``end`` of a prompt of ``blocks`` blocks."""
-    most, rows = row_budgets(config, blocks), range(first, min(end, blocks))
-    return max((most[row] for row in rows if not implicit or _needs_list(config, blocks, dense, row)), default=1)
+def _budgeted_width(config: StemConfig, blocks: int, dense: bool, first: int, end: int, implicit: bool) -> int:
+    most, scored = row_budgets(config, blocks), _scored(config, blocks, dense)
+    rows = range(first, min(end, blocks))
+    return max((most[row] for row in rows if not implicit or scored[row] <= row), default=1)
 
 
 @kept_per_stream
 def _budget_table(device: torch.device, config: StemConfig, prompts: tuple[tuple[int, bool], ...]) -> Tensor:
-    """int32 ``(prompts, longest)``, the numbers of :func:`_scored`.
-
-    By mass ``(prompts, 1)``: the blocks of each prompt, 0 for a dense one.
-    """
-    if config.keep == "mass":
-        return device_table([[0 if dense else blocks] for blocks, dense in prompts], torch.int32, device)
+    """int32 ``(prompts, longest)``, the numbers of :func:`_scored`."""
     return device_table([_scored(config, blocks, dense) for blocks, dense in prompts], torch.int32, device)
+
+
+@kept_per_stream
+def _prompt_table(device: torch.device, prompts: tuple[tuple[int, bool], ...]) -> Tensor:
+    """int32 ``(prompts, 1)``: the blocks of each prompt, 0 for a dense one. The same for all layers."""
+    return device_table([[0 if dense else blocks] for blocks, dense in prompts], torch.int32, device)
 
 
 def select(
@@ -85,10 +88,11 @@ def select(
     width = max(_list_width(config, *prompt, span.first, span.blocks, implicit) for prompt in prompts)
     indices = q.new_empty((span.batch, heads, span.rows, width), dtype=torch.int32)
     counts = q.new_empty((span.batch, heads, span.rows), dtype=torch.int32)
-    budgets = _budget_table(q.device, config, prompts)
     if config.keep == "mass":
-        keep_by_mass(q, k, config, scale, span, page_table, budgets, indices, counts, implicit=implicit)
+        table = _prompt_table(q.device, prompts)
+        keep_by_mass(q, k, config, scale, span, page_table, table, indices, counts, implicit=implicit)
         return indices, counts
+    budgets = _budget_table(q.device, config, prompts)
     budget_stride = budgets.shape[1] if len(prompt_lens) > 1 else 0
     routes = Routes(q, k, v, config, scale, span, page_table)
     pitch = triton.cdiv(span.blocks, 16) * 16  # rows that begin at aligned addresses: else the score kernel spills
