@@ -99,6 +99,26 @@ def test_bad_config(config, entry):
         entry(*make_qkv(2, 40, 50, 4, 2, 16), config=config)
 
 
+BAD_FACTORS = {
+    "two_layers": ([[1.0] * 4] * 2, "2 x 4"),
+    "too_few_heads": ([[1.0] * 3], "1 x 3"),
+    "as_many_as_kv_heads": ([[1.0] * 2], "1 x 2"),
+    "too_many_heads": ([[1.0] * 5], "1 x 5"),
+}
+
+
+@pytest.mark.parametrize("dense_below", [0, 51])
+@pytest.mark.parametrize("entry", [stem, stem_with_lse, select])
+@pytest.mark.parametrize("case", BAD_FACTORS)
+def test_head_factors_of_other_layers_or_heads(case, entry, dense_below):
+    factors, got = BAD_FACTORS[case]
+    config = sa.StemConfig.mass(block_size=16, key_pool=16, dense_below=dense_below, head_factors=factors)
+    expected = "config: expected head_factors of one layer and the 4 query heads of q"
+    with pytest.raises(ValueError, match="expected") as refused:
+        entry(*make_qkv(2, 40, 50, 4, 2, 16), config=config)
+    assert str(refused.value) == f"{expected}, got {got} of them; pass config.for_layer(layer)"
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("backend", ["flash", "", "AUTO", None, 3, ["torch"]])
 def test_bad_backend(backend, entry):

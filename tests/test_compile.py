@@ -12,6 +12,9 @@ SPARSE = sa.StemConfig(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=
 EXTRA = sa.StemConfig(
     block_size=16, min_blocks=3, sink_blocks=2, local_blocks=2, tail_blocks=0, forced="extra", magnitude="zscore", dense_below=0
 )
+FACTORS = sa.StemConfig.mass(
+    block_size=16, query_pool=4, key_pool=4, tail_blocks=1, dense_below=64, head_factors=[[0.3, 1.0, 2.0, 8.0]]
+)
 SHAPES = ((2, 100, 130), (2, 150, 150), (1, 33, 300))  # batch, q_len, kv_len
 
 
@@ -40,6 +43,11 @@ def two_steps_of_ragged_rows(q, k, v):
     return sa.block_sparse_attention(q, k, v, selection) + 1
 
 
+def two_steps_of_heads_with_shares(q, k, v):
+    selection = sa.select_blocks(q, k, v, config=FACTORS)
+    return sa.block_sparse_attention(q, k, v, selection) + sa.stem_attention(q, k, v, config=FACTORS), selection.counts + 1
+
+
 def as_tuple(result):
     return result if isinstance(result, tuple) else (result,)
 
@@ -50,7 +58,9 @@ def same(result, expected):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("function", [attention, attention_with_lse, two_steps, two_steps_of_ragged_rows])
+@pytest.mark.parametrize(
+    "function", [attention, attention_with_lse, two_steps, two_steps_of_ragged_rows, two_steps_of_heads_with_shares]
+)
 def test_compiled_equals_eager(function, dynamic):
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for i, (batch, q_len, kv_len) in enumerate(SHAPES):
@@ -92,7 +102,7 @@ def test_compiled_code_raises_the_same_errors():
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("config", [SPARSE, EXTRA, sa.StemConfig()])
+@pytest.mark.parametrize("config", [SPARSE, EXTRA, FACTORS, sa.StemConfig()])
 @pytest.mark.parametrize("layout", ["bshd", "fused"])
 def test_opcheck_of_forward(layout, config, return_lse):
     q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, layout=layout)
@@ -100,7 +110,7 @@ def test_opcheck_of_forward(layout, config, return_lse):
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("config", [SPARSE, EXTRA])
+@pytest.mark.parametrize("config", [SPARSE, EXTRA, FACTORS])
 @pytest.mark.parametrize("q_len", [1, 100])
 def test_opcheck_of_select(q_len, config, backend):
     q, k, v = structured_qkv(2, q_len, 130, 4, 2, 16, layout="fused")

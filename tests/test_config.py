@@ -124,6 +124,10 @@ MASS = st.fixed_dictionaries(
         "spread": st.floats(0, 10),
         "query_pool": st.sampled_from([1, 8, 32]),
         "key_pool": st.sampled_from([1, 16, 32]),
+        "head_factors": st.none()
+        | st.integers(1, 4).flatmap(
+            lambda heads: st.lists(st.tuples(*[st.floats(1e-6, 1e6)] * heads), min_size=1, max_size=3).map(tuple)
+        ),
     }
 )
 
@@ -136,6 +140,7 @@ def test_json_and_dict_round_trips_give_an_equal_config(fields):
     assert fields.items() <= config.to_dict().items()
     assert StemConfig.from_dict(config.to_dict()) == config
     assert StemConfig.from_json(config.to_json()) == config
+    assert hash(StemConfig.from_json(config.to_json())) == hash(config)
     assert StemConfig.from_json(config.to_json()).to_json() == config.to_json()
 
 
@@ -299,3 +304,98 @@ def test_every_field_belongs_to_one_rule_or_to_both():
 def test_the_share_is_above_zero(value):
     with pytest.raises(ValueError, match=r"^share: expected a finite number > 0, got "):
         StemConfig.mass(share=value)
+
+
+LAYERS = ((1.0, 2.0, 0.5, 4.0), (3.0, 0.25, 1.5, 8.0))
+EXPECTED = (
+    "head_factors: expected None, or a row for each layer (or one for all) of finite numbers > 0, one for each query head"
+)
+WAY_OUT = "take those that stem-attention calibrate writes"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], f"{EXPECTED}, got list []; {WAY_OUT}"),
+        (2.0, f"{EXPECTED}, got float 2.0; {WAY_OUT}"),
+        ("ab", f"{EXPECTED}, got str 'ab'; {WAY_OUT}"),
+        ({0: [1.0]}, f"{EXPECTED}, got dict {{0: [1.0]}}; {WAY_OUT}"),
+        ([1.0, 2.0], f"{EXPECTED}, got list [1.0, 2.0]; {WAY_OUT}"),
+        ([[1.0], []], f"{EXPECTED}, got list [[1.0], []]; {WAY_OUT}"),
+        ([[1.0], None], f"{EXPECTED}, got list [[1.0], None]; {WAY_OUT}"),
+        ([1.0] * 99, f"{EXPECTED}, got list [{'1.0, ' * 11}1.0,; {WAY_OUT}"),
+        ([[1.0], [1.0, 2.0]], f"head_factors: expected rows of one length, got rows of [1, 2]; {WAY_OUT}"),
+        *(
+            ([[1.0], [factor]], f"{EXPECTED}, got {factor!r}; {WAY_OUT}")
+            for factor in (0, -1.0, math.nan, math.inf, 10**400, "1", None, True, [1.0])
+        ),
+    ],
+)
+def test_head_factors_are_rows_of_numbers_above_zero(value, message):
+    with pytest.raises(ValueError, match="expected") as refused:
+        StemConfig.mass(head_factors=value)
+    assert str(refused.value) == message
+
+
+def test_head_factors_belong_to_keep_by_mass():
+    with pytest.raises(ValueError, match="expected") as refused:
+        StemConfig(head_factors=[[1, 2]])
+    assert str(refused.value) == (
+        "head_factors: expected its default, None, got ((1.0, 2.0),); it means nothing under keep='budget'; "
+        "leave it out, or take keep='mass'"
+    )
+
+
+def test_head_factors_become_tuples_of_floats_whatever_rows_they_came_in():
+    config = StemConfig.mass(head_factors=[[1, 2], (0.5, 3)])
+    assert config.head_factors == ((1.0, 2.0), (0.5, 3.0))
+    assert {type(factor) for row in config.head_factors for factor in row} == {float}
+    same = StemConfig.from_json('{"keep": "mass", "block_size": 64, "head_factors": [[1.0, 2], [0.5, 3]]}')
+    assert same == config
+    assert hash(same) == hash(config)
+    assert config != StemConfig.mass(head_factors=[[1, 2], [0.5, 4]])
+    assert config != StemConfig.mass()
+
+
+def test_a_layer_takes_its_row_and_all_else_of_the_config():
+    config = StemConfig.mass(share=3.0, dense_layers=1, head_factors=LAYERS)
+    for layer, row in enumerate(LAYERS):
+        own = config.for_layer(layer)
+        assert own == StemConfig.mass(share=3.0, dense_layers=1, head_factors=(row,))
+        assert hash(own) == hash(StemConfig.mass(share=3.0, dense_layers=1, head_factors=(row,)))
+        assert StemConfig.from_json(own.to_json()) == own
+        assert own.for_layer(layer) is own
+        assert config.for_layer(layer) is own  # a graph of torch.compile cannot build one
+
+
+def test_a_single_row_is_for_every_layer():
+    config = StemConfig.mass(head_factors=LAYERS[:1])
+    assert all(config.for_layer(layer) is config for layer in (-1, 0, 7))
+
+
+def test_without_head_factors_every_layer_takes_the_config_itself():
+    for config in (StemConfig(), StemConfig.mass()):
+        assert config.for_layer(7) is config
+        assert config.for_layer(7, slice(2, 3)) is config
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_a_layer_that_has_no_row_is_refused(layer):
+    with pytest.raises(ValueError, match="expected") as refused:
+        StemConfig.mass(head_factors=LAYERS).for_layer(layer)
+    assert str(refused.value) == f"layer: expected one of the 2 layers of head_factors, got {layer}; calibrate for this model"
+
+
+@pytest.mark.parametrize("rows", [LAYERS, LAYERS[1:]], ids=["by-layer", "for-all"])
+def test_a_rank_takes_the_factors_of_its_heads(rows):
+    config = StemConfig.mass(share=3.0, head_factors=rows)
+    assert config.for_layer(1, slice(1, 3)) == StemConfig.mass(share=3.0, head_factors=[LAYERS[1][1:3]])
+    assert config.for_layer(1, slice(2, None)) == StemConfig.mass(share=3.0, head_factors=[LAYERS[1][2:]])
+    with pytest.raises(ValueError, match="^head_factors: expected "):
+        config.for_layer(1, slice(4, 8))
+
+
+def test_the_share_of_a_head_is_the_share_times_its_factor():
+    config = StemConfig.mass(share=3.0, head_factors=LAYERS)
+    assert [config.for_layer(1).head_share(head) for head in range(4)] == [9.0, 0.75, 4.5, 24.0]
+    assert [StemConfig.mass(share=3.0).head_share(head) for head in (0, 31)] == [3.0, 3.0]

@@ -13,6 +13,9 @@ from stem_attention.testing import make_qkv, structured_qkv
 from stem_attention.testing.packed import borders, to_pages
 
 SPARSE = sa.StemConfig(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1, dense_below=64)
+FACTORS = sa.StemConfig.mass(
+    block_size=16, query_pool=4, key_pool=8, tail_blocks=1, dense_below=64, share=2.0, head_factors=[[0.2, 1.0, 2.0, 6.0]]
+)
 
 
 def ragged(q_lens, kv_lens, dtype=torch.float32, heads=(4, 2), dim=16):
@@ -51,10 +54,11 @@ CASES = {
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_ragged_batches_equal_single_calls_exactly(case, dtype, backend):
+@pytest.mark.parametrize("config", [SPARSE, FACTORS], ids=["budget", "factors"])
+def test_ragged_batches_equal_single_calls_exactly(config, case, dtype, backend):
     packed, lengths = ragged(*CASES[case], dtype=dtype)
-    out, lse = sa.stem_attention_varlen(*packed, *lengths, config=SPARSE, return_lse=True, backend=backend)
-    expected, expected_lse = one_by_one(packed, lengths, config=SPARSE, backend=backend)
+    out, lse = sa.stem_attention_varlen(*packed, *lengths, config=config, return_lse=True, backend=backend)
+    expected, expected_lse = one_by_one(packed, lengths, config=config, backend=backend)
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)
     assert out.dtype == dtype
@@ -103,13 +107,14 @@ def test_scale_reaches_every_sequence():
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("case", CASES)
-def test_paged_keys_equal_packed_keys_bit_for_bit(case, page_size):
+@pytest.mark.parametrize("config", [SPARSE, FACTORS], ids=["budget", "factors"])
+def test_paged_keys_equal_packed_keys_bit_for_bit(config, case, page_size):
     (q, k, v), lengths = ragged(*CASES[case])
     keys, table = to_pages(k, CASES[case][1], page_size)
     values, same_table = to_pages(v, CASES[case][1], page_size)
     assert torch.equal(table, same_table)
-    paged = sa.stem_attention_varlen(q, keys, values, *lengths, page_table=table, config=SPARSE, return_lse=True)
-    packed = sa.stem_attention_varlen(q, k, v, *lengths, config=SPARSE, return_lse=True)
+    paged = sa.stem_attention_varlen(q, keys, values, *lengths, page_table=table, config=config, return_lse=True)
+    packed = sa.stem_attention_varlen(q, k, v, *lengths, config=config, return_lse=True)
     assert all(torch.equal(x, y) for x, y in zip(paged, packed, strict=True))
     assert not paged[0].isnan().any()
 
@@ -191,6 +196,8 @@ BAD_ARGUMENTS = {
     "prompt_lens_float": ("prompt_lens", {"prompt_lens": [40.5, 20]}),
     "prompt_lens_too_short": ("prompt_lens", {"prompt_lens": [40, 19]}),
     "config": ("config", {"config": "paper"}),
+    "factors_of_two_layers": ("config", {"config": sa.StemConfig.mass(head_factors=[[1.0] * 4] * 2)}),  # dense at this length
+    "factors_of_two_heads": ("config", {"config": sa.StemConfig.mass(head_factors=[[1.0] * 2], dense_below=0)}),
     "scale": ("scale", {"scale": math.nan}),
     "backend": ("backend", {"backend": "flash"}),
 }

@@ -27,11 +27,21 @@ CPU = torch.device("cpu")
 SHAPE = Shape(1000, 4, 2, 64, torch.float32, CPU)
 
 
-@pytest.mark.parametrize("preset", [StemConfig(), StemConfig.paper(), StemConfig.angelslim()])
+FACTORS = StemConfig.mass(spread=0.0, share=1.0, head_factors=[[0.5, 3, 1.5, 2.5]])
+
+
+@pytest.mark.parametrize("preset", [StemConfig(), StemConfig.paper(), StemConfig.angelslim(), FACTORS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_check_passes_on_what_the_library_computes(preset: StemConfig, dtype: torch.dtype) -> None:
     q, k, v = random_inputs(replace(SHAPE, dtype=dtype), seed=0)
     assert check(q, k, v, preset).problem(dtype) is None
+
+
+def test_check_knows_each_heads_share() -> None:
+    q, k, v = random_inputs(SHAPE, seed=0)
+    kept = select_blocks(q, k, v, config=FACTORS).counts[0].sum(1)
+    assert len(set(kept.tolist())) == 4  # or these factors show nothing
+    assert all(check(q, k, v, FACTORS, seed).different_blocks == 0 for seed in range(8))  # whichever heads are drawn
 
 
 @pytest.mark.parametrize(("error", "different"), [(1e-3, 0.0), (math.nan, 0.0), (0.0, 0.5), (0.0, math.nan)])

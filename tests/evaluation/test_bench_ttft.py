@@ -115,6 +115,18 @@ def test_every_length_has_first_call_parts_repeats_and_density(tiny):
         assert result.ratios["total"] == result.timings["SDPA"].seconds / result.timings[STEM].seconds
 
 
+def test_the_density_is_that_of_the_observed_layers_own_factors(tiny):
+    def density(*factors: tuple[float, ...]) -> float:
+        config = StemConfig.mass(dense_below=0, key_pool=16, block_size=32, head_factors=factors)
+        (result,) = time_lengths(
+            tiny, contestants(CPU, dense=False), [800], config, repeats=1, seed=0, on_length=lambda *_: lambda: None
+        )
+        return result.density
+
+    low, high = (0.1,) * 4, (100.0,) * 4
+    assert density(low, high) < density(high, low)  # of the second of two layers
+
+
 def test_out_of_memory_leaves_one_out_and_times_the_others(tiny, monkeypatch):
     def exhausted(model: Any, *_: Any) -> float:
         if model.config._attn_implementation == "sdpa":

@@ -1,6 +1,7 @@
 """The measure "cost" on a tiny random model: what is timed, what a record says, and what the report makes of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,6 +144,17 @@ def test_layers_and_lengths_that_a_config_leaves_dense_are_timed_dense():
     assert layer_cost(config, a_call(layer=1)).density < 1
     assert layer_cost(StemConfig(**{**CONFIG.to_dict(), "dense_below": 321}), a_call()).density == 1
     assert layer_cost(StemConfig(**{**CONFIG.to_dict(), "dense_below": 320}), a_call()).density < 1
+
+
+def test_each_layer_is_timed_with_its_own_factors():
+    low, high = (0.1,) * 4, (5.0,) * 4
+    call = a_call()
+    density = [
+        layer_cost(replace(MASS, head_factors=factors), replace(call, layer=layer)).density
+        for factors in ((low, high), (low,), (high,))
+        for layer in (0, 1)
+    ]
+    assert density[0] == density[2] == density[3] > density[1] == density[4] == density[5]
 
 
 def test_policies_that_a_config_says_too_are_timed_as_the_config():

@@ -70,6 +70,18 @@ def test_a_config_and_its_policy_are_measured_alike(layers):
     assert records[0] == records[1]
 
 
+def test_each_layer_is_measured_with_its_own_factors(layers):
+    def recall(*factors):
+        config = StemConfig.mass(block_size=16, key_pool=16, dense_below=0, tail_blocks=0, head_factors=factors)
+        return layers.run(layers.cases()[0], config, ignore)["recall"]
+
+    low, high = (0.2, 1.0, 2.0, 0.5), (40.0,) * 4
+    both, first, second = recall(low, high), recall(low), recall(high)
+    assert both == [first[0], second[1]]
+    assert both[0] != second[0]
+    assert both[1] != first[1]
+
+
 def test_the_oracle_has_the_highest_recall_of_its_budget(layers):
     best, stem = (torch.tensor(layers.run(layers.cases()[0], what, ignore)["recall"]) for what in (Oracle(CONFIG), CONFIG))
     assert bool((best > stem).all())

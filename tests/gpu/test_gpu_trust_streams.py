@@ -1,6 +1,7 @@
 """On a GPU: tables that the host sends along are right on every stream, in every graph, and whatever is freed meanwhile."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,28 +14,30 @@ from .common import SPARSE, on_gpu, random_qkv
 pytestmark = on_gpu
 
 BUSY = 100_000_000  # cycles: some 50 ms in which a stream does nothing else
+FACTORS = StemConfig.mass(dense_below=0, head_factors=[[0.5, 2, 1, 4, 0.25, 1.5, 1, 3]])
 
 
-def fresh(n: int) -> StemConfig:
-    """The blocks of ``SPARSE`` under a config that no other call has used: its budgets are not on the device yet."""
-    return StemConfig(dense_below=0, knee_tokens=16384 + n)  # beyond these prompts
+def fresh(known: StemConfig, n: int) -> StemConfig:
+    """The blocks of a config under one that no other call has used: its tables are not on the device yet."""
+    return replace(known, dense_layers=n)  # of which a single call knows nothing
 
 
-@pytest.fixture(autouse=True)
-def _compiled():
-    """Kernels are compiled and loaded before anything is timed against anything."""
+@pytest.fixture(params=[SPARSE, FACTORS], ids=["budgets", "factors"])
+def known(request):
+    """A config whose kernels are compiled and loaded before anything is timed against anything."""
     q, k, v = random_qkv(1, 5000, 5000, 8, 2, 128)
     for backend_name in ("auto", "triton"):
-        stem_attention(q, k, v, config=SPARSE, backend=backend_name)
+        stem_attention(q, k, v, config=request.param, backend=backend_name)
     torch.cuda.synchronize()
+    return request.param
 
 
-def test_a_second_stream_does_not_read_budgets_that_are_still_on_their_way(backend):
+def test_a_second_stream_does_not_read_budgets_that_are_still_on_their_way(known, backend):
     q, k, v = random_qkv(1, 5000, 5000, 8, 2, 128)
-    expected = stem_attention(q, k, v, config=SPARSE, backend=backend)
+    expected = stem_attention(q, k, v, config=known, backend=backend)
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
-    config = fresh(1 if backend == "hopper" else 2)
+    config = fresh(known, 1 if backend == "hopper" else 2)
     with torch.cuda.stream(first):
         torch.cuda._sleep(BUSY)  # the copy waits behind this
         early = stem_attention(q, k, v, config=config, backend=backend)
@@ -60,11 +63,11 @@ def captured(function, *warm):
     return graph, result
 
 
-def scribble():
+def scribble(known):
     """Give back what is cached on the host and on the device, and write over it."""
-    for i in range(80):  # more lengths than budgets are kept for
-        q, k, v = random_qkv(1, 2048 + i * 128, 2048 + i * 128, 8, 2, 128)
-        stem_attention(q, k, v, config=fresh(500))
+    for i in range(300):  # more configs than tables are kept for
+        q, k, v = random_qkv(1, 2048 + i % 80 * 128, 2048 + i % 80 * 128, 8, 2, 128)
+        stem_attention(q, k, v, config=fresh(known, 500 + i))
     torch.cuda.synchronize()
     for size in (256, 1024, 4096, 16384):
         for _ in range(200):
@@ -72,11 +75,11 @@ def scribble():
             torch.full((size // 4,), 0x7FFFFFFF, dtype=torch.int32).pin_memory()
 
 
-def test_calls_beside_a_captured_graph_do_not_read_what_its_replay_writes(backend):
+def test_calls_beside_a_captured_graph_do_not_read_what_its_replay_writes(known, backend):
     """A graph's own copy of the budgets runs at replay: nobody else may count on it."""
     q, k, v = random_qkv(1, 5000, 5000, 8, 2, 128)
-    expected = stem_attention(q, k, v, config=SPARSE, backend=backend)
-    config = fresh(3 if backend == "hopper" else 4)
+    expected = stem_attention(q, k, v, config=known, backend=backend)
+    config = fresh(known, 3 if backend == "hopper" else 4)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # at a config that was never seen: its budgets are copied in the graph
         inside = stem_attention(q, k, v, config=config, backend=backend)
@@ -85,28 +88,28 @@ def test_calls_beside_a_captured_graph_do_not_read_what_its_replay_writes(backen
     assert torch.equal(inside, expected)
 
 
-def test_a_graph_replays_after_everything_else_is_forgotten(backend):
+def test_a_graph_replays_after_everything_else_is_forgotten(known, backend):
     q, k, v = random_qkv(1, 5000, 5000, 8, 2, 128)
-    expected = stem_attention(q, k, v, config=SPARSE, backend=backend)
-    graph, out = captured(lambda *x: stem_attention(*x, config=SPARSE, backend=backend), q, k, v)
-    scribble()
+    expected = stem_attention(q, k, v, config=known, backend=backend)
+    graph, out = captured(lambda *x: stem_attention(*x, config=known, backend=backend), q, k, v)
+    scribble(known)
     for _ in range(3):
         out.zero_()
         graph.replay()
         assert torch.equal(out, expected)
 
 
-def test_a_packed_batch_in_a_graph(backend):
+def test_a_packed_batch_in_a_graph(known, backend):
     lengths = [3000, 1, 500, 1499]
     q, k, v = (x[0] for x in random_qkv(1, 5000, 5000, 8, 2, 128))
     starts = borders(lengths)
 
     def run(q, k, v):
-        return stem_attention_varlen(q, k, v, starts, starts, 3000, 3000, config=SPARSE, backend=backend)
+        return stem_attention_varlen(q, k, v, starts, starts, 3000, 3000, config=known, backend=backend)
 
     expected = run(q, k, v)
     graph, out = captured(run, q, k, v)
-    scribble()
+    scribble(known)
     for _ in range(3):
         out.zero_()
         graph.replay()
@@ -117,25 +120,26 @@ def test_a_packed_batch_in_a_graph(backend):
     assert torch.equal(out, run(fresh_q, k, v))
 
 
-def test_many_streams_give_the_same_bits(backend):
+def test_many_streams_give_the_same_bits(known, backend):
     q, k, v = random_qkv(1, 5000, 5000, 8, 2, 128)
-    expected = stem_attention(q, k, v, config=SPARSE, return_lse=True, backend=backend)
+    expected = stem_attention(q, k, v, config=known, return_lse=True, backend=backend)
     torch.cuda.synchronize()
     results = []
     for _ in range(12):
         with torch.cuda.stream(torch.cuda.Stream()):
-            results.append(stem_attention(q, k, v, config=SPARSE, return_lse=True, backend=backend))
+            results.append(stem_attention(q, k, v, config=known, return_lse=True, backend=backend))
     torch.cuda.synchronize()
     assert all(torch.equal(x, y) for result in results for x, y in zip(result, expected, strict=True))
 
 
-def test_lengths_that_differ_compile_nothing_new(backend):
+def test_lengths_that_differ_compile_nothing_new(known, backend):
     from stem_attention.backends.hopper.kernel import attention_kernel as hopper_kernel
-    from stem_attention.backends.triton import attention_kernel, choose_kernel, pool_kernels, score_kernel
+    from stem_attention.backends.triton import attention_kernel, choose_kernel, mass_kernels, pool_kernels, score_kernel
 
     kernels = [
         hopper_kernel, attention_kernel.attention_kernel, choose_kernel.choose_kernel, score_kernel.score_kernel,
-        pool_kernels.pool_keys, pool_kernels.pool_queries,
+        pool_kernels.pool_keys, pool_kernels.pool_queries, mass_kernels.pool_key_means, mass_kernels.pool_query_means,
+        mass_kernels.keep_kernel,
     ]  # fmt: skip
 
     def compiled():
@@ -143,8 +147,8 @@ def test_lengths_that_differ_compile_nothing_new(backend):
 
     def run(length):
         q, k, v = random_qkv(1, length, length, 8, 2, 128)
-        stem_attention(q, k, v, config=SPARSE, backend=backend)
-        stem_attention(q[:, : length // 2], k, v, config=SPARSE, return_lse=True, backend=backend)
+        stem_attention(q, k, v, config=known, backend=backend)
+        stem_attention(q[:, : length // 2], k, v, config=known, return_lse=True, backend=backend)
 
     run(6000)
     before = compiled()
@@ -153,16 +157,16 @@ def test_lengths_that_differ_compile_nothing_new(backend):
     assert compiled() == before
 
 
-def test_threads_do_not_disturb_one_another(backend):
+def test_threads_do_not_disturb_one_another(known, backend):
     inputs = [random_qkv(1, 3000 + 128 * i, 3000 + 128 * i, 8, 2, 128, seed=i) for i in range(4)]
-    expected = [stem_attention(*x, config=SPARSE, backend=backend) for x in inputs]
+    expected = [stem_attention(*x, config=known, backend=backend) for x in inputs]
     torch.cuda.synchronize()
     wrong = []
 
     def work(i):
         with torch.cuda.stream(torch.cuda.Stream()):
             for n in range(20):
-                out = stem_attention(*inputs[i], config=fresh(1000 + n), backend=backend)
+                out = stem_attention(*inputs[i], config=fresh(known, 1000 + n), backend=backend)
                 if not torch.equal(out, expected[i]):
                     wrong.append(i)
 
@@ -174,11 +178,11 @@ def test_threads_do_not_disturb_one_another(backend):
     assert not wrong
 
 
-def test_selections_on_two_streams_keep_the_same_blocks():
+def test_selections_on_two_streams_keep_the_same_blocks(known):
     q, k, v = random_qkv(1, 9000, 9000, 8, 2, 128)
-    expected = select_blocks(q, k, v, config=SPARSE)
+    expected = select_blocks(q, k, v, config=known)
     torch.cuda.synchronize()
-    config, streams = fresh(5), [torch.cuda.Stream() for _ in range(4)]
+    config, streams = fresh(known, 5), [torch.cuda.Stream() for _ in range(4)]
     results = []
     for stream in streams:
         with torch.cuda.stream(stream):

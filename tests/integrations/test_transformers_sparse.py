@@ -1,6 +1,7 @@
 """A model on "stem" is sparse where it should be, dense where it must be, and says which."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stem_attention import StemConfig, UnsupportedError
+from stem_attention.integrations import transformers as integration
 from stem_attention.integrations import transformers_dense, transformers_mask
 from stem_attention.integrations.transformers import (
     MIN_QUERY_LEN,
@@ -198,6 +200,53 @@ def test_a_context_ends_and_belongs_to_its_thread(llama: Any) -> None:
 def test_configure_names_a_bad_argument(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(arguments))}: expected"), configure(**arguments):
         pass
+
+
+LAYERS = ((0.1, 0.5, 2.0, 9.0), (4.0, 4.0, 0.2, 1.0), (0.3, 6.0, 1.0, 1.0))
+BY_MASS = StemConfig.mass(dense_below=0, block_size=16, query_pool=4, key_pool=4, tail_blocks=1, local_blocks=1)
+
+
+def test_each_layer_and_head_obeys_its_own_factor(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: list[tuple[Tensor, Tensor, Tensor]] = []
+    choose = integration.select_blocks
+
+    def noting(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        inputs.append((q, k, v))
+        return choose(q, k, v, **options)
+
+    monkeypatch.setattr(integration, "select_blocks", noting)
+    _, calls = observed(llama, replace(BY_MASS, head_factors=LAYERS), input_ids=tokens())
+    assert [call.layer for call in calls] == [0, 1, 2]
+    for (q, k, v), row, call in zip(inputs, LAYERS, calls, strict=True):
+        assert call.selection is not None
+        for head, factor in enumerate(row):
+            alone = choose(q, k, v, config=replace(BY_MASS, share=BY_MASS.share * factor), scale=0.25)
+            assert torch.equal(call.selection.to_mask()[:, head], alone.to_mask()[:, head])
+        assert len(call.selection.counts.sum(2).unique()) > 1  # or these factors show nothing
+
+
+def test_factors_of_another_model_are_refused(llama: Any) -> None:
+    fewer_heads = replace(BY_MASS, head_factors=[row[:3] for row in LAYERS])
+    with pytest.raises(ValueError, match="head_factors of one layer and the 4 query heads of q, got 1 x 3 of them"):
+        logits(llama, fewer_heads, input_ids=tokens())
+    with pytest.raises(ValueError, match="layer: expected one of the 2 layers of head_factors, got 2"):
+        logits(llama, replace(BY_MASS, head_factors=LAYERS[:2]), input_ids=tokens())
+
+
+def test_torch_compile_takes_each_layers_factors_in_one_graph() -> None:
+    torch.compiler.reset()
+    model = build(transformers.LlamaConfig(**SMALL))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    config, plain = replace(BY_MASS, head_factors=LAYERS), logits(model, BY_MASS, input_ids=tokens())
+    eager = logits(model, config, input_ids=tokens())
+    assert (eager - plain).abs().max() > 0.01  # or these factors show nothing
+    torch.testing.assert_close(logits(compiled, config, input_ids=tokens()), eager)
+    torch.testing.assert_close(
+        logits(compiled, replace(config, head_factors=LAYERS[:1]), input_ids=tokens()),
+        logits(model, replace(config, head_factors=LAYERS[:1]), input_ids=tokens()),
+    )
+    set_config(model, config)
+    torch.testing.assert_close(logits(compiled, None, input_ids=tokens()), eager)
 
 
 def test_torch_compile_follows_the_settings() -> None:

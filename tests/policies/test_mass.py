@@ -15,6 +15,7 @@ from stem_attention.testing import make_qkv
 SMALL = StemConfig.mass(
     block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1, dense_below=0
 )
+FACTORS = (0.2, 1.0, 1.7, 6.0)
 
 
 def peaked(batch, q_len, kv_len, heads, dim, dtype=torch.float32):
@@ -33,8 +34,9 @@ def peaked(batch, q_len, kv_len, heads, dim, dtype=torch.float32):
         (replace(SMALL, query_pool=2, key_pool=1, tail_blocks=0, share=8.0), 1, 161, 161, (2, 2), 8, 161),
         (replace(SMALL, block_size=32, share=5.0), 1, 161, 161, (1, 1), 16, 161),
         (replace(SMALL, spread=0.0), 1, 161, 161, (2, 1), 16, 161),
+        (replace(SMALL, head_factors=(FACTORS,)), 2, 90, 149, (4, 2), 16, 300),
     ],
-    ids=["plain", "higher-share", "whole-blocks", "no-pools", "block-32", "means-alone"],
+    ids=["plain", "higher-share", "whole-blocks", "no-pools", "block-32", "means-alone", "factors"],
 )
 def test_both_ways_of_writing_it_keep_the_same(config, batch, q_len, kv_len, heads, dim, prompt_len, dtype):
     q, k, v = peaked(batch, q_len, kv_len, heads, dim, dtype)
@@ -66,19 +68,53 @@ def test_a_key_that_its_pools_mean_hides_is_noticed():
     assert not judged[5:9, 3].any()
 
 
-def test_a_chunk_keeps_what_the_whole_prompt_keeps():
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, head_factors=(FACTORS,))], ids=["one-share", "factors"])
+def test_a_chunk_keeps_what_the_whole_prompt_keeps(config):
     q, k, v = peaked(1, 330, 330, (4, 2), 16)
-    whole = Mass(SMALL)(q, k, v).to_mask()
+    whole = Mass(config)(q, k, v).to_mask()
     for low, high in ((0, 96), (96, 240), (240, 330)):
-        chunk = Mass(SMALL)(q[:, low:high], k[:, :high], v[:, :high], prompt_len=330).to_mask()
+        chunk = Mass(config)(q[:, low:high], k[:, :high], v[:, :high], prompt_len=330).to_mask()
         assert torch.equal(chunk, whole[:, :, low // 16 : -(-high // 16), : -(-high // 16)])
 
 
-def test_runs_of_another_size_keep_the_same(monkeypatch):
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, head_factors=(FACTORS,))], ids=["one-share", "factors"])
+def test_runs_of_another_size_keep_the_same(config, monkeypatch):
     q, k, v = peaked(1, 200, 330, (4, 2), 16)
-    whole = Mass(SMALL)(q, k, v).to_mask()
+    whole = Mass(config)(q, k, v).to_mask()
     monkeypatch.setattr(mass, "_WORKSPACE", 1)  # a row at a time
-    assert torch.equal(Mass(SMALL)(q, k, v).to_mask(), whole)
+    assert torch.equal(Mass(config)(q, k, v).to_mask(), whole)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_each_head_keeps_what_its_own_share_keeps(backend):
+    q, k, v = peaked(2, 90, 200, (4, 2), 16)
+    chosen = select_blocks(q, k, v, config=replace(SMALL, head_factors=(FACTORS,)), backend=backend).to_mask()
+    kept = []
+    for head, factor in enumerate(FACTORS):
+        alone = select_blocks(q, k, v, config=replace(SMALL, share=1.5 * factor), backend=backend).to_mask()
+        assert torch.equal(chosen[:, head], alone[:, head])
+        kept.append(int(alone[:, head].sum()))
+    assert kept[0] > kept[2] > kept[3]  # or these factors show nothing
+
+
+def test_factors_of_one_change_nothing():
+    q, k, v = peaked(1, 200, 200, (4, 2), 16)
+    ones = Mass(replace(SMALL, head_factors=((1.0,) * 4,)))
+    assert torch.equal(ones(q, k, v).to_mask(), Mass(SMALL)(q, k, v).to_mask())
+
+
+@pytest.mark.parametrize("dense_below", [0, 1000])
+@pytest.mark.parametrize(
+    ("factors", "got"), [((FACTORS, FACTORS), "2 x 4"), ((FACTORS[:3],), "1 x 3"), ((FACTORS[:2],), "1 x 2")]
+)
+def test_factors_of_several_layers_or_of_other_heads_are_refused(factors, got, dense_below):
+    policy = Mass(replace(SMALL, head_factors=factors, dense_below=dense_below))
+    with pytest.raises(ValueError, match="expected") as refused:
+        policy(*peaked(1, 90, 90, (4, 2), 16))
+    assert str(refused.value) == (
+        f"config: expected head_factors of one layer and the 4 query heads of q, got {got} of them; "
+        "pass config.for_layer(layer)"
+    )
 
 
 def test_there_is_room_for_every_causal_block():
@@ -118,7 +154,7 @@ def test_keys_that_are_not_numbers_stay_visible():
 @pytest.mark.parametrize(
     "change",
     [{"share": 4.0}, {"spread": 0.2}, {"query_pool": 16}, {"key_pool": 16}, {"sink_blocks": 3}, {"local_blocks": 4},
-     {"tail_blocks": 4}, {"block_size": 32}],
+     {"tail_blocks": 4}, {"block_size": 32}, {"head_factors": ((1.0, 4.0),)}],
     ids=str,
 )  # fmt: skip
 def test_every_field_changes_the_result(change):

@@ -2,16 +2,18 @@
 
 import json
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 
 import stem_attention as sa
 from stem_attention.backends.torch import TorchBackend
-from stem_attention.testing import make_qkv, random_selection
+from stem_attention.testing import make_qkv, random_selection, structured_qkv
 from stem_attention.testing.judge import attention_faults, selection_faults
 from stem_attention.testing.poison import new_memory_is_nan, surrounded
-from stem_attention.testing.soak import main
+from stem_attention.testing.problems import Space, draw_problem
+from stem_attention.testing.soak import main, run_workers, space_for
 
 CONFIG = sa.StemConfig(block_size=16, stride=8, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1, dense_below=0)
 Q, K, V = make_qkv(1, 300, 300, 2, 1, 16)
@@ -100,6 +102,37 @@ def test_the_soak_passes_and_its_report_says_what_ran(tmp_path, capsys):
     assert report["shapes"] == sum(report["kinds"].values()) == 12
     assert report["failed"] == 0
     assert report["memory_growth_bytes"]["process"] < 64 << 20
+    (samples,) = report["memory"]  # of one worker
+    assert len(samples) == 12
+    assert all(set(sample) == {"process"} and sample["process"] > 0 for sample in samples)
+
+
+def test_every_worker_of_the_soak_tells_its_memory():
+    report = run_workers(3, "torch", "cpu", 3, 2)
+    assert [len(samples) for samples in report["memory"]] == [2, 2]
+    assert report["shapes"] == 4
+
+
+@pytest.mark.parametrize("space", [Space(), space_for("hopper", 0)], ids=["any", "gpu"])
+def test_problems_have_head_factors_now_and_then_and_survive_json(space):
+    problems = [draw_problem(Random(seed), space) for seed in range(200)]
+    by_mass = [problem for problem in problems if problem.config.keep == "mass"]
+    own = [problem for problem in by_mass if problem.config.head_factors is not None]
+    assert 0 < len(own) < len(by_mass) < len(problems)
+    for problem in own:
+        assert [len(row) for row in problem.config.head_factors] == [problem.kv_heads * problem.group]
+        told = json.loads(json.dumps(problem.to_json()))
+        assert sa.StemConfig.from_dict(told["config"]) == problem.config
+
+
+def test_a_head_that_obeys_anothers_share_is_found():
+    q, k, v = structured_qkv(1, 320, 320, 2, 1, 16)
+    config, swapped = (
+        sa.StemConfig.mass(block_size=16, query_pool=4, key_pool=4, head_factors=[factors])
+        for factors in ((0.5, 4.0), (4.0, 0.5))
+    )
+    assert not selection_faults(sa.select_blocks(q, k, v, config=config), q, k, v, config, 320)
+    assert selection_faults(sa.select_blocks(q, k, v, config=swapped), q, k, v, config, 320)
 
 
 def test_the_soak_fails_on_a_faulty_backend_and_tells_how_to_repeat_it(monkeypatch, capsys):

@@ -66,7 +66,7 @@ def precompile(architecture: str, calls: Calls, config: StemConfig, on_kernel: C
 
     fits = calls.head_dim in HEAD_DIMS and config.block_size in BLOCK_SIZES
     backend: FusedBackend = HopperBackend() if architecture == "sm90" and fits else TritonBackend()
-    always, scale = replace(config, dense_below=0), calls.head_dim**-0.5
+    always, scale = replace(config, dense_below=0, head_factors=_any_factors(config, calls.heads)), calls.head_dim**-0.5
     with offline(architecture, on_kernel):
         for length in calls.lengths:
             q, k = _empty(calls, length, calls.heads), _empty(calls, length, calls.kv_heads)
@@ -78,6 +78,11 @@ def precompile(architecture: str, calls: Calls, config: StemConfig, on_kernel: C
                 packing = Packing((0, length), (0, length))
                 backend.forward_varlen(q[0], cache, cache, packing, table, always, scale, (length,), False)
     return backend.name
+
+
+def _any_factors(config: StemConfig, heads: int) -> tuple[tuple[float, ...]] | None:
+    """Kernels differ by whether there are factors, not by the layer or the rank whose factors they are."""
+    return None if config.head_factors is None else ((1.0,) * heads,)
 
 
 def _empty(calls: Calls, length: int, heads: int) -> Tensor:

@@ -22,7 +22,6 @@ from stem_attention.cli.annotations import (
     Json,
     KvHeads,
     Model,
-    Part,
     Plot,
     PolicyName,
     Preset,
@@ -30,16 +29,15 @@ from stem_attention.cli.annotations import (
     Seed,
     Settings,
 )  # fmt: skip
+from stem_attention.cli.app_calibrate import calibrate
 from stem_attention.cli.app_compile import precompile
-from stem_attention.cli.errors import UserError, need
+from stem_attention.cli.app_eval import evaluate, report
+from stem_attention.cli.errors import HOST, UserError, need
 from stem_attention.errors import UnsupportedError
-from stem_attention.evaluation.studies import STUDIES
 
 # typer carries its own copy of click or depends on it, according to its version; both ways this is what a command line
 # that does not parse raises.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-
-_HOST = ("transformers", "gguf", "accelerate")
 
 app = typer.Typer(
     name="stem-attention", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -71,7 +69,7 @@ def run(
 
     Exit code 3 means that the run went well but Stem's answer lacks the number planted in the default prompt.
     """
-    need(*_HOST, purpose="run")
+    need(*HOST, purpose="run")
     from stem_attention.cli.job import JobOptions
     from stem_attention.cli.run import run_command
 
@@ -108,7 +106,7 @@ def inspect(
     as_json: Json = False,
 ) -> int:
     """Show which blocks chosen layers and heads keep, as a picture and in numbers, without generating."""
-    need(*_HOST, purpose="inspect")
+    need(*HOST, purpose="inspect")
     from stem_attention.cli.inspect import inspect_command
     from stem_attention.cli.job import JobOptions
 
@@ -172,87 +170,12 @@ def bench(
     return bench_command(options, as_json=as_json)
 
 
+app.command()(calibrate)
 app.command("compile")(precompile)
 
 
-@app.command("eval")
-def evaluate(
-    context: typer.Context,
-    measures: Annotated[
-        list[str], typer.Argument(metavar="MEASURE...", help="perplexity, needle, layers, cost, stress, ruler, longbench.")
-    ],
-    out: Annotated[Path, typer.Option(help="Directory for records and report; the same command again goes on there.")],
-    model: Model = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:FIELD=VALUE,...][@DENSITY]",
-            help="Contender beside dense, as stem:beta=0, sink-window@0.18 or uniform@stem. Repeatable.",
-            show_default="stem and paper",
-        ),
-    ] = None,
-    study: Annotated[str | None, typer.Option(help=f"A set of contenders: {', '.join(STUDIES)}.")] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(help="Prompt lengths in tokens, with commas between.", show_default="the model's context, up to 8192"),
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help="UTF-8 file to predict. Repeatable.", show_default="source code of Python's standard library"),
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of each text and length.")] = 4,
-    kinds: Annotated[
-        str, typer.Option(help="Needles: single, multikey, multivalue, multiquery, with commas between.")
-    ] = "single,multikey,multivalue,multiquery",
-    depths: Annotated[str, typer.Option(help="Where needles stand: 0 start of the text, 1 end.")] = "0,0.25,0.5,0.75,1",
-    samples: Annotated[int, typer.Option(help="Prompts of each kind, length and depth.")] = 2,
-    count: Annotated[int, typer.Option(help="Numbers in a prompt of every kind but single.")] = 4,
-    haystack: Annotated[Path | None, typer.Option(help="Text around the needles.", show_default="made-up prose")] = None,
-    chat_template: ChatTemplate = True,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks of stress, ruler or longbench, with commas between.", show_default="all that can run"),
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Prompts of each task of stress, ruler and longbench.")] = 50,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the data of ruler's or longbench's tasks.", show_default="what lm-eval fetches"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of made-up prompts.")] = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to put on record where there is no repository.", show_default="what git says")
-    ] = None,
-    part: Part = "1/1",
-) -> int:
-    """Measure a model dense and under any policies, and write a report with intervals and plots.
-
-    Records are kept as they come: an interrupted command goes on where it stopped when it is given again.
-    """
-    need(*_HOST, "matplotlib", purpose="eval")
-    from stem_attention.cli.eval import eval_command
-    from stem_attention.cli.eval_measures import EvalOptions
-
-    options = EvalOptions(
-        measures, study, policy or [], model, lengths, text or [], windows, kinds, depths, samples, count, haystack,
-        chat_template, tasks, limit, data, seed, device, dtype, commit, part, out,
-    )  # fmt: skip
-    return eval_command(options, context.obj)
-
-
-@app.command()
-def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories that eval made.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for the report.", show_default="DIR itself, if there is one only")
-    ] = None,
-) -> int:
-    """Join the records of several eval runs into one report."""
-    need(*_HOST, "matplotlib", purpose="report")
-    from stem_attention.cli.eval import report_command
-
-    return report_command(directories, out)
+app.command("eval")(evaluate)
+app.command()(report)
 
 
 @app.command()

@@ -12,6 +12,9 @@ _EXTRAS = {
     "triton": "gpu",
 }
 
+HOST = ("transformers", "gguf", "accelerate")
+"""Packages that every command with a model needs."""
+
 
 class UserError(Exception):
     """Something the user can put right. Its text is one line that names the culprit and the way out."""

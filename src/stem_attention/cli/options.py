@@ -193,11 +193,20 @@ def check_plot(file: Path | None) -> None:
     need("matplotlib", purpose="--plot")
     if file.suffix.lower() != ".png":
         raise UserError(f"--plot: expected a file that ends in .png, got {file}; the picture is a PNG")
+    check_writable(file, "--plot")
+
+
+def check_writable(file: Path, option: str) -> None:
+    """Make sure that a file can be written, and leave no trace of that.
+
+    Raises:
+        UserError: It cannot.
+    """
     existed = file.exists()
     try:
         file.open("ab").close()
     except OSError as error:
-        raise UserError(f"--plot: cannot write {file}: {error.strerror}; check the path") from error
+        raise UserError(f"{option}: cannot write {file}: {error.strerror}; check the path") from error
     if not existed:
         file.unlink()
 

@@ -150,6 +150,8 @@ def _row_difference(
 ) -> float:
     """Share of a query block's kept blocks that the fp64 reference does not keep. ``heads``: one of every kv head."""
     mine = rows_of(selection, row, row + 1)
+    if config.head_factors is not None:
+        config = replace(config, head_factors=(tuple(config.head_factors[0][head] for head in heads.tolist()),))
     # The estimate of mass is made from pools in the inputs' dtype, the published score from the inputs as they are.
     dtype = q.dtype if config.keep == "mass" else torch.float64
     queries = q[:, mine.kv_len - mine.q_len : mine.kv_len, heads].to(dtype)

@@ -165,7 +165,7 @@ def time_prefill(
             continue
         timings[entrant.name], layer = opened
         if entrant.name == STEM:
-            density = _density(layer, config)
+            density = _density(layer, config.for_layer(_middle_layer(model)))
         del opened, layer  # as large as a layer's attention
     running = [entrant for entrant in entrants if entrant.name in timings]
     for current in range(repeats):
@@ -185,12 +185,16 @@ def _open(model: PreTrainedModel, tokens: Tensor, first_call: bool, on_pass: Cal
         if first_call:
             timing.first = prefill_seconds(model, tokens)
             on_pass()
-        observed = observe(model, tokens, model.config.get_text_config().num_hidden_layers // 2)
+        observed = observe(model, tokens, _middle_layer(model))
         on_pass()
     except torch.OutOfMemoryError:
         return None
     timing.parts = observed.parts
     return timing, observed.layer
+
+
+def _middle_layer(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().num_hidden_layers) // 2
 
 
 def prefill_seconds(model: PreTrainedModel, tokens: Tensor) -> float:

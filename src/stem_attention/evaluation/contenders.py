@@ -4,7 +4,7 @@
 
 ``stem:beta=0``, ``sink-window@0.18`` and ``uniform@stem`` are contenders: Stem without its value term; a window as wide as
 18 % of the causal blocks allow; uniform top-k with the density of Stem's default. Sizes are tuned from budgets alone,
-without data, for one prompt length at a time.
+without data, for one prompt length at a time. ``mass:file=heads.json,share=6`` is a config from a file, with another share.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -141,7 +142,8 @@ class Contender:
                 raise bad_argument("settings", "none for dense", ", ".join(given), "remove them")
             return None
         if self.family in PRESETS:
-            return StemConfig.from_dict({**PRESETS[self.family](dense_below=0).to_dict(), **given})
+            named = _from_file(given.pop("file")) if "file" in given else {}
+            return StemConfig.from_dict({**PRESETS[self.family]().to_dict(), **named, "dense_below": 0, **given})
         own = {name: value for name, value in given.items() if not (_has_config(self.family) and name in _CONFIG_FIELDS)}
         config = StemConfig.from_dict({"dense_below": 0, **{name: given[name] for name in given if name not in own}})
         return make_policy(self.family, config, **own)
@@ -213,6 +215,19 @@ def _sized_for(contender: Contender, tokens: int) -> What:
 
 
 _CONFIG_FIELDS = frozenset(StemConfig().to_dict())
+
+
+def _from_file(file: Value) -> dict[str, Any]:
+    """Fields of a config that a contender begins with."""
+    try:
+        content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fix = "name a JSON file of StemConfig fields, such as stem-attention calibrate writes"
+        raise bad_argument("file", "a readable JSON file", f"{file!r} ({error})", fix) from None
+    if not isinstance(content, dict):
+        got = f"a {type(content).__name__} in {file!r}"
+        raise bad_argument("file", "one JSON object of StemConfig fields", got, "correct it")
+    return content
 
 
 def _has_config(family: str) -> bool:

@@ -65,7 +65,7 @@ def layer_cost(what: What, call: AttentionCall) -> LayerCost:
     if what is None or (isinstance(what, StemConfig) and _stays_dense(what, call.layer, q)):
         return _dense_cost(q, k, v)
     if isinstance(what, StemConfig):
-        return _config_cost(q, k, v, what, scale)
+        return _config_cost(q, k, v, what.for_layer(call.layer), scale)
     config = config_of(what)
     return _policy_cost(q, k, v, what, scale) if config is None else _config_cost(q, k, v, config, scale)
 

@@ -78,7 +78,7 @@ class LayerProbe:
         if what is None or (isinstance(what, StemConfig) and layer < what.dense_layers):
             return Dense()(q, k, v)
         if isinstance(what, StemConfig):
-            return select_blocks(q, k, v, config=what, scale=scale)
+            return select_blocks(q, k, v, config=what.for_layer(layer), scale=scale)
         return what(q, k, v, scale=scale)
 
 

@@ -56,9 +56,7 @@ class Mass:
         first, end = (kv_len - q_len) // config.block_size, block_count(kv_len, config.block_size)
         rows = torch.arange(first, end if q_len else first, device=q.device)[:, None]
         columns = torch.arange(end, device=q.device)
-        always = (
-            (columns < config.sink_blocks) | (columns > rows - config.local_blocks) | (rows >= num_blocks - config.tail_blocks)
-        )
+        always = always_kept(config, rows, columns, num_blocks)
         mask = (always & (columns <= rows)).expand(batch, heads, -1, -1).clone()
         shares = torch.tensor([config.head_share(head) for head in range(heads)], dtype=torch.float64, device=q.device)
         least = shares[:, None, None] / num_blocks
@@ -67,6 +65,11 @@ class Mass:
             # Written so that NaN is kept: what dense attention would poison stays visible.
             part |= ~(mass < least.to(mass.dtype)) & (columns[: mass.shape[3]] <= rows[row - first :][: mass.shape[2]])
         return BlockSelection.from_mask(mask, block_size=config.block_size, q_len=q_len, kv_len=kv_len)
+
+
+def always_kept(config: StemConfig, rows: Tensor, columns: Tensor, num_blocks: int) -> Tensor:
+    """Which key blocks ``columns`` a query block ``rows[i, 0]`` keeps whatever they hold, those of its future among them."""
+    return (columns < config.sink_blocks) | (columns > rows - config.local_blocks) | (rows >= num_blocks - config.tail_blocks)
 
 
 def pool(x: Tensor, start: int, size: int, pool_size: int) -> tuple[Tensor, Tensor]:

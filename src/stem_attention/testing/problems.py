@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -97,7 +97,7 @@ def draw_problem(draw: Random, space: Space) -> Problem:
         return_lse=draw.random() < 0.5,
         density=draw.choice((0.0, 0.1, 0.4, 1e9)),
         page_size=draw.choice((0, *space.page_sizes)) if kind == "packed" else 0,
-        config=_config(draw, block_size, space.presets),
+        config=_with_factors(draw, _config(draw, block_size, space.presets), kv_heads * group),
     )
 
 
@@ -156,6 +156,13 @@ def _config(draw: Random, block_size: int, presets: bool) -> StemConfig:
         forced=draw.choice(("inside", "inside", "extra")),
         dense_below=dense_below,
     )
+
+
+def _with_factors(draw: Random, config: StemConfig, heads: int) -> StemConfig:
+    """By mass, half of the time: a share of its own for each head."""
+    if config.keep != "mass" or draw.random() < 0.5:
+        return config
+    return replace(config, head_factors=(tuple(draw.choice((0.1, 0.5, 1.0, 1.7, 4.0)) for _ in range(heads)),))
 
 
 def torch_dtype(problem: Problem) -> torch.dtype:

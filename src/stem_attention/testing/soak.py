@@ -123,6 +123,7 @@ def run_workers(shapes: int, backend: str, device: str, seed: int, workers: int)
         "failed": sum(part["failed"] for part in parts),
         "first_failures": [failure for part in parts for failure in part["first_failures"]][:_MOST_REPORTED],
         "memory_growth_bytes": {name: max(part["memory_growth_bytes"][name] for part in parts) for name in names},
+        "memory": [part["memory"] for part in parts],
         "seconds": max(part["seconds"] for part in parts),
     }
 

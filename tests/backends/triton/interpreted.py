@@ -87,8 +87,9 @@ def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
         (replace(BY_MASS, query_pool=2, key_pool=1, share=8.0), (1, 161, 161, 1, 1, 16), 161),
         (replace(BY_MASS, sink_blocks=0, tail_blocks=0), (1, 200, 200, 2, 1, 16), 200),
         (replace(BY_MASS, spread=0.0), (1, 120, 120, 2, 1, 16), 120),
+        (replace(BY_MASS, head_factors=((0.2, 1.0, 1.7, 6.0),)), (2, 90, 149, 4, 2, 32), 300),
     ],
-    ids=["chunk", "whole-blocks", "single-keys", "no-sink", "means-alone"],
+    ids=["chunk", "whole-blocks", "single-keys", "no-sink", "means-alone", "factors"],
 )
 def test_selection_by_mass_is_the_references(config, shape, prompt_len, dtype):
     assert keeps_what_the_reference_keeps(*peaked(*shape, dtype=dtype), config, prompt_len).density() < 1
@@ -100,8 +101,21 @@ def test_a_poisoned_key_is_kept_by_mass():
     assert keeps_what_the_reference_keeps(q, k, v, BY_MASS).to_mask()[0, 0, 3:, 2].all()
 
 
+def test_each_head_keeps_what_its_own_share_keeps():
+    q, k, v = peaked(1, 160, 160, 3, 1, 16)
+    factors = (0.2, 1.7, 6.0)
+    together = selected(q, k, v, replace(BY_MASS, head_factors=(factors,))).to_mask()
+    kept = []
+    for head, factor in enumerate(factors):
+        alone = selected(q, k, v, replace(BY_MASS, share=1.5 * factor)).to_mask()
+        assert torch.equal(together[:, head], alone[:, head])
+        kept.append(int(alone[:, head].sum()))
+    assert kept[0] > kept[1] > kept[2]  # or these factors show nothing
+
+
+@pytest.mark.parametrize("config", [BY_MASS, replace(BY_MASS, head_factors=((0.2, 5.0),))], ids=["one-share", "factors"])
 @pytest.mark.parametrize("page", [0, 1, 12])
-def test_a_packed_batch_keeps_by_mass_what_each_sequence_keeps(page):
+def test_a_packed_batch_keeps_by_mass_what_each_sequence_keeps(page, config):
     lengths = [(40, 90), (0, 20), (161, 161), (3, 50)]
     single = [peaked(1, q_len, kv_len, 2, 1, 16) for q_len, kv_len in lengths]
     q, k, v = (torch.cat(x, 1)[0] for x in zip(*single, strict=True))
@@ -121,10 +135,10 @@ def test_a_packed_batch_keeps_by_mass_what_each_sequence_keeps(page):
                 cache[table[i, : needed[i]].long()] = padded.unflatten(0, (-1, page))
         k = v = cache
     prompts = [kv_len for _, kv_len in lengths]
-    indices, counts = select(q, k, v, BY_MASS, 0.25, prompts, ragged=ragged, page_table=table)
+    indices, counts = select(q, k, v, config, 0.25, prompts, ragged=ragged, page_table=table)
     for i, (one_q, one_k, one_v) in enumerate(single):
         if lengths[i][0]:
-            alone = selected(one_q, one_k, one_v, BY_MASS)
+            alone = selected(one_q, one_k, one_v, config)
             rows = alone.rows
             assert torch.equal(counts[i, :, :rows], alone.counts[0])
             assert torch.equal(indices[i, :, :rows, : alone.indices.shape[3]], alone.indices[0])

@@ -96,6 +96,7 @@ def test_selection(target, inputs):
         fits(target, launch)
 
 
+FACTORS = StemConfig.mass(head_factors=[[0.5, 1, 2, 4, 0.25, 1, 3, 8]])
 MASSES = {
     "default": {},
     "short": {"length": 4000, "implicit": False},
@@ -107,6 +108,8 @@ MASSES = {
     "ragged-dim-64": {"ragged": True, "length": 9999, "dim": 64},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
+    "factors": {"config": FACTORS},
+    "factors-page-16-dim-256": {"config": FACTORS, "page": 16, "dim": 256},
 }
 
 
@@ -115,6 +118,7 @@ MASSES = {
 def test_selection_by_mass(target, inputs):
     launches = record_selection(target, **{"config": StemConfig.mass(), **MASSES[inputs]})
     assert set(launches) == {"pool_key_means", "pool_query_means", "keep_kernel"}
+    assert (launches["keep_kernel"].arguments["head_shares"] is not None) == ("factors" in inputs)
     for launch in launches.values():
         fits(target, launch)
 

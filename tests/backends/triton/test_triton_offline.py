@@ -8,9 +8,11 @@ from triton.runtime import driver
 
 from stem_attention import StemConfig
 from stem_attention.backends.precompile import Calls, precompile
-from stem_attention.backends.triton import routes
+from stem_attention.backends.triton import masses, routes
 from stem_attention.backends.triton.choose import launch
+from stem_attention.backends.triton.launch import mass_launch_for
 from stem_attention.backends.triton.offline import Compilation, offline
+from stem_attention.backends.triton.select import select
 from stem_attention.backends.triton.span import Span
 
 CALLS = Calls([5000], heads=4, kv_heads=2, head_dim=32, dtype=torch.bfloat16)
@@ -52,6 +54,40 @@ def test_keep_by_mass_is_compiled_too(tmp_path, monkeypatch):
     assert precompile("sm80", CALLS, StemConfig.mass(), made.append) == "triton"
     names = ["pool_key_means", "pool_query_means", "keep_kernel", "attention_kernel"]
     assert list(dict.fromkeys(kernel.kernel for kernel in made)) == names
+
+
+def keep_kernels(config):
+    """Keys of the kernels that choose, in the order in which they are compiled."""
+    made: list[Compilation] = []
+    precompile("sm80", CALLS, config, made.append)
+    return [kernel.key for kernel in made if kernel.kernel == "keep_kernel"]
+
+
+def test_head_factors_are_compiled_whatever_layers_heads_and_numbers_they_have(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    single = keep_kernels(StemConfig.mass())
+    own = keep_kernels(StemConfig.mass(head_factors=[[0.5, 1, 2, 4]]))
+    # A rank of tensor parallelism has fewer heads than the file has factors.
+    model = keep_kernels(StemConfig.mass(head_factors=[[3.0] * 8] * 3))
+    assert own == model
+    assert set(own).isdisjoint(single)
+
+
+def test_a_launch_with_head_factors_finds_what_was_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config = StemConfig.mass(spread=0, head_factors=[[0.5, 1, 2, 4]])  # variances on a CPU are fp32
+    monkeypatch.setattr(masses, "mass_launch", lambda _: mass_launch_for("sm80"))
+    made: list[Compilation] = []
+    precompile("sm80", CALLS, config, made.append)
+    found: list[Compilation] = []
+    q = torch.zeros(1, 5003, 4, 32, dtype=torch.bfloat16)
+    k = torch.zeros(1, 2, 5003, 32, dtype=torch.bfloat16).transpose(1, 2)
+    with offline("sm80", found.append):
+        select(q, k, k, config, 0.25, (5003,), implicit=True)
+    assert [(kernel.kernel, kernel.cached) for kernel in found] == [
+        ("pool_key_means", True), ("pool_query_means", True), ("keep_kernel", True)
+    ]  # fmt: skip
+    assert {kernel.key for kernel in found} <= {kernel.key for kernel in made}
 
 
 def test_nothing_is_started_and_the_driver_comes_back(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_KEPT = 64
+# Tables by layer of the largest models, and for some lengths beside.
+_KEPT = 256
 
 
 def device_table(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:

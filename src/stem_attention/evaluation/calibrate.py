@@ -1,0 +1,191 @@
+"""Shares for every head of a model: where keep by mass should spend, learnt from the model's own gradients.
+
+Prompts of two kinds are read dense and backwards: windows of texts, whose predictions of every token count, and prompts that
+hide numbers, whose answers count. From what every head would lose at every share (:mod:`.head_curves`), shares are chosen
+whose density is the one asked for and whose summed loss is least. Weights of the model stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stem_attention.config import StemConfig
+from stem_attention.errors import bad_argument
+from stem_attention.evaluation.head_curves import SHARES, feeling, head_curves
+from stem_attention.evaluation.layers import check_full_attention
+from stem_attention.evaluation.prefill import read
+from stem_attention.evaluation.prompts import planted_prompt
+from stem_attention.evaluation.texts import Text, tokenized
+
+NEEDLE_WEIGHT = 10.0
+"""How much losing answers weighs beside losing text, both relative to what one share for all heads loses."""
+
+_PREDICTED = 4096  # tokens of a text whose predictions are looked at: their logits are held at once
+_COMPETING = 4  # numbers that a prompt hides, of which one is asked for
+_ANSWER_ROOM = 24  # tokens that an answer may have
+_TRIES = 8  # prefills of each prompt by which the last word on density is found
+_NEAR = 0.01  # relative distance from the density asked for at which that search ends
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A prompt to learn from; ``answer`` is empty where the text itself is what is predicted."""
+
+    ids: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What heads lose and keep at :data:`..head_curves.SHARES`; fp64 ``(layers, heads, shares)``, summed over prompts."""
+
+    cost: Tensor
+    density: Tensor
+
+
+def text_lessons(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], tokens: int, count: int) -> list[Lesson]:
+    """``count`` windows of each text, spread through it.
+
+    Raises:
+        ValueError: A text is too short, or two share a name.
+    """
+    sources = tokenized(tokenizer, texts).values()
+    return [Lesson(text.window(start, tokens), []) for text in sources for start in text.starts(tokens, count)]
+
+
+def needle_lessons(
+    tokenizer: PreTrainedTokenizerBase, haystack: str | None, tokens: int, count: int, seed: int
+) -> list[Lesson]:
+    """``count`` prompts that hide four numbers and ask for one, at depths from the start to the end of the text.
+
+    Raises:
+        ValueError: ``tokens`` is too few for the question.
+    """
+    lessons = []
+    for i in range(count):
+        prompt = planted_prompt(
+            tokenizer, tokens - _ANSWER_ROOM, seed=f"calibrate {seed} {i}", depth=(i + 0.5) / count, kind="multikey",
+            count=_COMPETING, haystack=haystack,
+        )  # fmt: skip
+        lessons.append(Lesson(prompt.ids, list(tokenizer(f" {prompt.answers[0]}", add_special_tokens=False).input_ids)))
+    return lessons
+
+
+def learn(model: PreTrainedModel, lessons: Sequence[Lesson], config: StemConfig, seed: int, tick: Callable[[], None]) -> Curves:
+    """Read the lessons backwards, one after the other; ``tick`` is called after each.
+
+    Raises:
+        UnsupportedError: Some layers of the model attend to something else than all earlier tokens.
+    """
+    check_full_attention(model, "calibrate")
+    text = model.config.get_text_config()
+    shape = text.num_hidden_layers, text.num_attention_heads, len(SHARES)
+    cost, density = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    density[: config.dense_layers] = len(lessons)
+
+    def told(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, gradient: Tensor) -> None:
+        if layer < config.dense_layers:
+            return
+        queries, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
+        costs, densities = head_curves(queries, keys, values, gradient[0], config, scale)
+        cost[layer] += costs.cpu()
+        density[layer] += densities.cpu()
+
+    generator = torch.Generator().manual_seed(seed)
+    with feeling(model, told):
+        for lesson in lessons:
+            torch.autograd.backward(_prediction(model, lesson, generator))
+            tick()
+    return Curves(cost, density / len(lessons))
+
+
+def _prediction(model: PreTrainedModel, lesson: Lesson, generator: torch.Generator) -> Tensor:
+    """Log-probabilities of the tokens that count, added with random signs.
+
+    The square of a gradient of such a sum is, on average, the sum of the squares of the tokens' own gradients: one pass
+    backwards instead of thousands. Of a text, tokens are drawn from what the model predicts, which makes the sum the Fisher
+    information: what a small change costs in divergence.
+    """
+    ids, answer = torch.tensor([lesson.ids + lesson.answer], device=model.device), lesson.answer
+    last = ids.shape[1] - 1
+    if answer:
+        positions = torch.arange(last - len(answer), last)
+    else:
+        positions = torch.randperm(last, generator=generator)[: min(_PREDICTED, last)].sort().values
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False, logits_to_keep=positions.to(ids.device)).logits[0].float()
+    if answer:
+        tokens = ids[0, -len(answer) :]
+    else:
+        draws = torch.rand(len(positions), 1, generator=generator).to(ids.device)
+        tokens = (logits.detach().softmax(-1).cumsum(-1) < draws).sum(-1).clamp(max=logits.shape[1] - 1)
+    signs = (torch.randint(0, 2, (len(positions),), generator=generator) * 2 - 1).to(ids.device)
+    return -(torch.nn.functional.cross_entropy(logits, tokens, reduction="none") * signs).sum()
+
+
+def allocate(curves: Sequence[tuple[Curves, float]], density: float) -> Tensor:
+    """Shares ``(layers, heads)`` that keep ``density`` and lose least of the weighted costs.
+
+    Each kind's cost is taken relative to what one share for all heads loses at the same density, then times its weight.
+
+    Raises:
+        ValueError: Not even the largest shares keep so little.
+    """
+    kept = torch.stack([part.density for part, _ in curves]).mean(0)
+    least = float(kept[..., -1].mean())
+    if not least < density < 1:
+        raise bad_argument("density", f"a number between {least:.3f} and 1", density, "forced blocks alone keep the former")
+    single = int((kept.mean((0, 1)) <= density).int().argmax())  # the first that keeps no more, and so drops something
+    cost = torch.stack([weight * part.cost / part.cost[..., single].sum() for part, weight in curves]).sum(0)
+    low, high = 1e-12, 1e12  # price of a block: the higher, the fewer are bought
+    for _ in range(100):
+        price = (low * high) ** 0.5
+        bought = kept.gather(-1, _choices(cost, kept, price)).mean()
+        low, high = (price, high) if float(bought) > density else (low, price)
+    return torch.tensor(SHARES, dtype=torch.float64)[_choices(cost, kept, high)[..., 0]]
+
+
+def _choices(cost: Tensor, kept: Tensor, price: float) -> Tensor:
+    """Each head's share, as an index, at a price of blocks; ``(layers, heads, 1)``."""
+    return (cost + price * kept).argmin(-1, keepdim=True)
+
+
+def tuned(
+    model: PreTrainedModel, lessons: Sequence[Lesson], config: StemConfig, density: float, tick: Callable[[], None]
+) -> tuple[StemConfig, float]:
+    """The config with the ``share`` at which sparse prefills of the prompts keep ``density``; and what they keep.
+
+    A prefill that is sparse itself keeps other blocks than what is seen on a dense one's activations.
+    """
+    share, tries = config.share, list[tuple[float, float]]()
+    for _ in range(_TRIES):
+        tried = replace(config, share=share, dense_below=0)
+        kept = sum(read(model, lesson.ids, tried, positions=1).density for lesson in lessons) / len(lessons)
+        tries.append((share, kept))
+        tick()
+        if _distance(kept, density) < _NEAR:
+            break
+        share = _next_share(tries, density)
+    share, kept = min(tries, key=lambda found: _distance(found[1], density))
+    return replace(config, share=share), kept
+
+
+def _distance(kept: float, density: float) -> float:
+    return abs(kept / density - 1)
+
+
+def _next_share(tries: Sequence[tuple[float, float]], density: float) -> float:
+    """What to try after these shares and the densities they kept: between the two around the one asked for, if there are."""
+    above = max((found for found in tries if found[1] > density), default=None)
+    below = min((found for found in tries if found[1] < density), default=None)
+    if above is None or below is None:
+        share, kept = tries[-1]
+        return share * (kept / density) ** 2  # about what densities do
+    way = math.log(above[1] / density) / math.log(above[1] / below[1])
+    return above[0] * math.pow(below[0] / above[0], way)

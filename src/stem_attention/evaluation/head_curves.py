@@ -1,0 +1,156 @@
+"""What heads lose as their share rises, in the currency of the model's prediction.
+
+A head keeps fewer blocks as its share of keep by mass rises, and its result moves. How much that matters is for the model
+to say: the gradient of its prediction with respect to the head's result, times the movement, is what the prediction changes
+by to first order. Its square, summed over queries, is what a head's share costs here. Scores of different heads, which have
+no scale in common, thus become comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from stem_attention.config import StemConfig
+from stem_attention.evaluation.prefill import DENSE
+from stem_attention.policies.budget import block_count
+from stem_attention.policies.mass import always_kept, block_masses
+
+SHARES = tuple(2.0 ** (half / 2) for half in range(-16, 19))
+"""The shares that are tried: 1/256 to 512."""
+
+# Attention weights held at a time, in elements; three tensors of that size live at once.
+_WORKSPACE = 1 << 26
+
+_PARTS = 8  # of a prompt's queries, at least: each leaves out the keys behind it
+
+Told = Callable[[int, Tensor, Tensor, Tensor, float, Tensor], None]
+"""Of a layer: its index, q, k, v ``(1, heads, length, dim)``, scale and gradient ``(1, length, heads, dim)``."""
+
+
+def head_curves(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, config: StemConfig, scale: float) -> tuple[Tensor, Tensor]:
+    """Cost and density of every head at each of :data:`SHARES`.
+
+    Args:
+        q: ``(length, q_heads, dim)``.
+        k: ``(length, kv_heads, dim)``.
+        v: The shape of ``k``.
+        gradient: Of the prediction with respect to attention's result; the shape of ``q``.
+        config: Keep by mass; its own shares do not count.
+        scale: Softmax scale.
+
+    Returns:
+        fp64 ``(q_heads, shares)``: the sum over queries of ``(gradient · (sparse - dense))²``, and the density.
+    """
+    size, heads, group = config.block_size, q.shape[1], q.shape[1] // k.shape[1]
+    blocks = block_count(len(q), size)
+    masses = torch.zeros(heads, blocks, blocks, dtype=torch.float64, device=q.device)
+    for row, mass in block_masses(q[None], k[None], config, scale):
+        masses[:, row : row + mass.shape[2], : mass.shape[3]] = mass[0]
+    columns = torch.arange(blocks, device=q.device)
+    forced = always_kept(config, columns[:, None], columns, blocks)
+    causal = torch.ones_like(forced).tril()
+    shares = torch.tensor(SHARES, dtype=torch.float64, device=q.device) / blocks
+    # A last block that is not full is filled with queries of no gradient, and with keys that only those see.
+    q, k, v, gradient = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -len(x) % size)) for x in (q, k, v, gradient))
+    costs, densities = [], []
+    for head in range(heads):
+        kept = (~(masses[head][..., None] < shares) | forced[..., None]) & causal[..., None]
+        costs.append(_costs(q[:, head], k[:, head // group], v[:, head // group], gradient[:, head], kept.float(), size, scale))
+        densities.append(kept.sum((0, 1)).double() / causal.sum())
+    return torch.stack(costs), torch.stack(densities)
+
+
+def _costs(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, kept: Tensor, size: int, scale: float) -> Tensor:
+    """Of one head, ``(length, dim)``, under ``kept (blocks, blocks, shares)``.
+
+    The result enters only through its product with the gradient: a number for each pair of query and block.
+    """
+    total = torch.zeros(kept.shape[2], dtype=torch.float64, device=q.device)
+    step = max(1, min(_WORKSPACE // len(k), len(q) // _PARTS) // size) * size
+    for low in range(0, len(q), step):
+        high = min(low + step, len(q))
+        keys, values = k[:high].float(), v[:high].float()
+        scores = (q[low:high].float() @ keys.T) * scale
+        future = torch.arange(high, device=q.device) > torch.arange(low, high, device=q.device)[:, None]
+        weights = scores.masked_fill_(future, -torch.inf).softmax(-1)
+        moved = (gradient[low:high].float() @ values.T).mul_(weights)
+        held, told = (_by_block(x, size) for x in (weights, moved))
+        rows = kept[low // size : high // size, : high // size]
+        # Where the weights of all that is kept vanish in fp32, the result counts as zero.
+        left = (held @ rows).clamp(min=torch.finfo(held.dtype).tiny)
+        change = (told @ rows) / left - told.sum(-1, keepdim=True) / held.sum(-1, keepdim=True)
+        total += change.double().square().sum((0, 1))
+    return total
+
+
+def _by_block(x: Tensor, size: int) -> Tensor:
+    """``(queries, keys)`` as ``(query blocks, size, key blocks)``: sums over the keys of a block."""
+    return torch.unflatten(torch.unflatten(x, 1, (-1, size)).sum(2), 0, (-1, size))
+
+
+class _Felt(torch.autograd.Function):
+    """The identity; on the way back it tells what the gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, told: Callable[..., None]) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.told = told
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.told(*ctx.saved_tensors, gradient)
+        return gradient, None, None, None, None
+
+
+@contextmanager
+def feeling(model: PreTrainedModel, told: Told) -> Iterator[None]:
+    """Inside, a backward pass through the model's dense attention reports every layer; activations are computed again.
+
+    Recomputing them takes a second forward pass and keeps a prompt of 32768 tokens within a GPU's memory. The model is left
+    as it was.
+
+    Raises:
+        ValueError: The model's class cannot compute its activations again.
+    """
+    inner, before = ALL_ATTENTION_FUNCTIONS[DENSE], model.config._attn_implementation
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Transformers computes again where it trains. Set on these modules alone, that leaves dropout and router noise off.
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    # transformers 5.17 has the older name of it alone; a later one deprecates that.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+
+    def watched(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **named: Any) -> Any:
+        out, weights = inner(module, q, k, v, mask, **named)
+        scale = named.get("scaling") or q.shape[3] ** -0.5
+        layer: int = module.layer_idx  # type: ignore[assignment]
+
+        @torch.no_grad()
+        def report(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> None:
+            told(layer, q, k, v, scale, gradient)
+
+        return _Felt.apply(out, q.detach(), k.detach(), v.detach(), report), weights  # type: ignore[no-untyped-call]
+
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    ALL_ATTENTION_FUNCTIONS[DENSE] = watched
+    try:
+        model.set_attn_implementation(DENSE)
+        model.requires_grad_(False)
+        for module, _ in modes:
+            module.training = True
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        ALL_ATTENTION_FUNCTIONS.pop(DENSE)
+        model.set_attn_implementation(before)
+        getattr(model, f"{kind}_checkpointing_disable")()

@@ -1,0 +1,301 @@
+"""Shares for every head: what is learnt from, how the shares are chosen, and the density they come to."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stem_attention import StemConfig
+from stem_attention.errors import UnsupportedError
+from stem_attention.evaluation import calibrate
+from stem_attention.evaluation.calibrate import Curves, Lesson, allocate, learn, needle_lessons, text_lessons, tuned
+from stem_attention.evaluation.head_curves import SHARES
+from stem_attention.evaluation.prefill import read
+from stem_attention.evaluation.texts import Text
+from stem_attention.integrations import transformers as stem_host
+
+CONFIG = StemConfig.mass(block_size=16, query_pool=4, key_pool=4, sink_blocks=1, local_blocks=1, tail_blocks=1)
+TEXT = Text("words", " ".join(f"{word} {word * word % 97}" for word in range(400)))
+HAYSTACK = "Nothing happened today. It rained a little. The cat slept. Somebody sang. "
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    stem_host.register()
+
+
+def made_up(seed=0, layers=3, heads=4, scale=1.0):
+    """Curves as real ones are: density falls with the share, cost rises, at its own pace for each head."""
+    generator = torch.Generator().manual_seed(seed)
+    rise, fall = torch.rand(2, layers, heads, len(SHARES), generator=generator, dtype=torch.float64) ** 4 + 1e-3
+    size = 10 ** (2 * torch.randn(layers, heads, 1, generator=generator, dtype=torch.float64))
+    fall = fall.cumsum(-1)
+    return Curves(scale * size * rise.cumsum(-1), 1 - 0.95 * fall / fall[..., -1:])
+
+
+def picked(values, shares):
+    """Of every head at its share."""
+    index = torch.tensor(SHARES, dtype=torch.float64).sub(shares[..., None]).abs().argmin(-1, keepdim=True)
+    return values.gather(-1, index)[..., 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.8])
+def test_shares_keep_the_density_asked_for(seed, density):
+    curves = made_up(seed, layers=8, heads=8)
+    shares = allocate([(curves, 1.0)], density)
+    assert shares.shape == (8, 8)
+    assert set(shares.flatten().tolist()) <= set(SHARES)
+    kept = float(picked(curves.density, shares).mean())
+    assert kept <= density
+    assert kept == pytest.approx(density, abs=0.015)  # a head's step from share to share, of 64 heads
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.8])
+def test_no_single_share_that_keeps_as_little_loses_less(seed, density):
+    first, second = made_up(seed), made_up(seed + 100, scale=1e6)
+    shares = allocate([(first, 1.0), (second, 3.0)], density)
+    kept = (first.density + second.density) / 2
+    single = next(i for i in range(len(SHARES)) if kept[..., i].mean() <= density)
+    total = sum(weight * part.cost / part.cost[..., single].sum() for part, weight in ((first, 1.0), (second, 3.0)))
+    least = float(picked(kept, shares).mean())
+    for index in range(len(SHARES)):
+        if kept[..., index].mean() <= least:
+            assert picked(total, shares).sum() <= total[..., index].sum()
+    assert picked(total, shares).sum() < total[..., single].sum()
+
+
+def test_shares_are_the_best_there_are():
+    """Against every combination of two heads."""
+    curves = made_up(3, layers=1, heads=2)
+    shares = allocate([(curves, 1.0)], 0.4)
+    (kept,), (cost,) = curves.density, curves.cost
+    least, loss = float(picked(curves.density, shares).sum()), float(picked(curves.cost, shares).sum())
+    pairs = [(kept[0, i] + kept[1, j], cost[0, i] + cost[1, j]) for i in range(len(SHARES)) for j in range(len(SHARES))]
+    assert min(float(lost) for held, lost in pairs if held <= least) == pytest.approx(loss)
+
+
+def test_a_head_that_costs_nothing_gets_the_largest_share():
+    curves = made_up(0)
+    curves.cost[1, 2] = 0
+    for density in (0.3, 0.9):
+        shares = allocate([(curves, 1.0)], density)
+        assert shares[1, 2] == SHARES[-1]
+        assert float(shares.min()) < SHARES[-1]
+
+
+def test_a_head_that_costs_more_keeps_more():
+    curves = made_up(0)
+    before = allocate([(curves, 1.0)], 0.3)
+    curves.cost[0, 1] *= 1e4
+    assert allocate([(curves, 1.0)], 0.3)[0, 1] < before[0, 1]
+
+
+def test_lower_densities_have_higher_shares():
+    curves = made_up(1)
+    shares = torch.stack([allocate([(curves, 1.0)], density) for density in (0.9, 0.6, 0.3, 0.1)])
+    assert bool((shares.diff(dim=0) >= 0).all())
+    assert bool((shares[0] < shares[-1]).any())
+
+
+def test_kinds_count_by_their_weight_whatever_their_unit():
+    first, second = made_up(0), made_up(1)
+    second = Curves(second.cost, first.density)
+    huge = Curves(second.cost * 1e9, second.density)
+    both = allocate([(first, 1.0), (second, 1.0)], 0.3)
+    assert torch.equal(allocate([(first, 1.0), (huge, 1.0)], 0.3), both)
+    assert torch.equal(allocate([(first, 7.0), (second, 7.0)], 0.3), both)
+    alone = [allocate([(part, 1.0)], 0.3) for part in (first, second)]
+    assert torch.equal(allocate([(first, 1.0), (second, 0.0)], 0.3), alone[0])
+    assert torch.equal(allocate([(first, 1.0), (second, 1e9)], 0.3), alone[1])
+    assert not torch.equal(both, alone[0])
+    assert not torch.equal(both, alone[1])
+
+
+@pytest.mark.parametrize("density", [0.0, 0.04, 1.0, 1.5, float("nan")])
+def test_a_density_out_of_reach_is_refused(density):
+    with pytest.raises(ValueError, match="density") as refused:
+        allocate([(made_up(), 1.0)], density)
+    assert str(refused.value) == (
+        f"density: expected a number between 0.050 and 1, got {density}; forced blocks alone keep the former"
+    )
+
+
+def test_a_density_that_only_the_smallest_shares_reach_is_no_division_by_zero():
+    curves = made_up(0)
+    curves.cost[..., 0], curves.density[..., 0] = 0, 1
+    shares = allocate([(curves, 1.0)], 0.9999)
+    assert float(picked(curves.density, shares).mean()) <= 0.9999
+    assert float(picked(curves.density, shares).mean()) > float(curves.density[..., 1].mean())
+
+
+def test_text_lessons_are_windows_spread_through_each_text(tokenizer):
+    other = Text("other", "Something else. " * 100)
+    lessons = text_lessons(tokenizer, [TEXT, other], 200, 3)
+    assert [len(lesson.ids) for lesson in lessons] == [200] * 6
+    assert all(lesson.answer == [] for lesson in lessons)
+    read_back = [tokenizer.decode(lesson.ids) for lesson in lessons]
+    assert TEXT.content.startswith(read_back[0])
+    assert TEXT.content.endswith(read_back[2])
+    assert 300 < TEXT.content.index(read_back[1]) < len(TEXT.content) - 300
+    assert other.content.startswith(read_back[3])
+
+
+def test_texts_too_short_or_of_one_name_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="text: expected at least 100000 tokens for 2 windows"):
+        text_lessons(tokenizer, [TEXT], 50000, 2)
+    with pytest.raises(ValueError, match="different names"):
+        text_lessons(tokenizer, [TEXT, TEXT], 100, 1)
+
+
+def test_needle_lessons_ask_for_a_number_among_others_from_start_to_end(tokenizer):
+    lessons = needle_lessons(tokenizer, HAYSTACK, 1500, 4, 0)
+    assert len(lessons) == 4
+    depths = []
+    for lesson in lessons:
+        prompt, answer = tokenizer.decode(lesson.ids), tokenizer.decode(lesson.answer)
+        assert 1350 < len(lesson.ids) <= len(lesson.ids) + len(lesson.answer) <= 1500
+        assert answer[0] == " "
+        assert answer[1:].isdecimal()
+        assert prompt.count("One of the special magic numbers for") == 4
+        fact = prompt.index(f"is:{answer}.")
+        depths.append(fact / len(prompt))
+        name = prompt[:fact].split("numbers for ")[-1].strip()
+        assert name in prompt[-200:], "it is asked for"
+        assert "cat slept" in prompt
+    assert depths == sorted(depths)
+    assert depths[0] < 0.35
+    assert depths[3] > 0.65
+
+
+def test_needle_lessons_are_those_of_their_seed(tokenizer):
+    first = needle_lessons(tokenizer, None, 1200, 2, 7)
+    assert needle_lessons(tokenizer, None, 1200, 2, 7) == first
+    others = needle_lessons(tokenizer, None, 1200, 2, 8)
+    assert len({tuple(lesson.ids) for lesson in [*first, *others]}) == 4
+    assert len({tuple(lesson.answer) for lesson in [*first, *others]}) == 4
+
+
+def test_too_few_tokens_for_the_question_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="for the question alone"):
+        needle_lessons(tokenizer, None, 100, 1, 0)
+
+
+@pytest.fixture
+def lessons(tokenizer):
+    return text_lessons(tokenizer, [TEXT], 160, 2)
+
+
+def never():
+    raise AssertionError
+
+
+def test_learning_is_repeated_by_its_seed_and_tells_of_each_lesson(model, lessons):
+    ticks = []
+    curves = learn(model, lessons, CONFIG, 3, lambda: ticks.append(1))
+    assert len(ticks) == 2
+    assert curves.cost.shape == curves.density.shape == (2, 4, len(SHARES))
+    assert bool(curves.cost[..., -1].gt(0).all())
+    assert bool((curves.density.diff(dim=-1) <= 0).all())
+    assert bool((curves.density[..., 0] <= 1).all() & (curves.density[..., -1] > 0).all())
+    again = learn(model, lessons, CONFIG, 3, lambda: None)
+    assert torch.equal(curves.cost, again.cost)
+    assert torch.equal(curves.density, again.density)
+    assert not torch.equal(learn(model, lessons, CONFIG, 4, lambda: None).cost, curves.cost)
+
+
+def test_costs_add_up_and_densities_are_averaged_over_lessons(model, tokenizer):
+    answers = needle_lessons(tokenizer, HAYSTACK, 700, 2, 0)
+    both = learn(model, answers, CONFIG, 0, lambda: None)
+    # An answer's own signs come from the generator: the second lesson's are drawn after the first's.
+    first = learn(model, answers[:1], CONFIG, 0, lambda: None)
+    assert bool((both.cost >= first.cost).all())
+    assert bool((both.cost > first.cost).any())
+    second = learn(model, answers[1:], CONFIG, 0, lambda: None)
+    torch.testing.assert_close(both.density, (first.density + second.density) / 2)
+
+
+def test_only_the_answer_is_predicted_where_there_is_one(model, lessons):
+    """The gradient of an answer's log-probabilities does not reach queries behind it, a text's reaches all but the last."""
+    ids = lessons[0].ids
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    for lesson in (Lesson(ids[:150], ids[150:153]), Lesson(ids, [])):
+        calibrate._prediction(model, lesson, generator)
+    assert seen == [3, 159]
+
+
+def test_an_answers_prediction_is_its_log_probabilities_with_signs(model, lessons):
+    ids = lessons[0].ids
+    with torch.no_grad():
+        told = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    wanted = told[149:152].gather(1, torch.tensor(ids[150:153])[:, None])[:, 0]
+    sums = [float((wanted * torch.tensor(signs)).sum()) for signs in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3).tolist()]
+    got = {
+        round(float(calibrate._prediction(model, Lesson(ids[:150], ids[150:153]), torch.Generator().manual_seed(seed))), 4)
+        for seed in range(12)
+    }
+    assert len(got) > 3
+    assert all(min(abs(value - total) for total in sums) < 1e-3 for value in got)
+
+
+def test_long_texts_are_looked_at_in_part(model, lessons, monkeypatch):
+    monkeypatch.setattr(calibrate, "_PREDICTED", 32)
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    learn(model, lessons, CONFIG, 0, lambda: None)
+    assert seen == [32, 32]
+
+
+def test_layers_that_stay_dense_keep_everything_and_learn_nothing(model, lessons):
+    free = learn(model, lessons, CONFIG, 0, lambda: None)
+    curves = learn(model, lessons, replace(CONFIG, dense_layers=1), 0, lambda: None)
+    assert bool((curves.density[0] == 1).all())
+    assert not curves.cost[0].any()
+    assert torch.equal(curves.density[1], free.density[1])
+    assert torch.equal(curves.cost[1], free.cost[1])
+
+
+def test_models_with_windows_are_refused(model, lessons):
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(UnsupportedError, match="calibrate compares full causal attention; LlamaForCausalLM has .*sliding_attention"):
+        learn(model, lessons, CONFIG, 0, never)
+
+
+@pytest.mark.parametrize("density", [0.35, 0.5, 0.7])
+def test_the_density_is_that_of_sparse_prefills(model, tokenizer, density):
+    lessons = text_lessons(tokenizer, [TEXT], 480, 2)
+    ticks = []
+    config = replace(CONFIG, head_factors=((0.5, 1.0, 2.0, 1.5), (1.0, 0.7, 1.2, 3.0)), dense_below=9999)
+    found, kept = tuned(model, lessons, config, density, lambda: ticks.append(1))
+    assert found == replace(config, share=found.share)
+    assert kept == pytest.approx(density, rel=0.02)
+    sparse = replace(found, dense_below=0)
+    assert kept == sum(read(model, lesson.ids, sparse).density for lesson in lessons) / 2
+    assert 1 <= len(ticks) <= 8
+
+
+def test_the_nearest_try_is_taken_when_none_is_near(model, lessons):
+    """Forced blocks alone keep more than a thousandth; nothing keeps more than everything."""
+    found, kept = tuned(model, lessons, CONFIG, 1e-3, lambda: None)
+    assert kept == read(model, lessons[0].ids, replace(found, share=1e9, dense_below=0)).density
+    assert found.share > CONFIG.share
+
+
+@pytest.mark.parametrize("start", [0.01, 4.0, 300.0])
+def test_the_search_for_a_density_takes_few_tries(start, monkeypatch):
+    """A prefill of a long prompt takes long."""
+    tries = []
+
+    class Reading:
+        def __init__(self, config):
+            tries.append(config.share)
+            self.density = 0.05 + 0.95 / (1 + config.share / 3)
+
+    monkeypatch.setattr(calibrate, "read", lambda model, ids, config, positions: Reading(config))
+    found, kept = tuned(None, [Lesson([1], [])], replace(CONFIG, share=start), 0.16, lambda: None)
+    assert kept == pytest.approx(0.16, rel=0.01)
+    assert found.share == tries[-1]
+    assert len(tries) <= 6
