@@ -13,6 +13,7 @@ from stem_attention.evaluation.head_curves import SHARES
 from stem_attention.evaluation.prefill import read
 from stem_attention.evaluation.texts import Text
 from stem_attention.integrations import transformers as stem_host
+from stem_attention.policies import Mass
 
 CONFIG = StemConfig.mass(block_size=16, query_pool=4, key_pool=4, sink_blocks=1, local_blocks=1, tail_blocks=1)
 TEXT = Text("words", " ".join(f"{word} {word * word % 97}" for word in range(400)))
@@ -88,8 +89,9 @@ def test_a_head_that_costs_nothing_gets_the_largest_share():
 def test_a_head_that_costs_more_keeps_more():
     curves = made_up(0)
     before = allocate([(curves, 1.0)], 0.3)
-    curves.cost[0, 1] *= 1e4
-    assert allocate([(curves, 1.0)], 0.3)[0, 1] < before[0, 1]
+    assert before[2, 0] > SHARES[0]
+    curves.cost[2, 0] *= 1e4
+    assert allocate([(curves, 1.0)], 0.3)[2, 0] < before[2, 0]
 
 
 def test_lower_densities_have_higher_shares():
@@ -120,6 +122,18 @@ def test_a_density_out_of_reach_is_refused(density):
     assert str(refused.value) == (
         f"density: expected a number between 0.050 and 1, got {density}; forced blocks alone keep the former"
     )
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, sink_blocks=0, local_blocks=2, tail_blocks=0)])
+def test_a_density_below_the_forced_blocks_is_refused_before_anything_is_read(config):
+    q = k = torch.zeros(1, 150, 1, 4)
+    q, k = q + 1, k + torch.arange(150)[:, None, None]
+    least = Mass(replace(config, share=1e9))(q, k, k).density()
+    assert 0.05 < least < 0.5
+    long, short = Lesson([1] * 143, [1] * 7), Lesson([1] * 20, [])
+    calibrate.check_density(least + 1e-6, [short, long], config)
+    with pytest.raises(ValueError, match=f"density: expected a number between {least:.3f} and 1"):
+        calibrate.check_density(least - 1e-6, [short, long], config)
 
 
 def test_a_density_that_only_the_smallest_shares_reach_is_no_division_by_zero():
@@ -232,9 +246,11 @@ def test_an_answers_prediction_is_its_log_probabilities_with_signs(model, lesson
     with torch.no_grad():
         told = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     wanted = told[149:152].gather(1, torch.tensor(ids[150:153])[:, None])[:, 0]
-    sums = [float((wanted * torch.tensor(signs)).sum()) for signs in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3).tolist()]
+    sums = [
+        float((wanted * torch.tensor(signs)).sum()) for signs in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3).tolist()
+    ]
     got = {
-        round(float(calibrate._prediction(model, Lesson(ids[:150], ids[150:153]), torch.Generator().manual_seed(seed))), 4)
+        round(calibrate._prediction(model, Lesson(ids[:150], ids[150:153]), torch.Generator().manual_seed(seed)).item(), 4)
         for seed in range(12)
     }
     assert len(got) > 3
@@ -260,7 +276,9 @@ def test_layers_that_stay_dense_keep_everything_and_learn_nothing(model, lessons
 
 def test_models_with_windows_are_refused(model, lessons):
     model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(UnsupportedError, match="calibrate compares full causal attention; LlamaForCausalLM has .*sliding_attention"):
+    with pytest.raises(
+        UnsupportedError, match="calibrate compares full causal attention; LlamaForCausalLM has .*sliding_attention"
+    ):
         learn(model, lessons, CONFIG, 0, never)
 
 
@@ -284,18 +302,19 @@ def test_the_nearest_try_is_taken_when_none_is_near(model, lessons):
     assert found.share > CONFIG.share
 
 
-@pytest.mark.parametrize("start", [0.01, 4.0, 300.0])
-def test_the_search_for_a_density_takes_few_tries(start, monkeypatch):
+@pytest.mark.parametrize("steepness", [1, 3])
+@pytest.mark.parametrize("start", [0.5, 4.0, 40.0])
+def test_the_search_for_a_density_takes_few_tries(start, steepness, monkeypatch):
     """A prefill of a long prompt takes long."""
     tries = []
 
     class Reading:
         def __init__(self, config):
             tries.append(config.share)
-            self.density = 0.05 + 0.95 / (1 + config.share / 3)
+            self.density = 0.05 + 0.95 / (1 + (config.share / 3) ** steepness)
 
     monkeypatch.setattr(calibrate, "read", lambda model, ids, config, positions: Reading(config))
     found, kept = tuned(None, [Lesson([1], [])], replace(CONFIG, share=start), 0.16, lambda: None)
     assert kept == pytest.approx(0.16, rel=0.01)
     assert found.share == tries[-1]
-    assert len(tries) <= 6
+    assert len(tries) <= 7

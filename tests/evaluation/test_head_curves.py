@@ -107,9 +107,10 @@ def test_weights_of_kept_blocks_that_vanish_leave_a_finite_cost():
     q, k = torch.zeros_like(q), torch.zeros_like(k)
     q[..., 0] = 100.0
     k[40, 0, 0] = 100.0  # a score of 10000: in fp32 all other weights of the later queries are 0
+    gradient[:48] = 0
     costs, _ = head_curves(q, k, v, gradient, replace(SMALL, spread=0.0), 1.0)
     assert bool(costs.isfinite().all())
-    everything = ((attention(q, k, v, torch.ones(160, 160).tril().bool(), 1.0) * gradient).sum(-1)[48:144] ** 2).sum()
+    everything = ((attention(q, k, v, torch.ones(160, 160).tril().bool(), 1.0) * gradient).sum(-1)[:144] ** 2).sum()
     assert float(costs[0, -1]) == pytest.approx(float(everything), rel=1e-4)
 
 
@@ -163,9 +164,7 @@ def test_every_layer_tells_its_attention_and_its_gradient_once(model):
     for index, q, k, v, scale, gradient in told:
         assert gradient.shape == outputs[index].shape == (2, 70, 4, 8)
         assert not gradient.requires_grad
-        torch.testing.assert_close(
-            gradient, outputs[index].grad, rtol=1e-3, atol=1e-4 * float(outputs[index].grad.abs().max())
-        )
+        torch.testing.assert_close(gradient, outputs[index].grad, rtol=1e-3, atol=1e-4 * float(outputs[index].grad.abs().max()))
         assert scale == inputs[index][3]
         for got, want in zip((q, k, v), inputs[index][:3], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

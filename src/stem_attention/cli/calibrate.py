@@ -16,7 +16,7 @@ from stem_attention.cli.loading import open_model
 from stem_attention.cli.options import check_counts, check_writable, read_choice, read_device, read_dtype, read_text
 from stem_attention.cli.system import progress_console
 from stem_attention.config import StemConfig
-from stem_attention.evaluation.calibrate import Lesson, allocate, learn, needle_lessons, text_lessons, tuned
+from stem_attention.evaluation.calibrate import Lesson, allocate, check_density, learn, needle_lessons, text_lessons, tuned
 from stem_attention.evaluation.models import Model, Tokenizer, context_length
 from stem_attention.evaluation.texts import Text, stdlib_text
 
@@ -68,6 +68,7 @@ def calibrate_command(options: CalibrateOptions) -> int:
     _, model, tokenizer = open_model(options.model, device, read_dtype(options.dtype, device), console)
     try:
         kinds = _lessons(options, model, tokenizer, texts, haystack)
+        check_density(options.density, [lesson for lessons, _ in kinds for lesson in lessons], config)
         found, density = _calibrated(options, model, kinds, config, console)
     except ValueError as error:
         raise UserError(f"calibrate: {error}") from error

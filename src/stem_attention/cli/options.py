@@ -18,7 +18,7 @@ from stem_attention.cli.errors import UserError, need
 from stem_attention.config import StemConfig
 from stem_attention.evaluation.bench_shapes import MODELS, Heads
 from stem_attention.evaluation.contenders import read_value
-from stem_attention.policies import Policy, Stem, make_policy
+from stem_attention.policies import Mass, Policy, Stem, make_policy
 
 PRESETS: dict[str, Callable[[], StemConfig]] = {
     "default": StemConfig,
@@ -46,7 +46,7 @@ class Choice:
     @property
     def to_run(self) -> StemConfig | Policy:
         """What the transformers integration is configured with."""
-        return self.config if isinstance(self.policy, Stem) else self.policy
+        return self.config if isinstance(self.policy, (Stem, Mass)) else self.policy
 
 
 def read_choice(name: str, preset: str, file: Path | None, settings: list[str]) -> Choice:

@@ -22,6 +22,8 @@ from stem_attention.evaluation.layers import check_full_attention
 from stem_attention.evaluation.prefill import read
 from stem_attention.evaluation.prompts import planted_prompt
 from stem_attention.evaluation.texts import Text, tokenized
+from stem_attention.policies.budget import block_count
+from stem_attention.policies.mass import always_kept
 
 NEEDLE_WEIGHT = 10.0
 """How much losing answers weighs beside losing text, both relative to what one share for all heads loses."""
@@ -75,6 +77,27 @@ def needle_lessons(
         )  # fmt: skip
         lessons.append(Lesson(prompt.ids, list(tokenizer(f" {prompt.answers[0]}", add_special_tokens=False).input_ids)))
     return lessons
+
+
+def check_density(density: float, lessons: Sequence[Lesson], config: StemConfig) -> None:
+    """Check what can be known before anything is learnt.
+
+    Raises:
+        ValueError: Forced blocks alone keep more of these prompts.
+    """
+    forced = [_forced_density(len(lesson.ids) + len(lesson.answer), config) for lesson in lessons]
+    _check_reachable(density, min(forced))
+
+
+def _forced_density(tokens: int, config: StemConfig) -> float:
+    blocks = torch.arange(block_count(tokens, config.block_size))
+    forced = always_kept(config, blocks[:, None], blocks, len(blocks)).tril()
+    return float(forced.sum() / torch.ones_like(forced).tril().sum())
+
+
+def _check_reachable(density: float, least: float) -> None:
+    if not least < density < 1:
+        raise bad_argument("density", f"a number between {least:.3f} and 1", density, "forced blocks alone keep the former")
 
 
 def learn(model: PreTrainedModel, lessons: Sequence[Lesson], config: StemConfig, seed: int, tick: Callable[[], None]) -> Curves:
@@ -138,9 +161,7 @@ def allocate(curves: Sequence[tuple[Curves, float]], density: float) -> Tensor:
         ValueError: Not even the largest shares keep so little.
     """
     kept = torch.stack([part.density for part, _ in curves]).mean(0)
-    least = float(kept[..., -1].mean())
-    if not least < density < 1:
-        raise bad_argument("density", f"a number between {least:.3f} and 1", density, "forced blocks alone keep the former")
+    _check_reachable(density, float(kept[..., -1].mean()))
     single = int((kept.mean((0, 1)) <= density).int().argmax())  # the first that keeps no more, and so drops something
     cost = torch.stack([weight * part.cost / part.cost[..., single].sum() for part, weight in curves]).sum(0)
     low, high = 1e-12, 1e12  # price of a block: the higher, the fewer are bought
