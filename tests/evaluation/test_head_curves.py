@@ -60,7 +60,7 @@ def brute_force(q, k, v, gradient, config, scale):
 )
 def test_costs_and_densities_are_those_of_real_selections(config, length, heads, scale):
     inputs = layer(length, heads)
-    costs, densities = head_curves(*inputs, config, scale)
+    sums, costs, densities = head_curves(*inputs, config, scale)
     expected_costs, expected_densities = brute_force(*inputs, config, scale)
     assert torch.equal(densities, expected_densities)
     assert costs.dtype == torch.float64
@@ -71,7 +71,7 @@ def test_costs_and_densities_are_those_of_real_selections(config, length, heads,
 
 
 def test_density_falls_as_the_share_rises():
-    _, densities = head_curves(*layer(160), SMALL, 0.25)
+    _, _, densities = head_curves(*layer(160), SMALL, 0.25)
     assert bool((densities.diff() <= 0).all())
     assert float(densities.min()) > 0
 
@@ -86,19 +86,19 @@ def test_the_configs_own_shares_do_not_count():
 
 def test_a_small_workspace_changes_nothing(monkeypatch):
     inputs = layer(149)
-    costs, densities = head_curves(*inputs, SMALL, 0.25)
+    _, costs, densities = head_curves(*inputs, SMALL, 0.25)
     monkeypatch.setattr(curves, "_WORKSPACE", 1)
-    row_by_row, same = head_curves(*inputs, SMALL, 0.25)
+    _, row_by_row, same = head_curves(*inputs, SMALL, 0.25)
     assert torch.equal(densities, same)
     torch.testing.assert_close(row_by_row, costs, rtol=1e-4, atol=1e-8 * float(costs.max()))
 
 
 def test_no_gradient_costs_nothing_and_half_the_gradient_a_quarter():
     q, k, v, gradient = layer(96)
-    costs, _ = head_curves(q, k, v, gradient, SMALL, 0.25)
-    half, _ = head_curves(q, k, v, gradient / 2, SMALL, 0.25)
+    _, costs, _ = head_curves(q, k, v, gradient, SMALL, 0.25)
+    _, half, _ = head_curves(q, k, v, gradient / 2, SMALL, 0.25)
     torch.testing.assert_close(half, costs / 4)
-    nothing, _ = head_curves(q, k, v, torch.zeros_like(gradient), SMALL, 0.25)
+    _, nothing, _ = head_curves(q, k, v, torch.zeros_like(gradient), SMALL, 0.25)
     assert not nothing.any()
 
 
@@ -108,7 +108,7 @@ def test_weights_of_kept_blocks_that_vanish_leave_a_finite_cost():
     q[..., 0] = 100.0
     k[40, 0, 0] = 100.0  # a score of 10000: in fp32 all other weights of the later queries are 0
     gradient[:48] = 0
-    costs, _ = head_curves(q, k, v, gradient, replace(SMALL, spread=0.0), 1.0)
+    _, costs, _ = head_curves(q, k, v, gradient, replace(SMALL, spread=0.0), 1.0)
     assert bool(costs.isfinite().all())
     everything = ((attention(q, k, v, torch.ones(160, 160).tril().bool(), 1.0) * gradient).sum(-1)[:144] ** 2).sum()
     assert float(costs[0, -1]) == pytest.approx(float(everything), rel=1e-4)

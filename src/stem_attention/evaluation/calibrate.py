@@ -1,8 +1,9 @@
 """Shares for every head of a model: where keep by mass should spend, learnt from the model's own gradients.
 
-Prompts of two kinds are read dense and backwards: windows of texts, whose predictions of every token count, and prompts that
-hide numbers, whose answers count. From what every head would lose at every share (:mod:`.head_curves`), shares are chosen
-whose density is the one asked for and whose summed loss is least. Weights of the model stay as they are.
+Prompts of two kinds are read dense and backwards: windows of texts, of which every token counts, and prompts that hide
+numbers, whose answers count. What the loss of these tokens would rise by, to second order, is estimated for every head at
+every share (:mod:`.head_curves`); then shares are chosen whose density is the one asked for and whose summed loss is least.
+Weights of the model stay as they are.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from stem_attention.evaluation.texts import Text, tokenized
 from stem_attention.policies.budget import block_count
 from stem_attention.policies.mass import always_kept
 
-NEEDLE_WEIGHT = 10.0
-"""How much losing answers weighs beside losing text, both relative to what one share for all heads loses."""
+NEEDLE_WEIGHT = 4.0
+"""How many tokens of a text a token of an answer is worth."""
 
-_PREDICTED = 4096  # tokens of a text whose predictions are looked at: their logits are held at once
+_PREDICTED = 8192  # tokens of a text whose predictions are looked at: their logits are held at once
 _COMPETING = 4  # numbers that a prompt hides, of which one is asked for
 _ANSWER_ROOM = 24  # tokens that an answer may have
+_FIRST_ORDER, _SECOND_ORDER = 0, 1  # what a pass backwards is for; the place of its sums
 _TRIES = 8  # prefills of each prompt by which the last word on density is found
 _NEAR = 0.01  # relative distance from the density asked for at which that search ends
 
@@ -45,10 +47,22 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Curves:
-    """What heads lose and keep at :data:`..head_curves.SHARES`; fp64 ``(layers, heads, shares)``, summed over prompts."""
+    """What heads lose and keep at :data:`..head_curves.SHARES`; fp64 ``(layers, heads, shares)``.
 
-    cost: Tensor
+    Attributes:
+        slope: What the loss of a token rises by to first order, in nats, averaged over the tokens that count.
+        bend: Its second order: half the Fisher information in the direction that the head's result moves in.
+        density: Kept share of the causal block pairs, averaged over the prompts.
+    """
+
+    slope: Tensor
+    bend: Tensor
     density: Tensor
+
+    @property
+    def cost(self) -> Tensor:
+        """Both orders. Nothing is gained by dropping blocks: where the slope says so, that is chance."""
+        return self.slope.clamp(min=0) + self.bend
 
 
 def text_lessons(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], tokens: int, count: int) -> list[Lesson]:
@@ -108,32 +122,35 @@ def learn(model: PreTrainedModel, lessons: Sequence[Lesson], config: StemConfig,
     """
     check_full_attention(model, "calibrate")
     text = model.config.get_text_config()
-    shape = text.num_hidden_layers, text.num_attention_heads, len(SHARES)
-    cost, density = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    density[: config.dense_layers] = len(lessons)
+    sums = torch.zeros(3, text.num_hidden_layers, text.num_attention_heads, len(SHARES), dtype=torch.float64)
+    sums[2, : config.dense_layers] = 2 * len(lessons)
+    pass_of = _FIRST_ORDER
 
     def told(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, gradient: Tensor) -> None:
         if layer < config.dense_layers:
             return
         queries, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
-        costs, densities = head_curves(queries, keys, values, gradient[0], config, scale)
-        cost[layer] += costs.cpu()
-        density[layer] += densities.cpu()
+        found = head_curves(queries, keys, values, gradient[0], config, scale)
+        sums[pass_of, layer] += found[pass_of].cpu()
+        sums[2, layer] += found[2].cpu()
 
-    generator = torch.Generator().manual_seed(seed)
+    generator, counted = torch.Generator().manual_seed(seed), 0
     with feeling(model, told):
         for lesson in lessons:
-            torch.autograd.backward(_prediction(model, lesson, generator))
+            for pass_of in (_FIRST_ORDER, _SECOND_ORDER):
+                losses = _losses(model, lesson, generator, drawn=pass_of == _SECOND_ORDER)
+                torch.autograd.backward(losses.sum())
+            counted += len(losses)
             tick()
-    return Curves(cost, density / len(lessons))
+    return Curves(sums[0] / counted, sums[1] / counted / 2, sums[2] / len(lessons) / 2)
 
 
-def _prediction(model: PreTrainedModel, lesson: Lesson, generator: torch.Generator) -> Tensor:
-    """Log-probabilities of the tokens that count, added with random signs.
+def _losses(model: PreTrainedModel, lesson: Lesson, generator: torch.Generator, *, drawn: bool) -> Tensor:
+    """Negative log-probabilities of the tokens that count: of those that are there, or of ``drawn`` ones with random signs.
 
-    The square of a gradient of such a sum is, on average, the sum of the squares of the tokens' own gradients: one pass
-    backwards instead of thousands. Of a text, tokens are drawn from what the model predicts, which makes the sum the Fisher
-    information: what a small change costs in divergence.
+    The square of the gradient of a sum with random signs is, on average, the sum of the squares of the tokens' own gradients:
+    one pass backwards instead of thousands. Tokens of a text are drawn from what the model predicts, which makes that sum the
+    Fisher information: twice what a small change costs in divergence. Those of an answer, which leave no doubt, are its own.
     """
     ids, answer = torch.tensor([lesson.ids + lesson.answer], device=model.device), lesson.answer
     last = ids.shape[1] - 1
@@ -143,27 +160,25 @@ def _prediction(model: PreTrainedModel, lesson: Lesson, generator: torch.Generat
         positions = torch.randperm(last, generator=generator)[: min(_PREDICTED, last)].sort().values
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     logits = model(inputs_embeds=embedded, use_cache=False, logits_to_keep=positions.to(ids.device)).logits[0].float()
-    if answer:
-        tokens = ids[0, -len(answer) :]
-    else:
+    tokens = ids[0, (positions + 1).to(ids.device)]
+    if drawn and not answer:
         draws = torch.rand(len(positions), 1, generator=generator).to(ids.device)
         tokens = (logits.detach().softmax(-1).cumsum(-1) < draws).sum(-1).clamp(max=logits.shape[1] - 1)
-    signs = (torch.randint(0, 2, (len(positions),), generator=generator) * 2 - 1).to(ids.device)
-    return -(torch.nn.functional.cross_entropy(logits, tokens, reduction="none") * signs).sum()
+    losses = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+    if drawn:
+        losses = losses * (torch.randint(0, 2, (len(positions),), generator=generator) * 2 - 1).to(ids.device)
+    return losses
 
 
 def allocate(curves: Sequence[tuple[Curves, float]], density: float) -> Tensor:
     """Shares ``(layers, heads)`` that keep ``density`` and lose least of the weighted costs.
-
-    Each kind's cost is taken relative to what one share for all heads loses at the same density, then times its weight.
 
     Raises:
         ValueError: Not even the largest shares keep so little.
     """
     kept = torch.stack([part.density for part, _ in curves]).mean(0)
     _check_reachable(density, float(kept[..., -1].mean()))
-    single = int((kept.mean((0, 1)) <= density).int().argmax())  # the first that keeps no more, and so drops something
-    cost = torch.stack([weight * part.cost / part.cost[..., single].sum() for part, weight in curves]).sum(0)
+    cost = torch.stack([weight * part.cost for part, weight in curves]).sum(0)
     low, high = 1e-12, 1e12  # price of a block: the higher, the fewer are bought
     for _ in range(100):
         price = (low * high) ** 0.5

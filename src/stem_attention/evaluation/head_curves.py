@@ -2,8 +2,7 @@
 
 A head keeps fewer blocks as its share of keep by mass rises, and its result moves. How much that matters is for the model
 to say: the gradient of its prediction with respect to the head's result, times the movement, is what the prediction changes
-by to first order. Its square, summed over queries, is what a head's share costs here. Scores of different heads, which have
-no scale in common, thus become comparable.
+by to first order. Scores of different heads, which have no scale in common, thus become comparable.
 """
 
 from __future__ import annotations
@@ -34,8 +33,10 @@ Told = Callable[[int, Tensor, Tensor, Tensor, float, Tensor], None]
 """Of a layer: its index, q, k, v ``(1, heads, length, dim)``, scale and gradient ``(1, length, heads, dim)``."""
 
 
-def head_curves(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, config: StemConfig, scale: float) -> tuple[Tensor, Tensor]:
-    """Cost and density of every head at each of :data:`SHARES`.
+def head_curves(
+    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, config: StemConfig, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the prediction changes by, and density, of every head at each of :data:`SHARES`.
 
     Args:
         q: ``(length, q_heads, dim)``.
@@ -46,7 +47,7 @@ def head_curves(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, config: StemC
         scale: Softmax scale.
 
     Returns:
-        fp64 ``(q_heads, shares)``: the sum over queries of ``(gradient · (sparse - dense))²``, and the density.
+        fp64 ``(q_heads, shares)``: the sums over queries of ``gradient · (sparse - dense)`` and of its square; and the density.
     """
     size, heads, group = config.block_size, q.shape[1], q.shape[1] // k.shape[1]
     blocks = block_count(len(q), size)
@@ -59,20 +60,22 @@ def head_curves(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, config: StemC
     shares = torch.tensor(SHARES, dtype=torch.float64, device=q.device) / blocks
     # A last block that is not full is filled with queries of no gradient, and with keys that only those see.
     q, k, v, gradient = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -len(x) % size)) for x in (q, k, v, gradient))
-    costs, densities = [], []
+    changes, densities = [], []
     for head in range(heads):
         kept = (~(masses[head][..., None] < shares) | forced[..., None]) & causal[..., None]
-        costs.append(_costs(q[:, head], k[:, head // group], v[:, head // group], gradient[:, head], kept.float(), size, scale))
+        one = q[:, head], k[:, head // group], v[:, head // group], gradient[:, head]
+        changes.append(_changes(*one, kept.float(), size, scale))
         densities.append(kept.sum((0, 1)).double() / causal.sum())
-    return torch.stack(costs), torch.stack(densities)
+    sums, squares = torch.stack(changes).unbind(1)
+    return sums, squares, torch.stack(densities)
 
 
-def _costs(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, kept: Tensor, size: int, scale: float) -> Tensor:
-    """Of one head, ``(length, dim)``, under ``kept (blocks, blocks, shares)``.
+def _changes(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, kept: Tensor, size: int, scale: float) -> Tensor:
+    """Of one head, ``(length, dim)``, under ``kept (blocks, blocks, shares)``: sums and sums of squares, ``(2, shares)``.
 
     The result enters only through its product with the gradient: a number for each pair of query and block.
     """
-    total = torch.zeros(kept.shape[2], dtype=torch.float64, device=q.device)
+    total = torch.zeros(2, kept.shape[2], dtype=torch.float64, device=q.device)
     step = max(1, min(_WORKSPACE // len(k), len(q) // _PARTS) // size) * size
     for low in range(0, len(q), step):
         high = min(low + step, len(q))
@@ -85,8 +88,8 @@ def _costs(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, kept: Tensor, size
         rows = kept[low // size : high // size, : high // size]
         # Where the weights of all that is kept vanish in fp32, the result counts as zero.
         left = (held @ rows).clamp(min=torch.finfo(held.dtype).tiny)
-        change = (told @ rows) / left - told.sum(-1, keepdim=True) / held.sum(-1, keepdim=True)
-        total += change.double().square().sum((0, 1))
+        change = ((told @ rows) / left - told.sum(-1, keepdim=True) / held.sum(-1, keepdim=True)).double()
+        total += torch.stack([change, change.square()]).sum((1, 2))
     return total
 
 
