@@ -34,17 +34,18 @@ def brute_force(q, k, v, gradient, config, scale):
     length, heads, size = len(q), q.shape[1], config.block_size
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     dense = attention(q, k, v, causal, scale)
-    costs, densities = [], []
+    sums, costs, densities = [], [], []
     for share in SHARES:
         selection = Mass(replace(config, share=share))(q[None], k[None], v[None], scale=scale)
         blocks = selection.to_mask()[0]
         tokens = blocks.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :length, :length] & causal
         change = ((attention(q, k, v, tokens, scale) - dense) * gradient.double()).sum(-1)
+        sums.append(change.sum(0))
         costs.append(change.square().sum(0))
         densities.append(blocks.sum((1, 2)).double() / torch.ones_like(blocks[0]).tril().sum())
         assert float(densities[-1].mean()) == pytest.approx(selection.density())
     assert costs[0].shape == (heads,)
-    return torch.stack(costs, 1), torch.stack(densities, 1)
+    return torch.stack(sums, 1), torch.stack(costs, 1), torch.stack(densities, 1)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +62,11 @@ def brute_force(q, k, v, gradient, config, scale):
 def test_costs_and_densities_are_those_of_real_selections(config, length, heads, scale):
     inputs = layer(length, heads)
     sums, costs, densities = head_curves(*inputs, config, scale)
-    expected_costs, expected_densities = brute_force(*inputs, config, scale)
+    expected_sums, expected_costs, expected_densities = brute_force(*inputs, config, scale)
     assert torch.equal(densities, expected_densities)
     assert costs.dtype == torch.float64
     # Where everything is kept the brute force has zero and fp32 its rounding.
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-3, atol=1e-4 * float(expected_sums.abs().max()))
     torch.testing.assert_close(costs, expected_costs, rtol=1e-3, atol=1e-8 * float(expected_costs.max()))
     assert float(costs[:, -1].min()) > 1e3 * float(costs[:, 0].max())
     assert bool((densities[:, 0] > densities[:, -1]).all())

@@ -25,8 +25,10 @@ def calibrate(
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of each text.")] = 2,
     haystack: Annotated[Path | None, typer.Option(help="Text around hidden numbers.", show_default="made-up prose")] = None,
-    needles: Annotated[int, typer.Option(help="Prompts that hide numbers.")] = 6,
-    needle_weight: Annotated[float, typer.Option(help="How much losing an answer weighs beside losing text.")] = NEEDLE_WEIGHT,
+    needles: Annotated[int, typer.Option(help="Prompts that hide numbers.")] = 8,
+    needle_weight: Annotated[
+        float, typer.Option(help="How many tokens of a text a token of an answer is worth.")
+    ] = NEEDLE_WEIGHT,
     config: Config = None,
     settings: Settings = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the random signs.")] = 0,

@@ -26,7 +26,7 @@ from stem_attention.evaluation.texts import Text, tokenized
 from stem_attention.policies.budget import block_count
 from stem_attention.policies.mass import always_kept
 
-NEEDLE_WEIGHT = 4.0
+NEEDLE_WEIGHT = 1.0
 """How many tokens of a text a token of an answer is worth."""
 
 _PREDICTED = 8192  # tokens of a text whose predictions are looked at: their logits are held at once
