@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stem_attention import __version__, block_sparse_attention
+from stem_attention import StemConfig, __version__, block_sparse_attention
 from stem_attention.cli import main
 from stem_attention.evaluation import bench_checks
 
@@ -118,6 +118,13 @@ def test_bad_option_is_one_line(arguments: list[str], says: str, capsys: pytest.
     assert captured.out == ""
     assert captured.err.startswith(f"stem-attention: {says}")
     assert captured.err.count("\n") == 1
+
+
+def test_a_calibrated_config_is_of_a_model_that_bench_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "heads.json"
+    file.write_text(StemConfig.mass(head_factors=[[1.0] * 8] * 2).to_json())
+    assert main(["bench", "--config", str(file), "--device", "cpu"]) == 1
+    assert "--config: expected no head_factors" in capsys.readouterr().err
 
 
 def test_the_command_runs_as_a_module() -> None:

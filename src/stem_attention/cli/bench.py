@@ -63,6 +63,8 @@ def bench_command(options: BenchOptions, *, as_json: bool) -> int:
         names = ", ".join((*SUITES, SERVING, TTFT))
         raise UserError(f"--suite: expected one of {names}, got {options.suite!r}; pick one of these names")
     config = read_choice(Stem.name, options.preset, options.config, options.settings).config
+    if config.head_factors is not None:
+        raise UserError("--config: expected no head_factors, got some; made-up inputs are of no model: time it with eval cost")
     shapes = read_shapes(options)
     usual = _CPU_REPEATS if shapes[0].device.type == "cpu" else _GPU_REPEATS
     repeats = usual if options.repeats is None else options.repeats
