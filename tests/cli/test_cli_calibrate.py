@@ -1,13 +1,17 @@
 """``stem-attention calibrate`` on a tiny random model: a file for its layers and heads, and mistakes in one line."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from stem_attention import StemConfig
 from stem_attention.cli import calibrate, main
+from stem_attention.evaluation.calibrate import Curves
+from stem_attention.evaluation.head_curves import SHARES
 
 SMALL = ["--set", "block_size=16", "--set", "query_pool=4", "--set", "key_pool=4", "--set", "tail_blocks=1"]
 
@@ -54,6 +58,26 @@ def test_same_command_again_writes_the_same_and_another_seed_something_else(
     other = StemConfig.from_json((tmp_path / "heads.json").read_text())
     assert other.head_factors != StemConfig.from_json(calibrated.read_text()).head_factors
     assert other.dense_below == 5
+
+
+@pytest.mark.parametrize(("ours", "theirs", "code"), [(0.05, 0.02, 3), (0.02, 0.05, 0), (0.009, 0.001, 0), (-0.01, -0.02, 0)])
+def test_it_says_what_the_file_does_to_other_windows(
+    ours: float, theirs: float, code: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(calibrate, "learn", lambda *arguments: made_up(2, 4))
+    monkeypatch.setattr(calibrate, "text_loss", lambda model, windows, config: ours if config.head_factors else theirs)
+    assert main(command(tiny_llama, tmp_path)) == code
+    said = " ".join(capsys.readouterr().err.split())
+    lost = f"perplexity {math.expm1(ours):+.2%}, with one share for all heads at that density {math.expm1(theirs):+.2%}"
+    assert f"other windows of the texts: {lost}" in said
+    assert ("that is a loss" in said) == (code == 3)
+    assert StemConfig.from_json((tmp_path / "heads.json").read_text()).head_factors is not None
+
+
+def made_up(layers: int, heads: int) -> Curves:
+    rise = torch.rand(layers, heads, len(SHARES), generator=torch.Generator().manual_seed(0)).double().cumsum(-1)
+    return Curves(rise, rise, 1 - 0.9 * rise / rise[..., -1:])
 
 
 def test_run_takes_the_file(calibrated: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

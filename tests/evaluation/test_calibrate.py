@@ -1,6 +1,7 @@
 """Shares for every head: what is learnt from, how the shares are chosen, and the density they come to."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ import torch
 from stem_attention import StemConfig
 from stem_attention.errors import UnsupportedError
 from stem_attention.evaluation import calibrate
-from stem_attention.evaluation.calibrate import Curves, Lesson, allocate, learn, needle_lessons, text_lessons, tuned
+from stem_attention.evaluation.calibrate import (
+    Curves,
+    Lesson,
+    allocate,
+    learn,
+    needle_lessons,
+    other_windows,
+    text_lessons,
+    text_loss,
+    tuned,
+)
 from stem_attention.evaluation.head_curves import SHARES
 from stem_attention.evaluation.prefill import read
 from stem_attention.evaluation.texts import Text
@@ -160,6 +171,24 @@ def test_text_lessons_are_windows_spread_through_each_text(tokenizer):
     assert TEXT.content.endswith(read_back[2])
     assert 300 < TEXT.content.index(read_back[1]) < len(TEXT.content) - 300
     assert other.content.startswith(read_back[3])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_other_windows_share_no_token_with_those_learnt_from(tokenizer, count):
+    text = Text("numbers", " ".join(str(number) for number in range(5000)))
+    learnt = text_lessons(tokenizer, [text], 160, count)
+    others = other_windows(tokenizer, [text], 160, count)
+    assert len(others) == max(1, count - 1)
+    whole = list(tokenizer(text.content, add_special_tokens=False).input_ids)
+    spans = [next(i for i in range(len(whole)) if whole[i : i + 140] == lesson.ids[-140:]) for lesson in [*learnt, *others]]
+    spans.sort()
+    assert all(after - before >= 159 for before, after in pairwise(spans))
+
+
+def test_the_loss_of_texts_is_what_sparse_attention_adds(model, lessons):
+    whole = replace(CONFIG, share=1e-6)
+    assert abs(text_loss(model, lessons, whole)) < 1e-5
+    assert abs(text_loss(model, lessons, replace(CONFIG, share=100.0))) > 1e-5
 
 
 def test_texts_too_short_or_of_one_name_are_refused(tokenizer):

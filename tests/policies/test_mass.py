@@ -200,3 +200,10 @@ def test_a_bad_field_is_named(fields, name):
 def test_settings_of_the_other_rule_are_refused():
     with pytest.raises(ValueError, match="share: .* means nothing under keep='budget'"):
         StemConfig(share=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_masses_are_summed_in_fp64_on_a_cpu(dtype):
+    """So that a chunk of a prompt estimates to the last bit what the whole does, whatever the shapes of its products."""
+    q, k = (torch.randn(1, 128, heads, 16, dtype=dtype) for heads in (2, 1))
+    assert all(mass.dtype == torch.float64 for _, mass in block_masses(q, k, StemConfig.mass(), 0.25))

@@ -37,7 +37,8 @@ def calibrate(
 ) -> int:
     """Learn how much each head of a model may drop, from the model's own gradients, and write it as a config.
 
-    Keep by mass then loses less at the same density. Weights stay as they are; the file is for this model alone.
+    Keep by mass can then lose less at the same density: what it does on other windows of the texts is said at the end, and exit
+    code 3 means that they suffer. Weights stay as they are; the file is for this model alone.
     """
     need(*HOST, purpose="calibrate")
     from stem_attention.cli.calibrate import CalibrateOptions, calibrate_command

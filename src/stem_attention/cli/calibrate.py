@@ -16,10 +16,24 @@ from stem_attention.cli.loading import open_model
 from stem_attention.cli.options import check_counts, check_writable, read_choice, read_device, read_dtype, read_text
 from stem_attention.cli.system import progress_console
 from stem_attention.config import StemConfig
-from stem_attention.evaluation.calibrate import Lesson, allocate, check_density, learn, needle_lessons, text_lessons, tuned
+from stem_attention.evaluation.calibrate import (
+    Lesson,
+    allocate,
+    check_density,
+    learn,
+    needle_lessons,
+    other_windows,
+    text_lessons,
+    text_loss,
+    tuned,
+)
 from stem_attention.evaluation.models import Model, Tokenizer, context_length
 from stem_attention.evaluation.texts import Text, stdlib_text
 
+LOSES = 3
+"""Exit code where the file loses more of other windows than one share for all heads does, and more than a little."""
+
+_BEARABLE = 0.01  # nats a token, about 1 % of perplexity
 _LONGEST_DEFAULT = 32768
 
 
@@ -44,7 +58,7 @@ class CalibrateOptions:
 
 
 def calibrate_command(options: CalibrateOptions) -> int:
-    """Calibrate and write the file; returns the exit code.
+    """Calibrate, write the file and try it; returns the exit code, :data:`LOSES` if text suffers from it.
 
     Raises:
         UserError: Some option is wrong; the message names it.
@@ -69,6 +83,7 @@ def calibrate_command(options: CalibrateOptions) -> int:
     try:
         kinds = _lessons(options, model, tokenizer, texts, haystack)
         check_density(options.density, [lesson for lessons, _ in kinds for lesson in lessons], config)
+        others = other_windows(tokenizer, texts, len(kinds[0][0][0].ids), options.windows)
         found, density = _calibrated(options, model, kinds, config, console)
     except ValueError as error:
         raise UserError(f"calibrate: {error}") from error
@@ -76,7 +91,16 @@ def calibrate_command(options: CalibrateOptions) -> int:
     console.print(
         f"wrote {options.out}: density {density:.3f} on these prompts, share {found.share:.3g}", markup=False, soft_wrap=True
     )
-    return 0
+    firsts = [lessons[0] for lessons, _ in kinds]
+    with _bar(console, "trying it on other windows", None) as tick:
+        single, _ = tuned(model, firsts, replace(config, head_factors=None), density, tick)
+        ours, theirs = (text_loss(model, others, tried) for tried in (found, single))
+    lost = f"perplexity {math.expm1(ours):+.2%}, with one share for all heads at that density {math.expm1(theirs):+.2%}"
+    console.print(f"other windows of the texts: {lost}", markup=False, soft_wrap=True)
+    if ours <= max(theirs, _BEARABLE):
+        return 0
+    console.print("that is a loss: learn from more --windows, or lower --needle-weight", markup=False, soft_wrap=True)
+    return LOSES
 
 
 def _lessons(

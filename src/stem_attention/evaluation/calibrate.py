@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from stem_attention.config import StemConfig
 from stem_attention.errors import bad_argument
 from stem_attention.evaluation.head_curves import SHARES, feeling, head_curves
 from stem_attention.evaluation.layers import check_full_attention
+from stem_attention.evaluation.perplexity import read_text, score_text
 from stem_attention.evaluation.prefill import read
 from stem_attention.evaluation.prompts import planted_prompt
 from stem_attention.evaluation.texts import Text, tokenized
@@ -73,6 +75,17 @@ def text_lessons(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], toke
     """
     sources = tokenized(tokenizer, texts).values()
     return [Lesson(text.window(start, tokens), []) for text in sources for start in text.starts(tokens, count)]
+
+
+def other_windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], tokens: int, count: int) -> list[Lesson]:
+    """Windows of each text between the ``count`` of :func:`text_lessons`, to see whether what was learnt holds there.
+
+    Raises:
+        ValueError: A text is too short for them beside the others, or two share a name.
+    """
+    sources = tokenized(tokenizer, texts).values()
+    all_of = max(3, 2 * count - 1)
+    return [Lesson(text.window(start, tokens), []) for text in sources for start in text.starts(tokens, all_of)[1::2]]
 
 
 def needle_lessons(
@@ -225,3 +238,13 @@ def _next_share(tries: Sequence[tuple[float, float]], density: float) -> float:
         return share * (kept / density) ** 2  # about what densities do
     way = math.log(above[1] / density) / math.log(above[1] / below[1])
     return above[0] * math.pow(below[0] / above[0], way)
+
+
+def text_loss(model: PreTrainedModel, lessons: Sequence[Lesson], config: StemConfig) -> float:
+    """What the loss of a token of these windows rises by when they are read sparsely, in nats."""
+    rises = []
+    for lesson in lessons:
+        dense = read_text(model, lesson.ids, None)
+        scores = score_text(model, lesson.ids, dense, read_text(model, lesson.ids, replace(config, dense_below=0)))
+        rises.append(float((scores.loss - scores.dense_loss).mean()))
+    return fmean(rises)
