@@ -66,7 +66,11 @@ def test_it_says_what_the_file_does_to_other_windows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(calibrate, "learn", lambda *arguments: made_up(2, 4))
-    monkeypatch.setattr(calibrate, "text_loss", lambda model, windows, config: ours if config.head_factors else theirs)
+    monkeypatch.setattr(
+        calibrate,
+        "text_losses",
+        lambda model, windows, configs: [ours if config.head_factors else theirs for config in configs],
+    )
     assert main(command(tiny_llama, tmp_path)) == code
     said = " ".join(capsys.readouterr().err.split())
     lost = f"perplexity {math.expm1(ours):+.2%}, with one share for all heads at that density {math.expm1(theirs):+.2%}"

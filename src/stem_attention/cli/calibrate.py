@@ -24,7 +24,7 @@ from stem_attention.evaluation.calibrate import (
     needle_lessons,
     other_windows,
     text_lessons,
-    text_loss,
+    text_losses,
     tuned,
 )
 from stem_attention.evaluation.models import Model, Tokenizer, context_length
@@ -94,7 +94,7 @@ def calibrate_command(options: CalibrateOptions) -> int:
     firsts = [lessons[0] for lessons, _ in kinds]
     with _bar(console, "trying it on other windows", None) as tick:
         single, _ = tuned(model, firsts, replace(config, head_factors=None), density, tick)
-        ours, theirs = (text_loss(model, others, tried) for tried in (found, single))
+        ours, theirs = text_losses(model, others, (found, single))
     lost = f"perplexity {math.expm1(ours):+.2%}, with one share for all heads at that density {math.expm1(theirs):+.2%}"
     console.print(f"other windows of the texts: {lost}", markup=False, soft_wrap=True)
     if ours <= max(theirs, _BEARABLE):

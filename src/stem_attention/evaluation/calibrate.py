@@ -240,11 +240,12 @@ def _next_share(tries: Sequence[tuple[float, float]], density: float) -> float:
     return above[0] * math.pow(below[0] / above[0], way)
 
 
-def text_loss(model: PreTrainedModel, lessons: Sequence[Lesson], config: StemConfig) -> float:
-    """What the loss of a token of these windows rises by when they are read sparsely, in nats."""
-    rises = []
+def text_losses(model: PreTrainedModel, lessons: Sequence[Lesson], configs: Sequence[StemConfig]) -> list[float]:
+    """What the loss of a token of these windows rises by under each config, in nats; dense they are read once for all."""
+    rises: list[list[float]] = [[] for _ in configs]
     for lesson in lessons:
         dense = read_text(model, lesson.ids, None)
-        scores = score_text(model, lesson.ids, dense, read_text(model, lesson.ids, replace(config, dense_below=0)))
-        rises.append(float((scores.loss - scores.dense_loss).mean()))
-    return fmean(rises)
+        for config, found in zip(configs, rises, strict=True):
+            scores = score_text(model, lesson.ids, dense, read_text(model, lesson.ids, replace(config, dense_below=0)))
+            found.append(float((scores.loss - scores.dense_loss).mean()))
+    return [fmean(found) for found in rises]
