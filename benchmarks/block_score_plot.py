@@ -25,7 +25,7 @@ LINES = {
     "est=oracle,alloc=all": "oracle, budget shared by the heads",
     "est=stem,alloc=tau": "published score through a softmax, by mass",
     "est=pool,alloc=tau,p=16,qpool=16": "pools, by mean mass",
-    "est=pool,alloc=tau,qpool=16,agg=max,tail=128": 'pools, by largest mass: keep="mass"',
+    "est=pool,alloc=tau,qpool=16,agg=max,tail=128": "pools, by largest mass: Mass",
     "est=oracle,alloc=tau": "oracle, by mean mass",
 }
 VARIED = ("tau=", "ratio=", "topp=")

@@ -1,6 +1,6 @@
 """Draw docs/assets/head-shares.png: needles against density, and the factors of a calibrated file.
 
-python benchmarks/head_shares_plot.py
+python benchmarks/head_shares_plot.py   (needs the distribution in evals/)
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from statistics import fmean
 import numpy as np
 from matplotlib.figure import Figure
 
-from stem_attention import StemConfig
-from stem_attention.evaluation.intervals import share_difference_interval
+from stem_attention.policies import read_policy
+from stem_evals.intervals import share_difference_interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,13 +24,13 @@ HEADS = RESULTS / "heads" / "qwen2.5-coder-0.5b.json"
 # The needles of a length: directories, and what a reader calls their contenders.
 RUNS = ("qwen-mass-needle", "qwen-second-order-needle", "qwen-heads-needle")
 LINES = {
-    "Stem, default": (("qwen-mass-needle", "stem"),),
-    "mass(), share 4, 2, 1": (
+    "Stem()": (("qwen-mass-needle", "stem"),),
+    "Mass, share 4, 2, 1": (
         ("qwen-mass-needle", "mass"),
         ("qwen-second-order-needle", "mass:share=2"),
         ("qwen-second-order-needle", "mass:share=1"),
     ),
-    "mass(), calibrated": (("qwen-heads-needle", "mass:file=heads.json"),),
+    "Mass, calibrated": (("qwen-heads-needle", "mass:file=heads.json"),),
 }
 LENGTHS = (16384, 32768)
 
@@ -58,7 +58,7 @@ def main() -> None:
         axis.set(title=f"One of four numbers, {length // 1024}K", xlabel="density", ylabel="found, minus dense, points")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    factors = np.log2(np.array(StemConfig.from_json(HEADS.read_text()).head_factors))
+    factors = np.log2(np.array(read_policy(str(HEADS)).head_factors))
     picture = axes[2].imshow(factors, cmap="coolwarm", vmin=-8, vmax=8, aspect="auto")
     axes[2].set(title="Factors of share", xlabel="query head", ylabel="layer")
     figure.colorbar(picture, ax=axes[2], label="log2; blue keeps more")

@@ -5,8 +5,7 @@
 
 The other tools are initcheck, racecheck and synccheck. Without torch's cache every tensor is an allocation of its own, so that
 memcheck sees one element too far. racecheck has hundreds of known reports in Hopper's kernel (docs/reliability.md), and shows
-as many as --print-limit allows. Run it in parts, side by side: triton, hopper-d64, hopper-d128, hopper-d256, select, mass-,
-choose.
+as many as --print-limit allows. Run it in parts, side by side: triton, hopper-d64, hopper-d128, hopper-d256, select, mass-.
 
     compute-sanitizer --tool racecheck --racecheck-report analysis --print-limit 1000 python benchmarks/sanitize.py --only PART
 """
@@ -17,10 +16,8 @@ import time
 
 import torch
 
-from stem_attention import StemConfig, block_sparse_attention, explain, select_blocks, stem_attention, stem_attention_varlen
-from stem_attention.backends.triton.choose import choose
-from stem_attention.testing import make_qkv, random_selection
-from stem_attention.testing.packed import borders, to_pages
+from stem_attention import Mass, Stem, block_sparse_attention, explain, select_blocks, stem_attention, stem_attention_varlen
+from stem_attention.testing import make_qkv, pack, random_selection
 
 LENGTHS = [(130, 130), (1, 300), (0, 70), (200, 333)]
 
@@ -34,15 +31,14 @@ def variants():
             yield f"{name}-lists{'-lse' * lse}", lambda a=(backend, dim, block, lse): lists(*a)
         yield f"{name}-whole", lambda a=(backend, dim, block): whole(*a)
         if block == 64:
-            yield f"{name}-mass", lambda a=(backend, dim): packed(*a, 64, 64, StemConfig.mass(dense_below=0))
+            yield f"{name}-mass", lambda a=(backend, dim): packed(*a, 64, 64, Mass())
         for page in (0, 16, 64, 128):
             yield f"{name}-packed-page{page}", lambda a=(backend, dim, block, page): packed(*a)
     yield "triton-d80-fp16-pointers", lambda: lists("triton", 80, 128, True, torch.float16, odd=True)
-    for config in (StemConfig.angelslim(), StemConfig.paper(forced="extra"), StemConfig(magnitude="none", stride=8)):
-        yield f"select-{config.magnitude}-{config.forced}", lambda c=config: select_blocks(*qkv(64, 700, 900), config=c)
+    for policy in (Stem.angelslim(), Stem.paper(forced="extra"), Stem(magnitude="none", stride=8)):
+        yield f"select-{policy.magnitude}-{policy.forced}", lambda p=policy: select_blocks(*qkv(64, 700, 900), policy=p)
     for pools in ({}, {"spread": 0.0}, {"query_pool": 64, "key_pool": 8}, {"query_pool": 4, "key_pool": 64}):
-        yield f"mass-{pools}", lambda p=pools: select_blocks(*qkv(128, 700, 900), config=StemConfig.mass(**p))
-    yield "choose", lambda: choose(torch.randn(2, 3, 40, 45, device="cuda"), 5, [min(6 + i, 9) for i in range(40)], 2, 3)
+        yield f"mass-{pools}", lambda p=pools: select_blocks(*qkv(128, 700, 900), policy=Mass(**p))
     yield "corrupted", corrupted
 
 
@@ -59,22 +55,14 @@ def lists(backend, dim, block, lse, dtype=torch.bfloat16, odd=False):
 
 
 def whole(backend, dim, block):
-    config = StemConfig(block_size=block, dense_below=0, min_blocks=3)
-    stem_attention(*qkv(dim, 333, 460), config=config, prompt_len=700, backend=backend)
+    policy = Stem(block_size=block, min_blocks=3)
+    stem_attention(*qkv(dim, 333, 460), policy=policy, dense_below=0, prompt_len=700, backend=backend)
 
 
-def packed(backend, dim, block, page, config=None):
+def packed(backend, dim, block, page, policy=None):
     parts = [make_qkv(1, a, b, 4, 2, dim, torch.bfloat16, "cuda", i) for i, (a, b) in enumerate(LENGTHS)]
-    q, k, v = (torch.cat(x, 1)[0] for x in zip(*parts, strict=True))
-    q_lens, kv_lens = zip(*LENGTHS, strict=True)
-    table = None
-    if page:
-        (k, table), (v, _) = (to_pages(x, kv_lens, page) for x in (k, v))
-    config = config or StemConfig(block_size=block, dense_below=0, min_blocks=3)
-    stem_attention_varlen(
-        q, k, v, borders(q_lens), borders(kv_lens), max(q_lens), max(kv_lens), page_table=table, config=config,
-        return_lse=True, backend=backend,
-    )  # fmt: skip
+    policy = policy or Stem(block_size=block, min_blocks=3)
+    stem_attention_varlen(**pack(parts, page), policy=policy, dense_below=0, return_lse=True, backend=backend)
 
 
 def corrupted():

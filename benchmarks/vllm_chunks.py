@@ -1,30 +1,37 @@
-"""What small prefill steps cost in vLLM: Stem's density and attention time against max_num_batched_tokens, on the CPU build.
+"""Cost of small prefill steps in vLLM's CPU build: density, loss and attention time against max_num_batched_tokens.
 
-    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_chunks.py
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_chunks.py --out benchmarks/results/vllm-chunks-cpu.json
 
-Prints the table of docs/vllm.md. One prompt, a random Llama; every budget starts two engines, one on the host's own attention.
+Prints the table of docs/vllm.md. SmolLM2 reads one window of source code. Every budget starts three engines: on vLLM's own
+attention, with Stem, and with Stem where the runner does not tell how long prompts are, as in vLLM 0.26's second one.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import os
+import platform
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 import torch
-import transformers
 import vllm
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from stem_attention.integrations.vllm import counters, reset_counters
-from stem_attention.integrations.vllm_cpu import StemCPUImpl
+from stem_attention import backends
+from stem_attention.integrations.vllm import NAME, host
+from stem_attention.integrations.vllm.cpu import StemCPUImpl
+from stem_attention.models.load import find_model, load_model
+from stem_attention.models.texts import TokenizedText, stdlib_text
 
-SIZES = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
 spent: list[float] = []
+blocks = [0, 0]
 
 
 def timed(cls: type) -> None:
@@ -43,43 +50,69 @@ def timed(cls: type) -> None:
     cls.forward = run
 
 
-def measure(model: str, length: int, budget: int, stem: bool) -> float:
-    """CPU seconds of attention for one prompt."""
-    settings = {"stem_attention": {"min_query_len": 32}}
-    options = {"attention_backend": "CUSTOM", "additional_config": settings} if stem else {}
+def counted(call: Any) -> Any:
+    """Count the blocks that a call keeps, off the clock, and run it."""
+    start = time.process_time()
+    for i in range(call.batch.sequences):
+        selection = backends.select(call.only(i))
+        blocks[0] += int(selection.counts.sum())
+        blocks[1] += selection.grid.causal_pairs * selection.counts.shape[1]
+    spent.append(start - time.process_time())
+    return backends.run(call)
+
+
+def measure(model: str, prompt: list[int], budget: int, stem: bool) -> dict[str, float]:
+    """Read one prompt; CPU seconds of attention, density of the sparse steps, mean loss of its tokens in nats."""
     llm = vllm.LLM(
-        model, dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True, max_model_len=length + 8, max_num_seqs=4,
-        max_num_batched_tokens=budget, enable_prefix_caching=False, **options,
+        model, dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True, max_model_len=len(prompt) + 8, max_num_seqs=4,
+        max_num_batched_tokens=budget, enable_prefix_caching=False, **({"attention_backend": NAME} if stem else {}),
     )  # fmt: skip
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-    prompt = torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    reset_counters()
     spent.clear()
-    llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
-    return sum(spent)
+    blocks[:] = 0, 0
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, prompt_logprobs=0)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
+    losses = [-next(iter(found.values())).logprob for found in output.prompt_logprobs[1:]]
+    del llm, output
+    gc.collect()
+    density = blocks[0] / blocks[1] if blocks[1] else 1.0
+    return {"seconds": round(sum(spent), 2), "density": round(density, 4), "loss": round(sum(losses) / len(losses), 5)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--length", type=int, default=8000)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 500, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--length", type=int, default=6144)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024, 2048, 6144])
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    loaded, tokenizer = load_model(find_model(), torch.device("cpu"), torch.bfloat16)
+    prompt = TokenizedText(tokenizer, stdlib_text()).window(0, asked.length)
+    fields = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
+    plain: Any = type(loaded)(type(loaded.config)(**fields)).to(torch.bfloat16)
+    plain.load_state_dict(loaded.state_dict())
     timed(StemCPUImpl)
     timed(CPUAttentionBackendImpl)
-    config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=2, max_position_embeddings=2 * asked.length, **SIZES)
+    host.run = counted
+    known, rows = host.prompt_lengths, []
     with tempfile.TemporaryDirectory() as model:
-        transformers.LlamaForCausalLM(config).save_pretrained(model)
-        print("| max_num_batched_tokens | density | block pairs read | sparse tokens | Stem, CPU s | vLLM's own, CPU s |")
-        print("|---|---|---|---|---|---|")
+        plain.save_pretrained(model)
+        print("| max_num_batched_tokens | density, lengths known | not known | loss, vLLM's own | known | not known | "
+              "CPU s, vLLM's own | Stem |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
         for budget in asked.budgets:
-            host = measure(model, asked.length, budget, stem=False)
-            sparse = measure(model, asked.length, budget, stem=True)
-            count = counters()
-            share = count["sparse_tokens"] / asked.length
+            row: dict[str, Any] = {"budget": budget, "dense": measure(model, prompt, budget, stem=False)}
+            for name, lengths in (("known", known), ("unknown", lambda: None)):
+                host.prompt_lengths = lengths
+                row[name] = measure(model, prompt, budget, stem=True)
+            rows.append(row)
+            dense, told, untold = row["dense"], row["known"], row["unknown"]
             print(
-                f"| {budget} | {count['density']:.3f} | {count['kept_blocks']} | {share:.1%} | {sparse:.2f} | {host:.2f} |",
+                f"| {budget} | {told['density']:.3f} | {untold['density']:.3f} | {dense['loss']:.4f} | {told['loss']:.4f} | "
+                f"{untold['loss']:.4f} | {dense['seconds']:.1f} | {told['seconds']:.1f} |",
                 flush=True,
             )
+    if asked.out is not None:
+        versions = {"vllm": vllm.__version__, "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+        found = {"length": asked.length, "threads": torch.get_num_threads(), "versions": versions, "rows": rows}
+        asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

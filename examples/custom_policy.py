@@ -1,36 +1,49 @@
-"""A policy of your own in 30 lines: rank key blocks by how near their mean key is to the mean query of a block."""
+"""A policy of your own in thirty lines: keep the key blocks whose mean key is nearest to the mean query of a row.
 
-from dataclasses import dataclass, field
+Any command and host runs it by name, from where Python can import this file:
+
+    PYTHONPATH=examples stem-attention run --policy custom_policy:Nearest:keep=32
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from stem_attention import StemConfig, block_sparse_attention, select_blocks
-from stem_attention.policies import Ranked
+from stem_attention import BlockSelection, Policy, select_blocks, stem_attention
 
 
 @dataclass(frozen=True)
-class MeanPooling(Ranked):
-    """Budgets, forced blocks and the dense tail are those of `config`; only the ranking is ours."""
+class Nearest(Policy):
+    """Keep the ``keep`` nearest key blocks of every row, its own block among them."""
 
-    config: StemConfig = field(default_factory=StemConfig)
-    name: str = "mean-pooling"
+    name: ClassVar[str] = "nearest"
 
-    def scores(self, q, k, v, scale, first_row, end_row):
-        size, start = self.config.block_size, k.shape[1] - q.shape[1]
-        q = pad(q, (0, 0, 0, 0, start % size, -k.shape[1] % size))  # to whole blocks; absent tokens add nothing
-        k = pad(k, (0, 0, 0, 0, 0, -k.shape[1] % size))
-        queries = q.unflatten(1, (-1, size)).mean(2).transpose(1, 2)  # (batch, heads, rows, dim)
-        keys = k.unflatten(1, (-1, size)).mean(2).transpose(1, 2)
-        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)  # means only: small
-        yield first_row, scale * queries @ keys.mT
+    keep: int = 16
+    block_size: int = 64
+
+    def __call__(self, q, k, v, *, scale=None, prompt_len=None):
+        size, q_len, kv_len = self.block_size, q.shape[1], k.shape[1]
+        start, to_border = kv_len - q_len, -kv_len % size  # queries are the last q_len of kv_len positions
+        queries = pad(q, (0, 0, 0, 0, start % size, to_border)).unflatten(1, (-1, size)).mean(2).transpose(1, 2)
+        keys = pad(k, (0, 0, 0, 0, 0, to_border)).unflatten(1, (-1, size)).mean(2).transpose(1, 2)
+        scores = queries @ keys.repeat_interleave(q.shape[2] // k.shape[2], 1).mT  # (batch, heads, rows, key blocks)
+        columns = torch.arange(scores.shape[3], device=q.device)
+        rows = columns[start // size :, None]
+        scores = scores.masked_fill(columns > rows, -torch.inf).masked_fill(columns == rows, torch.inf)
+        best = scores.topk(min(self.keep, len(columns))).indices
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, best, True) & (columns <= rows)
+        return BlockSelection.from_mask(kept, block_size=size, q_len=q_len, kv_len=kv_len)
+
+    def row_counts(self, num_blocks):
+        return tuple(min(row + 1, self.keep) for row in range(num_blocks))
 
 
-torch.manual_seed(0)
-q, k, v = (torch.randn(1, 6000, heads, 64) for heads in (8, 2, 2))
-ours, stems = MeanPooling()(q, k, v), select_blocks(q, k, v)
-out = block_sparse_attention(q, k, v, ours)
-
-both = (ours.to_mask() & stems.to_mask()).sum() / stems.to_mask().sum()
-print(f"output {tuple(out.shape)}, kept {ours.density():.3f} of the blocks; Stem keeps {stems.density():.3f}")
-print(f"{both:.1%} of Stem's blocks are also ours, forced ones and the dense tail among them")
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 6000, heads, 64) for heads in (8, 2, 2))
+    policy = Nearest(keep=24)
+    out = stem_attention(q, k, v, policy=policy)
+    kept = select_blocks(q, k, v, policy=policy).density()
+    print(f"output {tuple(out.shape)}, kept {kept:.3f} of the blocks, as density() said: {policy.density(6000):.3f}")

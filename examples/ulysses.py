@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node=2 examples/ulysses.py --tokens 131072
 
 Before attention an all-to-all trades sequence parts for heads, after it another trades them back (DeepSpeed-Ulysses, arXiv
-2309.14509). Stem needs nothing for that: every head selects its blocks on its own, and the keys it selects from are all there.
+2309.14509). Every head chooses its blocks on its own, and the keys it chooses from are all there, so nothing else is needed.
 Without GPUs it runs on the CPU, without torchrun as a single rank. Rank 0 compares with one process that has everything.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stem_attention import StemConfig, stem_attention
+from stem_attention import Policy, stem_attention
 
 
 def heads_for_sequence(x: Tensor) -> Tensor:
@@ -45,24 +45,24 @@ def sequence_for_heads(x: Tensor) -> Tensor:
     return received.transpose(0, 1).flatten(1, 2)[None]
 
 
-def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, config: StemConfig) -> Tensor:
-    """Stem over a prompt that is spread over ranks, in equal parts and in order.
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, policy: Policy | str | None = None) -> Tensor:
+    """Compute sparse attention over a prompt that is spread over ranks, in equal parts and in order.
 
     Args:
         q: ``(1, tokens / ranks, q_heads, dim)``.
         k: ``(1, tokens / ranks, kv_heads, dim)``; ``kv_heads`` is a multiple of the number of ranks.
         v: The shape of ``k``.
-        config: What to keep.
+        policy: What to keep; Mass() unless given.
 
     Returns:
         Like ``q``.
     """
-    out = stem_attention(*(heads_for_sequence(x) for x in (q, k, v)), config=config)
+    out = stem_attention(*(heads_for_sequence(x) for x in (q, k, v)), policy=policy, dense_below=0)
     return sequence_for_heads(out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check and time Stem on a prompt spread over ranks.")
+    parser = argparse.ArgumentParser(description="Check and time sparse attention on a prompt spread over ranks.")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--heads", type=int, nargs=3, default=(8, 2, 64), metavar=("Q", "KV", "DIM"))
     options = parser.parse_args()
@@ -86,11 +86,10 @@ def main() -> None:
         for heads in (q_heads, kv_heads, kv_heads)
     ]
     mine = [x.chunk(ranks, dim=1)[rank] for x in whole]
-    config = StemConfig(dense_below=0)
     for run in ("first", "second"):
         dist.barrier()
         start = time.perf_counter()
-        out = ulysses_attention(*mine, config)
+        out = ulysses_attention(*mine)
         if on_gpu:
             torch.cuda.synchronize()
         if rank == 0:
@@ -100,7 +99,7 @@ def main() -> None:
 
     parts = [torch.empty_like(out) for _ in range(ranks)]
     dist.all_gather(parts, out.contiguous())
-    same = torch.equal(torch.cat(parts, 1), stem_attention(*whole, config=config))
+    same = torch.equal(torch.cat(parts, 1), stem_attention(*whole, dense_below=0))
     if rank == 0:
         print("equal to one process, bit for bit" if same else "differs from one process", flush=True)
     dist.destroy_process_group()

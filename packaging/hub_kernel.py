@@ -13,7 +13,9 @@ import re
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "stem_attention"
-LEFT_OUT = ("cli", "evaluation", "testing", "integrations/vllm", "integrations/sglang")
+LEFT_OUT = (
+    "calibrate", "cli", "models", "testing", "integrations/serving", "integrations/sglang", "integrations/vllm",
+)  # fmt: skip
 KERNEL_VERSION = 1
 """Grows when callers of the kernel have to change."""
 
@@ -24,8 +26,8 @@ FOR_TRANSFORMERS = '''
 def __getattr__(name: str):
     """What needs transformers is imported when it is asked for."""
     if name in ("flash_attn_forward", "supports_flash_attn"):
-        from .integrations import transformers_hub as home
-    elif name in ("configure", "register", "set_config"):
+        from .integrations.transformers import hub as home
+    elif name in ("register", "set_policy", "use_policy"):
         from .integrations import transformers as home
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

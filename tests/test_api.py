@@ -1,69 +1,59 @@
-"""The public calls: what they promise about results, inputs, chunks, precision and memory."""
+"""The public calls: what they promise about results, inputs, precision and memory. Chunks: tests/fuzz/test_fuzz_chunks.py."""
 
-import math
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import stem_attention as sa
-from stem_attention.backends import Request, get_backend
-from stem_attention.testing import (
-    LAYOUTS,
-    error_against_sdpa,
-    exact_attention,
-    make_qkv,
-    structured_qkv,
-    token_mask,
-    worst_row_error,
-)
+from stem_attention.testing import exact_attention, make_qkv, structured_qkv, worst_row_error
 
 # Small enough that lengths of a few hundred tokens are sparse.
-SPARSE = sa.StemConfig(
-    block_size=16, stride=8, ratio_short=0.3, ratio_long=0.2, knee_tokens=256, sink_blocks=1, local_blocks=2, dense_below=0
+STEM = sa.Stem(
+    block_size=16, stride=8, ratio_short=0.3, ratio_long=0.2, knee_tokens=256, sink_blocks=1, local_blocks=2, tail_blocks=2
 )
+MASS = sa.Mass(block_size=16, query_pool=4, key_pool=8, share=2.0, spread=0.1)
+SPARSE = {"policy": STEM, "dense_below": 0}
+DENSE = {"dense_below": 10**9}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+POLICIES = pytest.mark.parametrize("policy", [STEM, MASS], ids=["stem", "mass"])
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
+
+
+def equal(results, others):
+    return all(torch.equal(x, y) for x, y in zip(results, others, strict=True))
+
+
+def close(results, others):
+    return all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(results, others, strict=True))
 
 
 def causal_mask(q_len, kv_len):
     return torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@BACKENDS
+@POLICIES
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_stem_attention_is_selection_then_attention(dtype, backend):
+def test_stem_attention_is_selection_then_attention(dtype, policy, backend):
     q, k, v = structured_qkv(2, 200, 300, 4, 2, 32, dtype=dtype)
-    out, lse = sa.stem_attention(q, k, v, config=SPARSE, return_lse=True, backend=backend)
-    selection = sa.select_blocks(q, k, v, config=SPARSE, backend=backend)
-    assert 0.1 < selection.density() < 0.6
-    then, then_lse = sa.block_sparse_attention(q, k, v, selection, return_lse=True, backend=backend)
-    assert torch.equal(out, then)
-    assert torch.equal(lse, then_lse)
-    assert out.shape == q.shape
-    assert out.dtype == dtype
-    assert lse.shape == (2, 4, 200)
-    assert lse.dtype == torch.float32
+    out, lse = sa.stem_attention(q, k, v, policy=policy, dense_below=0, return_lse=True, backend=backend)
+    selection = sa.select_blocks(q, k, v, policy=policy, backend=backend)
+    assert 0.1 < selection.density() < 0.7
+    assert equal((out, lse), sa.block_sparse_attention(q, k, v, selection, return_lse=True, backend=backend))
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, dtype, (2, 4, 200), torch.float32)
 
 
-def test_select_blocks_does_not_depend_on_the_backend_in_fp64():
-    q, k, v = structured_qkv(2, 230, 300, 4, 2, 32, dtype=torch.float64)
-    ours, theirs = (sa.select_blocks(q, k, v, config=SPARSE, backend=name) for name in ("torch", "reference"))
-    assert torch.equal(ours.indices, theirs.indices)
-    assert torch.equal(ours.counts, theirs.counts)
-
-
-def test_the_config_decides_what_is_kept():
+def test_a_policy_a_spec_and_nothing_mean_the_same_everywhere():
     q, k, v = structured_qkv(1, 400, 400, 2, 1, 32)
-    narrow, wide = (sa.StemConfig(block_size=16, dense_below=0, tail_blocks=t, min_blocks=3, sink_blocks=1) for t in (0, 9))
-    assert sa.select_blocks(q, k, v, config=narrow).density() < sa.select_blocks(q, k, v, config=wide).density()
-    assert sa.select_blocks(q, k, v).block_size == sa.StemConfig().block_size
-    assert not torch.equal(sa.stem_attention(q, k, v, config=narrow), sa.stem_attention(q, k, v, config=wide))
+    for policy, text in ((None, "mass"), (sa.Mass(share=8), "mass:share=8"), (sa.Stem.paper(), "paper")):
+        selection = sa.select_blocks(q, k, v, policy=policy)
+        assert equal((selection.indices,), (sa.select_blocks(q, k, v, policy=text).indices,))
+        assert selection.block_size == (policy or sa.Mass()).block_size
+        outs = [sa.stem_attention(q, k, v, policy=given, dense_below=0) for given in (policy, text)]
+        assert equal(outs[:1], outs[1:])
+    assert not torch.equal(outs[0], sa.stem_attention(q, k, v, dense_below=0))
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -71,178 +61,78 @@ def test_the_config_decides_what_is_kept():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_below_dense_below_it_is_dense_and_from_there_on_sparse(dtype, q_len, kv_len, return_lse):
     q, k, v = structured_qkv(2, q_len, kv_len, 4, 2, 32, dtype=dtype)
-    exact, exact_lse = exact_attention(q, k, v, causal_mask(q_len, kv_len))
-    dense = sa.StemConfig(**{**SPARSE.to_dict(), "dense_below": kv_len + 1})
-    result = sa.stem_attention(q, k, v, config=dense, return_lse=return_lse)
-    out = result[0] if return_lse else result
-    assert worst_row_error(out, exact) < (1e-12 if dtype == torch.float64 else 1e-5)
-    if return_lse:
-        assert torch.allclose(result[1].double(), exact_lse, rtol=1e-5, atol=1e-5)
-    reached = sa.StemConfig(**{**SPARSE.to_dict(), "dense_below": kv_len})
-    again = sa.stem_attention(q, k, v, config=reached, return_lse=return_lse)
-    sparse = sa.stem_attention(q, k, v, config=SPARSE, return_lse=return_lse)
-    assert all(torch.equal(x, y) for x, y in zip(again, sparse, strict=True))
-    if kv_len == 199:
-        assert worst_row_error(sparse[0] if return_lse else sparse, exact) > 1e-3
+
+    def run(limit):
+        result = sa.stem_attention(q, k, v, policy=STEM, dense_below=limit, return_lse=return_lse)
+        return result if return_lse else (result,)
+
+    exact = exact_attention(q, k, v, causal_mask(q_len, kv_len))
+    for dense in (run(kv_len + 1), run(None)):  # 4096 for the torch backend
+        assert worst_row_error(dense[0], exact[0]) < (1e-12 if dtype == torch.float64 else 1e-5)
+        assert close((dense[1].double(),) if return_lse else (), exact[1:] if return_lse else ())
+    sparse = run(0)
+    assert equal(run(kv_len), sparse)
+    assert worst_row_error(sparse[0], exact[0]) > 1e-3 or kv_len < 199
 
 
 def test_dense_below_counts_the_whole_prompt_not_the_chunk():
     q, k, v = structured_qkv(1, 200, 200, 2, 1, 32)
-    config = sa.StemConfig(**{**SPARSE.to_dict(), "dense_below": 300})
-    whole = sa.stem_attention(q, k, v, config=config, prompt_len=300)
-    assert torch.equal(whole, sa.stem_attention(q, k, v, config=SPARSE, prompt_len=300))
-    assert not torch.allclose(whole, sa.stem_attention(q, k, v, config=config, prompt_len=299))
-
-
-@settings(max_examples=25)
-@given(
-    length=st.sampled_from([64, 127, 128, 129, 300, 331]),
-    cuts=st.sets(st.integers(1, 20), max_size=4),
-    group=st.sampled_from([1, 2, 7]),
-    layout=st.sampled_from(LAYOUTS),
-    seed=st.integers(0, 99),
-)
-def test_chunks_on_block_borders_equal_one_shot(length, cuts, group, layout, seed):
-    q, k, v = structured_qkv(1, length, length, 2 * group, 2, 32, seed=seed, layout=layout)
-    one_shot, one_lse = sa.stem_attention(q, k, v, config=SPARSE, return_lse=True)
-    whole = sa.select_blocks(q, k, v, config=SPARSE)
-    borders = [0, *sorted(16 * cut for cut in cuts if 16 * cut < length), length]
-    for low, high in pairwise(borders):
-        chunk = q[:, low:high], k[:, :high], v[:, :high]
-        part = sa.select_blocks(*chunk, config=SPARSE, prompt_len=length)
-        rows = slice(part.first_row, part.first_row + part.rows)
-        assert torch.equal(part.to_mask(), whole.to_mask()[:, :, rows, : part.key_blocks])
-        out, lse = sa.stem_attention(*chunk, config=SPARSE, prompt_len=length, return_lse=True)
-        assert worst_row_error(out, one_shot[:, low:high]) < 1e-5
-        assert torch.allclose(lse, one_lse[:, :, low:high], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("layout", ["bhsd", "fused"])
-@pytest.mark.parametrize("config", [SPARSE, sa.StemConfig()])
-def test_outer_strides_change_nothing(config, layout):
-    plain = structured_qkv(2, 150, 200, 4, 2, 32)
-    strided = structured_qkv(2, 150, 200, 4, 2, 32, layout=layout)
-    assert not all(x.is_contiguous() for x in strided)
-    out = sa.stem_attention(*strided, config=config)
-    assert out.is_contiguous()
-    assert worst_row_error(out, sa.stem_attention(*plain, config=config)) < 1e-5
-
-
-def test_expanded_tensors_are_accepted():
-    q, k, v = structured_qkv(1, 100, 100, 2, 1, 32)
-    spread = [x.expand(3, -1, -1, -1) for x in (q, k, v)]
-    shared_head = (q, k.expand(-1, -1, 2, -1), v.expand(-1, -1, 2, -1))
-    alone = sa.stem_attention(q, k, v, config=SPARSE)
-    assert torch.allclose(sa.stem_attention(*spread, config=SPARSE), alone.expand(3, -1, -1, -1), rtol=1e-5, atol=1e-5)
-    assert torch.allclose(sa.stem_attention(*shared_head, config=SPARSE), alone, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_inputs_are_never_written(dtype, backend):
-    inputs = structured_qkv(1, 100, 140, 4, 2, 32, dtype=dtype)
-    selection = sa.select_blocks(*inputs, config=SPARSE)
-    held = [*inputs, selection.indices, selection.counts]
-    before = [x.clone() for x in held]
-    for config in (SPARSE, sa.StemConfig()):
-        sa.stem_attention(*inputs, config=config, backend=backend)
-        sa.stem_attention(*inputs, config=config, return_lse=True, backend=backend)
-    sa.select_blocks(*inputs, config=sa.StemConfig.angelslim(block_size=16), backend=backend)
-    sa.block_sparse_attention(*inputs, selection, backend=backend)
-    assert all(torch.equal(x, y) for x, y in zip(held, before, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_error_of_the_whole_method_is_at_most_twice_that_of_sdpa(dtype):
-    q, k, v = structured_qkv(1, 500, 600, 8, 2, 64, dtype=dtype)
-    out = sa.stem_attention(q, k, v, config=SPARSE)
-    mask = token_mask(sa.select_blocks(q, k, v, config=SPARSE))
-    ours, theirs = error_against_sdpa(out, q, k, v, mask)
-    assert 0 < ours <= 2 * theirs
-
-
-def test_a_nan_key_is_not_hidden_by_the_selection():
-    q, k, v = structured_qkv(1, 320, 320, 2, 1, 32)
-    k[:, 100] = math.nan
-    out = sa.stem_attention(q, k, v, config=SPARSE)
-    assert out[:, :96].isfinite().all()
-    assert out[:, 112:].isnan().all()
+    long, short = (sa.stem_attention(q, k, v, policy=STEM, dense_below=300, prompt_len=length) for length in (300, 299))
+    assert torch.equal(long, sa.stem_attention(q, k, v, **SPARSE, prompt_len=300))
+    assert torch.equal(short, sa.stem_attention(q, k, v, **DENSE))
 
 
 @pytest.mark.parametrize("q_len", [0, 1])
 @pytest.mark.parametrize("kv_len", [0, 1, 300])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("config", [SPARSE, sa.StemConfig(), sa.StemConfig.angelslim()])
-def test_few_queries_give_few_results(config, backend, q_len, kv_len):
+@BACKENDS
+@pytest.mark.parametrize("policy", [STEM, MASS, sa.Stem.angelslim()], ids=["stem", "mass", "angelslim"])
+def test_few_queries_give_few_results(policy, backend, q_len, kv_len):
     q, k, v = make_qkv(2, min(q_len, kv_len), kv_len, 4, 2, 16)
-    out, lse = sa.stem_attention(q, k, v, config=config, return_lse=True, backend=backend)
-    assert out.shape == sa.stem_attention(q, k, v, config=config, backend=backend).shape == q.shape
-    assert lse.shape == (2, 4, q.shape[1])
-    selection = sa.select_blocks(q, k, v, config=config, backend=backend)
+    selection = sa.select_blocks(q, k, v, policy=policy, backend=backend)
     selection.validate()
     assert selection.rows == q.shape[1]
-    out, lse = sa.block_sparse_attention(q, k, v, selection, return_lse=True, backend=backend)
-    assert out.shape == q.shape
-    assert lse.shape == (2, 4, q.shape[1])
+    results = [sa.block_sparse_attention(q, k, v, selection, return_lse=True, backend=backend)]
+    for limit in (0, None):
+        options = {"policy": policy, "dense_below": limit, "backend": backend}
+        results.append(sa.stem_attention(q, k, v, return_lse=True, **options))
+        assert sa.stem_attention(q, k, v, **options).shape == q.shape
+    assert all((out.shape, lse.shape) == (q.shape, (2, 4, q.shape[1])) for out, lse in results)
 
 
-@pytest.mark.parametrize("config", [SPARSE, sa.StemConfig()])
-def test_autocast_rounds_nothing(config):
+@pytest.mark.parametrize("options", [SPARSE, DENSE], ids=["sparse", "dense"])
+def test_autocast_rounds_nothing(options):
     q, k, v = structured_qkv(1, 300, 300, 2, 1, 32)
-    plain = sa.stem_attention(q, k, v, config=config, return_lse=True)
-    selection = sa.select_blocks(q, k, v, config=config)
+    plain = sa.stem_attention(q, k, v, return_lse=True, **options)
+    selection = sa.select_blocks(q, k, v, policy=STEM)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = sa.stem_attention(q, k, v, config=config, return_lse=True)
-        dense = sa.stem_attention(q, k, v, config=config)
-        again = sa.select_blocks(q, k, v, config=config)
-    assert all(torch.equal(x, y) for x, y in zip(plain, cast, strict=True))
-    assert dense.dtype == torch.float32
-    assert torch.equal(selection.indices, again.indices)
+        cast = sa.stem_attention(q, k, v, return_lse=True, **options)
+        assert sa.stem_attention(q, k, v, **options).dtype == torch.float32
+        again = sa.select_blocks(q, k, v, policy=STEM)
+    assert equal((*plain, selection.indices), (*cast, again.indices))
 
 
-def test_gradients_are_refused_where_they_would_be_needed_and_only_there():
-    q, k, v = make_qkv(1, 64, 64, 2, 1, 16)
-    selection = sa.select_blocks(q, k, v, config=SPARSE)
-    for needy in (0, 1, 2):
-        inputs = [x.clone().requires_grad_(i == needy) for i, x in enumerate((q, k, v))]
-        for call in (
-            lambda *x: sa.stem_attention(*x, config=SPARSE),
-            lambda *x: sa.select_blocks(*x, config=SPARSE),
-            lambda *x: sa.block_sparse_attention(*x, selection),
-        ):
-            with pytest.raises(sa.UnsupportedError, match="no_grad"):
-                call(*inputs)
-            for mode in (torch.no_grad, torch.inference_mode):
-                with mode():
-                    call(*inputs)
+def test_tensors_that_require_gradients_are_taken_where_none_is_needed():
+    """Where one is needed: tests/trust/test_trust_derivatives.py."""
+    inputs = [x.requires_grad_() for x in make_qkv(1, 64, 64, 2, 1, 16)]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            selection = sa.select_blocks(*inputs, policy=STEM)
+            out = sa.stem_attention(*inputs, **SPARSE)
+            assert torch.allclose(out, sa.block_sparse_attention(*inputs, selection), rtol=1e-5, atol=1e-5)
 
 
-class LargestOutput(TorchDispatchMode):
-    """Remembers the largest tensor that any operator made."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
-        return result
-
-
-def test_no_operator_makes_a_tensor_beyond_the_stated_bound():
-    length, heads, dim, config = 8192, 4, 32, sa.StemConfig()
-    q, k, v = make_qkv(1, length, length, heads, 2, dim)
-    backend = get_backend(Request(q.device, q.dtype, dim, config.block_size), "torch")
-    with LargestOutput() as selecting:
-        selection = backend.select(q, k, v, config, dim**-0.5, length)
+def test_no_operator_makes_a_tensor_beyond_the_stated_bound(largest):
+    length, policy = 8192, sa.Stem()
+    q, k, v = make_qkv(1, length, length, 4, 2, 32)
+    with largest:
+        selection = sa.select_blocks(q, k, v, policy=policy)
     # The sums of q over its blocks, half of what the strided scores of a single head would take.
-    assert 0 < selecting.numel <= q.numel() // (config.block_size // config.stride) < (length // config.stride) ** 2
-    with LargestOutput() as attending:
-        backend.attend(q, k, v, selection, dim**-0.5)
+    assert 0 < largest.seen <= q.numel() // (policy.block_size // policy.stride) < (length // policy.stride) ** 2
+    largest.seen = 0
+    with largest:
+        sa.block_sparse_attention(q, k, v, selection)
     # 2^22 scores at a time at most, a sixteenth of all scores of a single head.
-    assert 0 < attending.numel <= 1 << 22 < length**2
+    assert 0 < largest.seen <= 1 << 22 < length**2
 
 
 MEMORY_SCRIPT = """

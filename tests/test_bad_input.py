@@ -1,40 +1,34 @@
-"""Wrong arguments: each a ValueError that names the argument, what was expected, what came and the way out."""
+"""Wrong arguments: each a ValueError that names the argument, what was expected, what came and the way out.
 
-import math
+Arguments that are wrong whatever the tensors: tests/safety/test_safety_misuse.py. Policies: tests/policies.
+"""
+
+import dataclasses
 import re
+import warnings
 
 import pytest
 import torch
 
 import stem_attention as sa
-from stem_attention.testing import make_qkv
+from stem_attention import checks
+from stem_attention.testing import borders, make_qkv
 
-CONFIG = sa.StemConfig(block_size=16, dense_below=0)
-
-
-def stem(q, k, v, **options):
-    return sa.stem_attention(q, k, v, **{"config": CONFIG, **options})
-
-
-def stem_with_lse(q, k, v, **options):
-    return sa.stem_attention(q, k, v, **{"config": CONFIG, "return_lse": True, **options})
-
-
-def dense(q, k, v, **options):
-    return sa.stem_attention(q, k, v, **options)
+POLICY = sa.Stem(block_size=16)
+CALLS = {
+    "stem_attention": lambda *qkv, **options: sa.stem_attention(*qkv, **{"policy": POLICY, "dense_below": 0, **options}),
+    "with_lse": lambda *qkv, **options: sa.stem_attention(*qkv, return_lse=True, **{"dense_below": 0, **options}),
+    "dense": sa.stem_attention,
+    "select": lambda *qkv, **options: sa.select_blocks(*qkv, **{"policy": POLICY, **options}),
+}
 
 
-def select(q, k, v, **options):
-    return sa.select_blocks(q, k, v, **{"config": CONFIG, **options})
+def attend(*qkv, **options):
+    return sa.block_sparse_attention(*qkv, sa.select_blocks(*make_qkv(2, 40, 50, 4, 2, 16), policy=POLICY), **options)
 
 
-def attend(q, k, v, **options):
-    options.pop("config", None)
-    selection = sa.select_blocks(*make_qkv(2, 40, 50, 4, 2, 16), config=CONFIG)
-    return sa.block_sparse_attention(q, k, v, selection, **options)
-
-
-ENTRIES = (stem, stem_with_lse, dense, select, attend)
+ALL_CALLS = pytest.mark.parametrize("call", [*CALLS.values(), attend], ids=[*CALLS, "attend"])
+CHOOSING_CALLS = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 BAD_TENSORS = {
     "q_is_a_list": ("q", lambda q, k, v: ([1.0], k, v), "pass a torch.Tensor"),
@@ -42,13 +36,9 @@ BAD_TENSORS = {
     "v_is_an_array": ("v", lambda q, k, v: (q, k, v.numpy()), "pass a torch.Tensor"),
     "q_rank_3": ("q", lambda q, k, v: (q[0], k, v), "reshape"),
     "k_rank_5": ("k", lambda q, k, v: (q, k[None], v), "reshape"),
-    "v_rank_0": ("v", lambda q, k, v: (q, k, v.sum()), "reshape"),
     "int_tensors": ("q", lambda q, k, v: (q.int(), k.int(), v.int()), ".to()"),
-    "bool_tensors": ("q", lambda q, k, v: (q > 0, k > 0, v > 0), ".to()"),
-    "complex_tensors": ("q", lambda q, k, v: (q + 0j, k + 0j, v + 0j), ".to()"),
     "fp8_tensors": ("q", lambda *x: tuple(t.to(torch.float8_e4m3fn) for t in x), ".to()"),
     "k_other_dtype": ("k", lambda q, k, v: (q, k.half(), v.half()), ".to()"),
-    "v_other_dtype": ("v", lambda q, k, v: (q, k, v.bfloat16()), ".to()"),
     "k_other_device": ("k", lambda q, k, v: (q, k.to("meta"), v), ".to()"),
     "v_other_device": ("v", lambda q, k, v: (q, k, v.to("meta")), ".to()"),
     "q_other_device": ("k", lambda q, k, v: (q.to("meta"), k, v), ".to()"),
@@ -67,130 +57,161 @@ BAD_TENSORS = {
     "empty_batch": ("q", lambda q, k, v: (q[:0], k[:0], v[:0]), "skip the call"),
     "other_batch": ("q", lambda q, k, v: (q[:1], k, v), "batch"),
     "k_shorter_than_q": ("k", lambda q, k, v: (q, k[:, :39], v[:, :39]), "cached keys"),
+    "heads_before_the_length": ("k", lambda q, k, v: (q.transpose(1, 2), *(x.transpose(1, 2) for x in (k, v))), "transpose"),
 }
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@ALL_CALLS
 @pytest.mark.parametrize("case", BAD_TENSORS)
-def test_bad_tensors(case, entry):
+def test_bad_tensors(case, call):
     name, spoil, way_out = BAD_TENSORS[case]
     with pytest.raises(ValueError, match=f"^{name}: expected .+, got .+; .*{re.escape(way_out)}"):
-        entry(*spoil(*make_qkv(2, 40, 50, 4, 2, 16)))
+        call(*spoil(*make_qkv(2, 40, 50, 4, 2, 16)))
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 10**400, "0.1", True, torch.tensor(0.1), 1j])
-def test_bad_scale(scale, entry):
-    with pytest.raises(ValueError, match=r"^scale: expected a finite number or None, got .+; leave it out"):
-        entry(*make_qkv(2, 40, 50, 4, 2, 16), scale=scale)
+OTHER_FACTORS = [[1.0] * 4] * 2, [[1.0] * 3], [[1.0] * 5]  # of two layers; of other heads
 
 
-@pytest.mark.parametrize("entry", [stem, stem_with_lse, dense, select])
-@pytest.mark.parametrize("prompt_len", [49, 0, -1, 50.0, "50", True, math.nan])
-def test_bad_prompt_len(prompt_len, entry):
-    with pytest.raises(ValueError, match=r"^prompt_len: expected an integer >= the 50 keys given, got .+; it counts"):
-        entry(*make_qkv(2, 40, 50, 4, 2, 16), prompt_len=prompt_len)
+@CHOOSING_CALLS
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("prompt_len", 49, "every token of the prompt"),
+        ("policy", {"share": 8}, "Mass(), Stem.paper(), a spec"),
+        ("policy", sa.Mass, "build one: Mass()"),
+        ("policy", "massive", "did you mean mass?"),
+        ("policy", "uniform@0.2", "give the size instead"),
+        *(("policy", sa.Mass(head_factors=factors), "pass policy.for_layer(layer)") for factors in OTHER_FACTORS),
+        ("scale", float("nan"), "leave it out"),
+        ("backend", "flash", 'use "auto"'),
+    ],
+)
+def test_other_arguments(name, value, way_out, call):
+    with pytest.raises(ValueError, match=f"^{name}: expected .+, got .+; .*{re.escape(way_out)}"):
+        call(*make_qkv(2, 40, 50, 4, 2, 16), **{name: value})
 
 
-@pytest.mark.parametrize("entry", [stem, stem_with_lse, dense, select])
-@pytest.mark.parametrize("config", [{"beta": 0.2}, "paper", 3, sa.StemConfig])
-def test_bad_config(config, entry):
-    with pytest.raises(ValueError, match=r"^config: expected a StemConfig or None, got .+; build one"):
-        entry(*make_qkv(2, 40, 50, 4, 2, 16), config=config)
-
-
-BAD_FACTORS = {
-    "two_layers": ([[1.0] * 4] * 2, "2 x 4"),
-    "too_few_heads": ([[1.0] * 3], "1 x 3"),
-    "as_many_as_kv_heads": ([[1.0] * 2], "1 x 2"),
-    "too_many_heads": ([[1.0] * 5], "1 x 5"),
-}
-
-
-@pytest.mark.parametrize("dense_below", [0, 51])
-@pytest.mark.parametrize("entry", [stem, stem_with_lse, select])
-@pytest.mark.parametrize("case", BAD_FACTORS)
-def test_head_factors_of_other_layers_or_heads(case, entry, dense_below):
-    factors, got = BAD_FACTORS[case]
-    config = sa.StemConfig.mass(block_size=16, key_pool=16, dense_below=dense_below, head_factors=factors)
-    expected = "config: expected head_factors of one layer and the 4 query heads of q"
-    with pytest.raises(ValueError, match="expected") as refused:
-        entry(*make_qkv(2, 40, 50, 4, 2, 16), config=config)
-    assert str(refused.value) == f"{expected}, got {got} of them; pass config.for_layer(layer)"
-
-
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("backend", ["flash", "", "AUTO", None, 3, ["torch"]])
-def test_bad_backend(backend, entry):
-    with pytest.raises(ValueError, match=r'^backend: expected .+, got .+; use "auto"'):
-        entry(*make_qkv(2, 40, 50, 4, 2, 16), backend=backend)
-
-
-OTHER_SHAPES = {
-    "batch": make_qkv(1, 40, 50, 4, 2, 16),
-    "q_heads": make_qkv(2, 40, 50, 2, 2, 16),
-    "q_len": make_qkv(2, 41, 50, 4, 2, 16),
-    "kv_len": make_qkv(2, 40, 51, 4, 2, 16),
-}
-
-
-@pytest.mark.parametrize("what", OTHER_SHAPES)
-def test_a_selection_for_other_shapes(what):
-    with pytest.raises(ValueError, match=r"^selection: expected .*\(batch, q_heads, q_len, kv_len\) = .+, got .+; select for"):
-        attend(*OTHER_SHAPES[what])
-
-
-@pytest.mark.parametrize("selection", [None, "dense", torch.zeros(2, 4, 4, 4)])
-def test_a_selection_of_another_type(selection):
-    with pytest.raises(ValueError, match=r"^selection: expected a BlockSelection, got .+; make one"):
-        sa.block_sparse_attention(*make_qkv(2, 40, 50, 4, 2, 16), selection)
-
-
-def test_a_selection_on_another_device():
+def test_a_selection_for_other_shapes_or_on_another_device():
+    for shape in ((1, 40, 50, 4), (2, 40, 50, 2), (2, 41, 50, 4), (2, 40, 51, 4)):
+        with pytest.raises(ValueError, match=r"^selection: expected .*\(batch, q_heads, q_len, kv_len\) = .+, got .+; select"):
+            attend(*make_qkv(*shape, 2, 16))
     q, k, v = make_qkv(2, 40, 50, 4, 2, 16)
-    made = sa.select_blocks(q, k, v, config=CONFIG)
-    for indices, counts in ((made.indices.to("meta"), made.counts), (made.indices, made.counts.to("meta"))):
-        elsewhere = sa.BlockSelection(indices, counts, 16, 40, 50)
+    made = sa.select_blocks(q, k, v, policy=POLICY)
+    for moved in ("indices", "counts"):
+        elsewhere = dataclasses.replace(made, **{moved: getattr(made, moved).to("meta")})
         with pytest.raises(ValueError, match=r"^selection: expected the device of q, cpu, got meta; move it"):
             sa.block_sparse_attention(q, k, v, elsewhere)
 
 
-def write(row, ids=None, count=None):
-    """Overwrite the ids or the count of one (batch, head, row)."""
-
-    def spoil(selection):
-        if ids is not None:
-            selection.indices[row] = torch.tensor(ids, dtype=torch.int32)
-        if count is not None:
-            selection.counts[row] = count
-
-    return spoil
-
-
-CORRUPTIONS = {
-    "an id beyond the diagonal": (write((0, 0, 0), ids=[3, -1, -1, -1]), "between 0 and the row's diagonal"),
-    "a negative id": (write((0, 1, 2), ids=[-2, 1, 2, -1]), "between 0 and the row's diagonal"),
-    "descending ids": (write((1, 3, 3), ids=[1, 0, 2, 3]), "ascending"),
-    "an id twice": (write((1, 3, 3), ids=[0, 0, 2, 3]), "ascending"),
-    "a row without its diagonal": (write((0, 0, 3), ids=[0, 1, 2, -1], count=3), "hold its diagonal block"),
-    "a count of nothing": (write((0, 0, 0), count=0), "counts between 1 and width=4"),
-    "a count wider than the list": (write((1, 2, 3), count=5), "counts between 1 and width=4"),
-    "an id after the count": (write((1, 2, 3), ids=[3, 0, -1, -1], count=1), "padding of -1"),
-}
-
-
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("what", CORRUPTIONS)
-def test_a_corrupted_selection(what, backend):
-    spoil, expected = CORRUPTIONS[what]
-    q, k, v = make_qkv(2, 40, 50, 4, 2, 16)  # 50 keys are 4 blocks, and the first query, at 10, lies in the first
-    mask = torch.ones(2, 4, 4, 4, dtype=torch.bool).tril()
-    selection = sa.BlockSelection.from_mask(mask, block_size=16, q_len=40, kv_len=50)
-    spoil(selection)
-    with pytest.raises(ValueError, match=f"^selection: expected .*{expected}.*, got .+; build it with from_mask or from_lists"):
+def test_a_corrupted_selection(backend):
+    """Each corruption: tests/test_selection.py."""
+    q, k, v = make_qkv(2, 40, 50, 4, 2, 16)
+    selection = sa.select_blocks(q, k, v, policy=sa.policies.Dense(16))
+    selection.indices[1, 3, 3] = torch.tensor([1, 0, 2, 3])
+    with pytest.raises(ValueError, match=r"^selection: expected .*ascending.*, got .+; build it with from_mask or from_lists"):
         sa.block_sparse_attention(q, k, v, selection, backend=backend)
 
 
-@pytest.mark.parametrize("entry", ENTRIES[:3])
-def test_good_input_of_the_table_passes(entry):
-    assert entry(*make_qkv(2, 40, 50, 4, 2, 16)) is not None
+def varlen(**changes):
+    """A good call of two sequences (30 of 40 and 20 of 20 tokens), with some arguments replaced."""
+    q, k, v = (x[0] for x in make_qkv(1, 50, 60, 4, 2, 16))
+    lengths = {"cu_seqlens_q": borders([30, 20]), "cu_seqlens_k": borders([40, 20]), "max_seqlen_q": 30, "max_seqlen_k": 40}
+    return sa.stem_attention_varlen(**{"q": q, "k": k, "v": v, **lengths, "policy": POLICY, "dense_below": 0, **changes})
+
+
+def paged(**changes):
+    """The same on a cache of 5 pages of 16 tokens."""
+    cache, table = torch.ones(5, 16, 2, 16), torch.tensor([[3, 0, 4], [1, 2, -1]], dtype=torch.int32)
+    return varlen(**{"k": cache, "v": cache, "page_table": table, **changes})
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_BATCHES = {
+    "cu_q_starts_late": ("cu_seqlens_q", {"cu_seqlens_q": ints(1, 30, 50)}, "start at 0"),
+    "cu_q_falls": ("cu_seqlens_q", {"cu_seqlens_q": ints(0, 51, 50)}, "never fall"),
+    "cu_q_ends_early": ("cu_seqlens_q", {"cu_seqlens_q": ints(0, 30, 49)}, "end at 50"),
+    "cu_q_elsewhere": ("cu_seqlens_q", {"cu_seqlens_q": ints(0, 30, 50).to("meta")}, "move it"),
+    "cu_k_ends_early": ("cu_seqlens_k", {"cu_seqlens_k": ints(0, 40, 59)}, "end at 60"),
+    "cu_k_of_three": ("cu_seqlens_k", {"cu_seqlens_k": ints(0, 40, 50, 60)}, "list every sequence"),
+    "cu_k_shorter_than_q": ("cu_seqlens_k", {"cu_seqlens_k": ints(0, 50, 60), "max_seqlen_k": 50}, "in sequence 1, got 10"),
+    "max_q_too_small": ("max_seqlen_q", {"max_seqlen_q": 29}, "take it from cu_seqlens_q"),
+    "max_k_too_small": ("max_seqlen_k", {"max_seqlen_k": 39}, "take it from cu_seqlens_k"),
+    "prompt_lens_tensor": ("prompt_lens", {"prompt_lens": torch.tensor([40, 20])}, ".tolist()"),
+    "prompt_lens_too_short": ("prompt_lens", {"prompt_lens": [40, 19]}, "20 keys of sequence 1, got 19"),
+    "negative_limit": ("dense_below", {"dense_below": -1}, "0 is always sparse"),
+    "q_of_rank_4": ("q", {"q": torch.ones(1, 50, 4, 16)}, "(total, heads, dim)"),
+}
+BAD_PAGES = {
+    "table_elsewhere": ("page_table", {"page_table": ints([0, 1, 2], [3, 4, 0]).to("meta")}, "meta"),
+    "table_of_one_sequence": ("page_table", {"page_table": ints([0, 1, 2])}, "2 rows"),
+    "table_too_narrow": ("page_table", {"page_table": ints([0, 1], [2, 3])}, "3 pages for sequence 0"),
+    "page_too_large": ("page_table", {"page_table": ints([3, 0, 4], [1, 5, 0])}, "sequence 1"),
+    "page_negative": ("page_table", {"page_table": ints([3, -1, 4], [1, 2, 0])}, "sequence 0"),
+    "packed_keys": ("k", {"k": torch.ones(60, 2, 16)}, "paged cache"),
+    "cache_is_none": ("k", {"k": None}, "paged cache"),
+    "pages_of_no_tokens": ("k", {"k": torch.ones(5, 0, 2, 16), "v": torch.ones(5, 0, 2, 16)}, "page_size"),
+    "values_of_other_page_size": ("v", {"v": torch.ones(5, 8, 2, 16)}, "shape of k"),
+    "strided_last_dim": ("k", {"k": torch.ones(5, 16, 16, 2).mT}, "contiguous last dimension"),
+    "other_dtype": ("k", {"k": torch.ones(5, 16, 2, 16).half()}, "dtype of q"),
+    "head_dim": ("k", {"k": torch.ones(5, 16, 2, 8), "v": torch.ones(5, 16, 2, 8)}, "head dimension"),
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "changes", "detail"),
+    [
+        pytest.param(call, *row, id=case)
+        for call, table in ((varlen, BAD_BATCHES), (paged, BAD_PAGES))
+        for case, row in table.items()
+    ],
+)
+def test_bad_batches_and_pages(call, name, changes, detail):
+    with pytest.raises(ValueError, match=f"^{name}: expected .+, got .+; .+") as refused:
+        call(**changes)
+    assert detail in str(refused.value)
+
+
+def test_good_input_of_the_tables_passes():
+    for call in (*CALLS.values(), attend):
+        assert call(*make_qkv(2, 40, 50, 4, 2, 16)) is not None
+    assert varlen().shape == paged().shape == (50, 4, 16)
+
+
+def told_of(call, *shapes):
+    """What is warned of in calls with tensors of these shapes."""
+    checks._told_of_layout.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for q_shape, k_shape in shapes:
+            call(torch.zeros(q_shape), torch.zeros(k_shape), torch.zeros(k_shape))
+    return [warning for warning in caught if "transpose" in str(warning.message)]
+
+
+HEADS_FIRST = [((2, 8, length, 16), (2, 8, length, 16)) for length in (300, 400)]
+
+
+@pytest.mark.parametrize("call", [sa.stem_attention, sa.select_blocks])
+def test_heads_before_the_length_are_warned_of_once_with_the_shapes(call):
+    (warning,) = told_of(call, *HEADS_FIRST)
+    assert "got (2, 8, 300, 16)" in str(warning.message)
+    assert ".transpose(1, 2)" in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_short_prompts_of_many_heads_and_compiled_code_are_not_warned_of():
+    for q_shape, k_shape in (
+        ((1, 1, 256, 16), (1, 1, 256, 16)),  # a token of as many heads as any model has
+        ((1, 3, 128, 16), (1, 3, 128, 16)),  # a short prompt of DeepSeek-V3
+        ((1, 1, 300, 16), (1, 900, 300, 16)),  # a chunk: more keys than queries
+        ((1, 2, 512, 16), (1, 2, 64, 16)),  # grouped heads
+        ((1, 65, 260, 16), (1, 65, 260, 16)),
+        ((1, 0, 300, 16), (1, 0, 300, 16)),
+    ):
+        assert not told_of(sa.stem_attention, (q_shape, k_shape)), q_shape
+    torch.compiler.reset()
+    compiled = torch.compile(sa.stem_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert not told_of(compiled, *HEADS_FIRST)

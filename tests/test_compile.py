@@ -1,20 +1,19 @@
 """The operators under torch.compile: one graph, static and dynamic shapes, the same numbers as eager."""
 
+from itertools import product
+
 import pytest
 import torch
 
 import stem_attention as sa
-from stem_attention import StemConfig, ops
+from stem_attention import ops
+from stem_attention.policies import parse_spec, policy_names
 from stem_attention.testing import make_qkv, random_selection, structured_qkv
 
-SPARSE = sa.StemConfig(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1, dense_below=64)
+SPARSE = sa.Stem(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1)
 # Forced blocks on top of the scored ones: where they overlap, heads keep different numbers of blocks.
-EXTRA = sa.StemConfig(
-    block_size=16, min_blocks=3, sink_blocks=2, local_blocks=2, tail_blocks=0, forced="extra", magnitude="zscore", dense_below=0
-)
-FACTORS = sa.StemConfig.mass(
-    block_size=16, query_pool=4, key_pool=4, tail_blocks=1, dense_below=64, head_factors=[[0.3, 1.0, 2.0, 8.0]]
-)
+EXTRA = sa.Stem(block_size=16, min_blocks=3, sink_blocks=2, local_blocks=2, tail_blocks=0, forced="extra", magnitude="zscore")
+FACTORS = sa.Mass(block_size=16, query_pool=4, key_pool=4, tail_blocks=1, head_factors=[[0.3, 1.0, 2.0, 8.0]])
 SHAPES = ((2, 100, 130), (2, 150, 150), (1, 33, 300))  # batch, q_len, kv_len
 
 
@@ -24,28 +23,26 @@ def _fresh_dynamo():
 
 
 def attention(q, k, v):
-    return sa.stem_attention(q, k, v, config=SPARSE) * 2
+    return sa.stem_attention(q, k, v, policy=SPARSE, dense_below=64) * 2
 
 
 def attention_with_lse(q, k, v):
-    out, lse = sa.stem_attention(q, k, v, config=SPARSE, return_lse=True, prompt_len=k.shape[1] + 50)
+    out, lse = sa.stem_attention(q, k, v, policy=SPARSE, dense_below=64, return_lse=True, prompt_len=k.shape[1] + 50)
     return out + 1, lse + 1
 
 
-def two_steps(q, k, v):
-    selection = sa.select_blocks(q, k, v, config=SPARSE)
+def two_steps(q, k, v, policy=SPARSE):
+    selection = sa.select_blocks(q, k, v, policy=policy)
     out, lse = sa.block_sparse_attention(q, k, v, selection, return_lse=True)
     return out + 1, lse, selection.counts + 1
 
 
-def two_steps_of_ragged_rows(q, k, v):
-    selection = sa.select_blocks(q, k, v, config=EXTRA)
-    return sa.block_sparse_attention(q, k, v, selection) + 1
-
-
 def two_steps_of_heads_with_shares(q, k, v):
-    selection = sa.select_blocks(q, k, v, config=FACTORS)
-    return sa.block_sparse_attention(q, k, v, selection) + sa.stem_attention(q, k, v, config=FACTORS), selection.counts + 1
+    return *two_steps(q, k, v, FACTORS), sa.stem_attention(q, k, v, policy=FACTORS, dense_below=64)
+
+
+def two_steps_of_ragged_rows(q, k, v):
+    return two_steps(q, k, v, EXTRA)
 
 
 def as_tuple(result):
@@ -59,13 +56,23 @@ def same(result, expected):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
-    "function", [attention, attention_with_lse, two_steps, two_steps_of_ragged_rows, two_steps_of_heads_with_shares]
+    "function",
+    [attention, attention_with_lse, two_steps, two_steps_of_ragged_rows, two_steps_of_heads_with_shares],
 )
 def test_compiled_equals_eager(function, dynamic):
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for i, (batch, q_len, kv_len) in enumerate(SHAPES):
         inputs = structured_qkv(batch, q_len, kv_len, 4, 2, 16, seed=i)
         assert same(compiled(*inputs), function(*inputs))
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_every_policy_compiles(name):
+    def function(q, k, v):
+        return two_steps(q, k, v, policy)
+
+    policy, inputs = parse_spec(name).policy, structured_qkv(1, 300, 300, 2, 1, 16)
+    assert same(torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), function(*inputs))
 
 
 @pytest.mark.parametrize("function", [attention, two_steps])
@@ -95,70 +102,67 @@ def test_a_strided_view_and_the_dense_path_keep_the_promised_layout():
 
 
 def test_compiled_code_raises_the_same_errors():
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(two_steps, fullgraph=True, backend="aot_eager")
     q, k, v = make_qkv(1, 100, 100, 4, 2, 16)
     with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="last dimensions"):
         compiled(q, k[..., :8], v[..., :8])
+    with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="read_policy"):
+        compiled(q, k, v, "mass:share=8")
+    building = torch.compile(lambda *qkv: two_steps(*qkv, sa.Mass(share=8)), fullgraph=True, backend="aot_eager")
+    with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="outside of the compiled function"):
+        building(q, k, v)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("config", [SPARSE, EXTRA, FACTORS, sa.StemConfig()])
 @pytest.mark.parametrize("layout", ["bshd", "fused"])
-def test_opcheck_of_forward(layout, config, return_lse):
+def test_opcheck_of_forward_and_attend(layout, return_lse):
     q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, layout=layout)
-    torch.library.opcheck(ops.forward, (q, k, v, config.to_json(), 0.25, 130, return_lse, "auto"))
-
-
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("config", [SPARSE, EXTRA, FACTORS])
-@pytest.mark.parametrize("q_len", [1, 100])
-def test_opcheck_of_select(q_len, config, backend):
-    q, k, v = structured_qkv(2, q_len, 130, 4, 2, 16, layout="fused")
-    torch.library.opcheck(ops.select, (q, k, v, config.to_json(), 0.25, 200, backend))
-
-
-@pytest.mark.parametrize("layout", ["bshd", "fused"])
-@pytest.mark.parametrize("return_lse", [False, True])
-def test_opcheck_of_attend(layout, return_lse):
-    q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, layout=layout)
+    for policy, dense_below in product((SPARSE, EXTRA, FACTORS), (0, None)):
+        torch.library.opcheck(ops.forward, (q, k, v, policy.to_json(), 0.25, 130, dense_below, return_lse, "auto"))
     selection = random_selection(2, 4, 100, 130, 16)
     torch.library.opcheck(ops.attend, (q, k, v, selection.indices, selection.counts, 16, 0.25, return_lse, "auto"))
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("policy", [SPARSE, EXTRA, FACTORS])
+@pytest.mark.parametrize("q_len", [1, 100])
+def test_opcheck_of_select(q_len, policy, backend):
+    q, k, v = structured_qkv(2, q_len, 130, 4, 2, 16, layout="fused")
+    torch.library.opcheck(ops.select, (q, k, v, policy.to_json(), 0.25, 200, backend))
+
+
 def test_the_width_of_a_selection_is_the_budget_even_where_no_row_fills_it():
     q, k, v = structured_qkv(1, 1, 130, 1, 1, 16)
-    ours, theirs = (sa.select_blocks(q, k, v, config=EXTRA, prompt_len=200, backend=b) for b in ("torch", "reference"))
+    ours, theirs = (sa.select_blocks(q, k, v, policy=EXTRA, prompt_len=200, backend=b) for b in ("torch", "reference"))
     assert ours.counts.max() < ours.indices.shape[3]  # or this example shows nothing
     assert torch.equal(ours.indices, theirs.indices)
     torch.library.opcheck(ops.select, (q, k, v, EXTRA.to_json(), 0.25, 200, "reference"))
 
 
 @pytest.mark.parametrize("q_len", [0, 1, 130])
-@pytest.mark.parametrize("config", [SPARSE, EXTRA])
-def test_meta_tensors_get_the_shapes_that_real_ones_get(config, q_len):
+@pytest.mark.parametrize("policy", [SPARSE, EXTRA])
+@pytest.mark.parametrize("dense_below", [64, 1000])
+def test_meta_tensors_get_the_shapes_that_real_ones_get(dense_below, policy, q_len):
     real = make_qkv(2, q_len, 130, 4, 2, 16, dtype=torch.bfloat16)
-    meta = [x.to("meta") for x in real]
-    expected = [*sa.stem_attention(*real, config=config, return_lse=True), sa.stem_attention(*real, config=config)]
-    got = [*sa.stem_attention(*meta, config=config, return_lse=True), sa.stem_attention(*meta, config=config)]
+    options = {"policy": policy, "dense_below": dense_below}
+    got, expected = (
+        [*sa.stem_attention(*inputs, **options, return_lse=True), sa.stem_attention(*inputs, **options)]
+        for inputs in ([x.to("meta") for x in real], real)
+    )
     for x, y in zip(got, expected, strict=True):
         assert (x.shape, x.dtype, x.device.type) == (y.shape, y.dtype, "meta")
 
 
-def test_inference_mode_works_eager_and_compiled():
-    inputs = structured_qkv(1, 100, 130, 4, 2, 16)
-    expected = two_steps(*inputs)
-    compiled = torch.compile(two_steps, fullgraph=True, backend="aot_eager")
-    with torch.inference_mode():
-        assert same(two_steps(*inputs), expected)
-        assert same(compiled(*inputs), expected)
-
-
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)], ids=["inference", "autocast"]
+)
 @pytest.mark.parametrize("function", [attention, two_steps])
-def test_autocast_changes_nothing_when_compiled(function):
+def test_inference_mode_and_autocast_change_nothing_eager_and_compiled(function, mode):
     inputs = structured_qkv(1, 100, 130, 4, 2, 16)
     expected = function(*inputs)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with mode:
+        assert same(function(*inputs), expected)
         assert same(compiled(*inputs), expected)
 
 
@@ -168,6 +172,5 @@ def test_opcheck_of_forward_varlen(paged, return_lse):
     q, k, v = (x[0] for x in make_qkv(1, 48, 80, 4, 2, 16))
     table = torch.arange(5, dtype=torch.int32).view(1, 5) if paged else None
     k, v = (x.unflatten(0, (5, 16)) if paged else x for x in (k, v))
-    config = StemConfig(block_size=16, stride=4, dense_below=0).to_json()
-    arguments = (q, k, v, [0, 48], [0, 80], table, config, 0.25, [80], return_lse, "auto")
+    arguments = (q, k, v, [0, 48], [0, 80], table, [80], SPARSE.to_json(), 0.25, 0, return_lse, "auto")
     torch.library.opcheck(ops.forward_varlen, arguments)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import stem_attention
-from stem_attention.evaluation.embedded import EMBEDDED_PACKAGE, EMBEDDED_VERSION
+from stem_attention.models.load import EMBEDDED_PACKAGE, EMBEDDED_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("triton", "transformers", "vllm", "rich", "typer", "matplotlib", "numpy", "gguf", "lm_eval")
@@ -32,9 +32,9 @@ import torch
 import stem_attention
 
 q, k, v = (torch.randn(1, 300, heads, 16) for heads in (4, 2, 2))
-config = stem_attention.StemConfig(block_size=16, dense_below=0)
-out = stem_attention.stem_attention(q, k, v, config=config)
-assert out.shape == q.shape and bool(out.isfinite().all())
+for policy in (None, "mass:key_pool=16,block_size=16", "paper:block_size=16"):
+    out = stem_attention.stem_attention(q, k, v, policy=policy, dense_below=0)
+    assert out.shape == q.shape and bool(out.isfinite().all())
 assert not set({OPTIONAL!r}) & {{name.partition(".")[0] for name in sys.modules}}
 print("works with torch alone")
 """
@@ -59,19 +59,15 @@ def test_import_loads_no_package_that_torch_has_not_loaded() -> None:
     assert python(LIGHT) == "stem_attention"
 
 
-def test_version_is_that_of_the_package() -> None:
-    assert importlib.metadata.version("stem-attention") == stem_attention.__version__
-
-
-def test_torch_is_the_only_hard_dependency_besides_the_commands() -> None:
+def test_torch_and_what_it_brings_are_the_only_hard_dependencies_besides_the_commands() -> None:
     required = [line for line in importlib.metadata.requires("stem-attention") or [] if "extra ==" not in line]
-    assert sorted(required) == ["rich>=13", "torch>=2.11", "typer>=0.15"]
+    assert sorted(required) == ["rich>=13", "torch>=2.11", "typer>=0.15", "typing-extensions>=4.10"]
 
 
 def test_the_command_is_installed() -> None:
     path = Path(sys.executable).with_name("stem-attention")
     shown = subprocess.run([path, "--help"], check=True, capture_output=True, text=True).stdout
-    assert all(name in shown for name in ("run", "inspect", "bench", "doctor"))
+    assert all(name in shown for name in ("run", "inspect", "calibrate", "compile", "doctor"))
 
 
 @pytest.fixture(scope="module")
@@ -96,38 +92,30 @@ def test_readme_example_runs_from_the_wheel_outside_the_checkout(built: Path, tm
         env={**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     file, version = run.stdout.split()[-2:]
+    assert importlib.metadata.version("stem-attention") == stem_attention.__version__
     assert Path(file).is_relative_to(installed)
     assert f"-{version}-" in wheel.name
 
 
-def test_version_follows_the_tag(tmp_path: Path) -> None:
-    def git(*arguments: str) -> None:
-        quiet = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
-        subprocess.run(["git", *quiet, *arguments], cwd=tmp_path, check=True, capture_output=True)
+def test_version_follows_the_tag_and_sources_without_git_can_be_built(tmp_path: Path) -> None:
+    def run(*command: str) -> str:
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    ask = [sys.executable, "-m", "hatchling", "version"]
-    git("init")
-    git("add", ".")
-    git("commit", "--message", "first")
-    git("tag", "v1.2.3")
-    assert subprocess.run(ask, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip() == "1.2.3"
-
-
-def test_sources_without_git_can_be_built(tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    ask = [sys.executable, "-m", "hatchling", "version"]
-    version = subprocess.run(ask, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
-    assert version == "0.0.0"
+    version = sys.executable, "-m", "hatchling", "version"
+    assert run(*version) == "0.0.0"
+    git = "git", "-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"
+    for command in (["init"], ["add", "."], ["commit", "--message", "first"], ["tag", "v1.2.3"]):
+        run(*git, *command)
+    assert run(*version) == "1.2.3"
 
 
 def test_wheel_ships_every_module_the_typed_marker_and_the_licence(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     source = ROOT / "src"
-    assert {str(path.relative_to(source)) for path in source.rglob("*.py")} <= names
+    assert {str(path.relative_to(source)) for suffix in ("py", "json") for path in source.rglob(f"*.{suffix}")} <= names
     assert "stem_attention/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"stem_attention"}
@@ -137,7 +125,8 @@ def test_source_archive_can_be_tested(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as members:
         names = {name.partition("/")[2] for name in members.getnames()}
-    assert {"LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "tests/test_packaging.py"} <= names
+    needed = {"LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "tests/test_packaging.py", "evals/pyproject.toml"}
+    assert needed <= names
     assert not any("__pycache__" in name for name in names)
 
 

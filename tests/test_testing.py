@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
+from stem_attention import block_sparse_attention, stem_attention, stem_attention_varlen
 from stem_attention.testing import (
     LAYOUTS,
+    assert_accurate,
     error_against_sdpa,
     exact_attention,
     make_qkv,
+    pack,
     random_selection,
     relative_error,
     structured_qkv,
@@ -82,3 +85,36 @@ def test_relative_error_measures_what_it_says():
     assert math.isnan(relative_error(ref * math.nan, ref))
     assert math.isnan(worst_row_error(ref * math.nan, ref))
     assert relative_error(ref[:0], ref[:0]) == worst_row_error(ref[:0], ref[:0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda out, lse: (out.index_fill(1, torch.tensor([7]), 0.01), lse), "the worst row is off by"),
+        (lambda out, lse: (out.masked_fill(torch.arange(300)[:, None, None] == 5, torch.nan), lse), "not finite"),
+        (lambda out, lse: (out.half(), lse), "out is torch.float16"),
+        (lambda out, lse: (out[:, 1:], lse), r"out is .* \(1, 299, 2, 16\)"),
+        (lambda out, lse: (out, lse * 1.0001), "lse is off by"),
+        (lambda out, lse: (out, lse[:, 1:]), r"lse is \(1, 1, 300\)"),
+    ],
+)
+def test_wrong_attention_is_refused(spoil, told):
+    q, k, v = make_qkv(1, 300, 300, 2, 1, 16)
+    selection = random_selection(1, 2, 300, 300, 16)
+    out, lse = block_sparse_attention(q, k, v, selection, return_lse=True)
+    assert_accurate(out, lse, q, k, v, selection)
+    assert_accurate(out, None, q, k, v, selection)
+    with pytest.raises(AssertionError, match=told):
+        assert_accurate(*spoil(out, lse), q, k, v, selection)
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 16])
+def test_a_packed_batch_holds_its_sequences(page_size):
+    sequences = [make_qkv(1, q_len, kv_len, 4, 2, 16, seed=q_len) for q_len, kv_len in ((30, 50), (0, 10), (20, 20))]
+    batch = pack(sequences, page_size)
+    assert (batch["max_seqlen_q"], batch["max_seqlen_k"]) == (30, 50)
+    assert (batch["page_table"] is None) == (page_size == 0)
+    if page_size:
+        assert batch["k"].isnan().any()
+    out = stem_attention_varlen(**batch)
+    assert torch.equal(out, torch.cat([stem_attention(*sequences[i])[0] for i in (0, 2)]))

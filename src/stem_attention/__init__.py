@@ -2,11 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from stem_attention.api import block_sparse_attention, dense_limit, explain, select_blocks, stem_attention
-from stem_attention.config import StemConfig
+from stem_attention.api import block_sparse_attention, explain, select_blocks, stem_attention, stem_attention_varlen
 from stem_attention.errors import UnsupportedError
+from stem_attention.policies import Mass, Policy, Stem
 from stem_attention.selection import BlockSelection
-from stem_attention.varlen import stem_attention_varlen
 
 try:
     __version__ = version("stem-attention")
@@ -15,10 +14,11 @@ except PackageNotFoundError:  # run from the sources, without an install
 
 __all__ = [
     "BlockSelection",
-    "StemConfig",
+    "Mass",
+    "Policy",
+    "Stem",
     "UnsupportedError",
     "block_sparse_attention",
-    "dense_limit",
     "explain",
     "select_blocks",
     "stem_attention",

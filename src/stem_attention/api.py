@@ -1,67 +1,50 @@
-"""The public calls: check the arguments, choose a backend, run."""
+"""The public calls: check the arguments, describe the call, run it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from stem_attention import ops
-from stem_attention.backends import Explanation, Request, explain_request, get_backend
+from stem_attention import checks, ops
+from stem_attention.backends import Explanation, Request, backend_of, explain_request
 from stem_attention.backends.dense import dense_attention
-from stem_attention.checks import (
-    DTYPES,
-    check_backend,
-    check_batch,
-    check_config,
-    check_flag,
-    check_prompt_len,
-    check_qkv,
-    check_scale,
-    check_selection,
-)
-from stem_attention.config import StemConfig
+from stem_attention.call import Call
 from stem_attention.errors import bad_argument
+from stem_attention.policies import Policy, read_policy
 from stem_attention.selection import BlockSelection, check_device
 
 
 @overload
 def stem_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, config: StemConfig | None = ..., scale: float | None = ...,
-    prompt_len: int | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = ..., dense_below: int | None = ...,
+    scale: float | None = ..., prompt_len: int | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def stem_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, config: StemConfig | None = ..., scale: float | None = ...,
-    prompt_len: int | None = ..., return_lse: Literal[True], backend: str = ...,
+    q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = ..., dense_below: int | None = ...,
+    scale: float | None = ..., prompt_len: int | None = ..., return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@overload
 def stem_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, config: StemConfig | None = ..., scale: float | None = ...,
-    prompt_len: int | None = ..., return_lse: bool, backend: str = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
-def stem_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    config: StemConfig | None = None,
-    scale: float | None = None,
-    prompt_len: int | None = None,
-    return_lse: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention that reads just the key blocks that matter (Stem, arXiv 2603.06274).
+    q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = None, dense_below: int | None = None,
+    scale: float | None = None, prompt_len: int | None = None, return_lse: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute causal attention that reads just the key blocks that a policy keeps.
 
-    Prefill only. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Prompts of fewer than
-    :func:`dense_limit` tokens run dense. Only the last dimension must be contiguous; nothing is copied or padded.
+    Prefill only. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Only the last dimension
+    must be contiguous; nothing is copied or padded.
 
     Args:
         q: ``(batch, q_len, q_heads, head_dim)``, bf16, fp16, fp32, or fp64 off the GPU.
         k: ``(batch, kv_len, kv_heads, head_dim)``, same dtype; query head ``h`` reads kv head ``h // (q_heads // kv_heads)``.
         v: The shape and dtype of ``k``.
-        config: What to keep; ``StemConfig()`` unless given.
+        policy: What to keep: a policy, or a spec such as ``"mass:share=8"`` or ``"paper"``, which torch.compile does not take;
+            ``Mass()`` unless given.
+        dense_below: Prompts of fewer tokens run dense; unless given, those below the length at which the backend that runs
+            was measured to overtake dense attention (``explain().dense_below``).
         scale: Softmax scale; ``1 / sqrt(head_dim)`` unless given.
         prompt_len: Tokens of the whole prompt when prefill comes in chunks; ``kv_len`` unless given. Chunks that end on
             block borders then keep exactly the blocks that one call would keep.
@@ -75,36 +58,99 @@ def stem_attention(
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
         UnsupportedError: The backend cannot run this, or a gradient is needed.
+
+    Warns:
+        UserWarning: The shapes suggest ``(batch, heads, length, dim)``. Said once.
     """
-    check_qkv(q, k, v)
-    check_batch(q, k)
-    length = check_prompt_len(prompt_len, k.shape[1])
-    settings, scale, name = check_config(config, q.shape[2]), check_scale(scale, q.shape[3]), check_backend(backend)
-    check_flag("return_lse", return_lse)
-    # The operator would come to the same decision, but costs a short prompt more time than its attention.
-    if not return_lse and not torch.compiler.is_compiling() and length < _dense_limit(q, settings, name):
-        return dense_attention(q, k, v, scale)
-    out, lse = ops.forward(q, k, v, settings.to_json(), scale, length, return_lse, name)
+    checks.check_qkv(q, k, v)
+    checks.check_batch(q, k)
+    checks.check_flag("return_lse", return_lse)
+    length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
+    known, limit, name = _policy(policy, q), checks.check_dense_below(dense_below), checks.check_backend(backend)
+    if not torch.compiler.is_compiling():
+        call = Call(q, k, v, known, scale, length, dense_below=limit, return_lse=return_lse, backend=name)
+        if not backend_of(call).runs_dense(call):
+            limit = 0  # decided: the operator need not ask again
+        elif not return_lse:  # an operator would cost a short prompt more time than its attention
+            return dense_attention(q, k, v, scale)
+    out, lse = ops.forward(q, k, v, ops.travel(known), scale, length, limit, return_lse, name)
+    return (out, lse) if return_lse else out
+
+
+@overload
+def stem_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., policy: Policy | str | None = ...,
+    dense_below: int | None = ..., scale: float | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def stem_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., policy: Policy | str | None = ...,
+    dense_below: int | None = ..., scale: float | None = ..., return_lse: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def stem_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    page_table: Tensor | None = None, prompt_lens: Sequence[int] | None = None, policy: Policy | str | None = None,
+    dense_below: int | None = None, scale: float | None = None, return_lse: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute :func:`stem_attention` for a ragged batch; a sequence's result never depends on its neighbours.
+
+    Reads the sequence borders on the host: pass them as CPU tensors to spare a GPU the synchronisation.
+
+    Args:
+        q: ``(total_q, q_heads, head_dim)``, sequences one after the other.
+        k: ``(total_k, kv_heads, head_dim)``; with ``page_table`` the cache ``(pages, page_size, kv_heads, head_dim)``.
+        v: The shape of ``k``.
+        cu_seqlens_q: int32 ``(sequences + 1,)``, where each sequence's queries start; the last entry is ``total_q``.
+        cu_seqlens_k: int32 ``(sequences + 1,)``, the same for keys; with ``page_table`` just their differences count.
+        max_seqlen_q: Most queries of a sequence.
+        max_seqlen_k: Most keys of a sequence.
+        page_table: int32 ``(sequences, max_pages)``: the page of the cache that holds each run of ``page_size`` keys.
+        prompt_lens: Whole prompt length of each sequence; its number of keys unless given.
+        policy: As in :func:`stem_attention`.
+        dense_below: As in :func:`stem_attention`, for each sequence by itself.
+        scale: As in :func:`stem_attention`.
+        return_lse: Also return the log-sum-exp.
+        backend: As in :func:`stem_attention`.
+
+    Returns:
+        ``out`` like ``q``; with ``return_lse`` also fp32 ``(q_heads, total_q)``.
+
+    Raises:
+        ValueError: An argument is wrong; the message names it.
+        UnsupportedError: The backend cannot run this, or a gradient is needed.
+    """
+    if page_table is None:
+        checks.check_qkv(q, k, v, ("total", "heads", "dim"))
+    else:
+        checks.check_cache(q, k, v, page_table)
+    starts = checks.read_borders("cu_seqlens_q", cu_seqlens_q, q.device, q.shape[0], "max_seqlen_q", max_seqlen_q)
+    key_total = k.shape[0] if page_table is None else None
+    key_starts = checks.read_borders("cu_seqlens_k", cu_seqlens_k, q.device, key_total, "max_seqlen_k", max_seqlen_k)
+    checks.check_sequences(starts, key_starts, prompt_lens)
+    if page_table is not None:
+        checks.check_pages(page_table, key_starts, pages=k.shape[0], page_size=k.shape[1])
+    checks.check_flag("return_lse", return_lse)
+    lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
+    out, lse = ops.forward_varlen(
+        q, k, v, starts, key_starts, page_table, lengths, ops.travel(_policy(policy, q)), checks.check_scale(scale, q.shape[2]),
+        checks.check_dense_below(dense_below), return_lse, checks.check_backend(backend),
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
 def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    config: StemConfig | None = None,
-    scale: float | None = None,
-    prompt_len: int | None = None,
-    backend: str = "auto",
-) -> BlockSelection:
-    """Choose the key blocks that Stem keeps, whatever the length. Arguments and errors as in :func:`stem_attention`."""
-    check_qkv(q, k, v)
-    check_batch(q, k)
-    length = check_prompt_len(prompt_len, k.shape[1])
-    settings, scale, name = check_config(config, q.shape[2]), check_scale(scale, q.shape[3]), check_backend(backend)
-    indices, counts = ops.select(q, k, v, settings.to_json(), scale, length, name)
-    return BlockSelection(indices, counts, settings.block_size, q.shape[1], k.shape[1])
+    q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = None, scale: float | None = None,
+    prompt_len: int | None = None, backend: str = "auto",
+) -> BlockSelection:  # fmt: skip
+    """Choose the key blocks that a policy keeps, whatever the length. Arguments and errors as in :func:`stem_attention`."""
+    checks.check_qkv(q, k, v)
+    checks.check_batch(q, k)
+    length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
+    known, name = _policy(policy, q), checks.check_backend(backend)
+    indices, counts = ops.select(q, k, v, ops.travel(known), scale, length, name)
+    return BlockSelection(indices, counts, known.block_size, q.shape[1], k.shape[1])
 
 
 @overload
@@ -117,76 +163,44 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ...,
     return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ...,
-    return_lse: bool, backend: str = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
-def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact causal attention over the blocks of ``selection``, whichever policy made it.
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute exact causal attention over the blocks of ``selection``, whichever policy made it.
 
     Args, returns and errors are those of :func:`stem_attention`; ``selection`` must have been made for these shapes.
     """
-    check_qkv(q, k, v)
-    check_batch(q, k)
-    check_selection(selection, q, k)
-    check_flag("return_lse", return_lse)
-    scale, name = check_scale(scale, q.shape[3]), check_backend(backend)
+    checks.check_qkv(q, k, v)
+    checks.check_batch(q, k)
+    checks.check_selection(selection, q, k)
+    checks.check_flag("return_lse", return_lse)
+    scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
     out, lse = ops.attend(q, k, v, selection.indices, selection.counts, selection.block_size, scale, return_lse, name)
     return (out, lse) if return_lse else out
 
 
 def explain(
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    head_dim: int = 128,
-    config: StemConfig | None = None,
-    backend: str = "auto",
-) -> Explanation:
-    """Say which backend would run a call and why; ``print`` the answer.
+    *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 128,
+    policy: Policy | str | None = None, dense_below: int | None = None, backend: str = "auto",
+) -> Explanation:  # fmt: skip
+    """Say which backend would run a call and why, and which prompts run dense; ``print`` the answer.
 
-    Args:
-        device: Where the tensors would lie.
-        dtype: Their dtype.
-        head_dim: Their last dimension.
-        config: The config that would be used.
-        backend: As in :func:`stem_attention`.
-
-    Raises:
-        ValueError: An argument is wrong; the message names it.
+    The call's tensors would lie on ``device`` and have this ``dtype`` and ``head_dim`` as their last dimension; the other
+    arguments and the errors are those of :func:`stem_attention`.
     """
-    return explain_request(_request(device, dtype, head_dim, check_config(config)), check_backend(backend))
-
-
-def dense_limit(
-    *, device: torch.device | str, dtype: torch.dtype, head_dim: int, config: StemConfig | None = None, backend: str = "auto"
-) -> int:
-    """Prompts of fewer tokens run dense in :func:`stem_attention`. Arguments and errors as in :func:`explain`.
-
-    It is ``config.dense_below``, or, where that is None, the length at which the backend overtakes dense attention.
-    """
-    settings = check_config(config)
-    request = _request(device, dtype, head_dim, settings)
-    return get_backend(request, check_backend(backend)).dense_limit(settings)
-
-
-def _dense_limit(q: Tensor, config: StemConfig, backend: str) -> int:
-    return get_backend(Request.of(q, config.block_size), backend).dense_limit(config)
-
-
-def _request(device: torch.device | str, dtype: torch.dtype, head_dim: int, config: StemConfig) -> Request:
-    if dtype not in DTYPES:
-        raise bad_argument("dtype", f"one of {', '.join(map(str, DTYPES))}", repr(dtype), "ask for the dtype of q, k and v")
+    if dtype not in checks.DTYPES:
+        names = ", ".join(map(str, checks.DTYPES))
+        raise bad_argument("dtype", f"one of {names}", repr(dtype), "ask for the dtype of q, k and v")
     if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
         raise bad_argument("head_dim", "an integer >= 1", repr(head_dim), "ask for the last dimension of q, k and v")
-    return Request(check_device(device), dtype, head_dim, config.block_size)
+    known, limit = read_policy(policy), checks.check_dense_below(dense_below)
+    request = Request(check_device(device), dtype, head_dim, known.block_size)
+    return explain_request(request, checks.check_backend(backend), known, limit)
+
+
+def _policy(policy: Policy | str | None, q: Tensor) -> Policy:
+    """The policy of a call of one layer whose queries are ``(..., q_heads, head_dim)``."""
+    known = read_policy(policy)
+    known.check_heads(q.shape[-2])
+    return known

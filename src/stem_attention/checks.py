@@ -1,30 +1,30 @@
-"""Checks of tensor arguments, shared by every public entry."""
+"""Checks of arguments, shared by every public entry: each raises a ValueError that names the argument and the way out."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from stem_attention.config import StemConfig
+from stem_attention.blocks import block_count
 from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.selection import BlockSelection
 
-_DEFAULT = StemConfig()
 _unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = unpack_dual
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
+# More than any model known has: 128 in DeepSeek-V3, 232 in Falcon 180B.
+_MANY_HEADS = 256
+_told_of_layout: list[tuple[int, ...]] = []
+
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch", "length", "heads", "dim")) -> None:
-    """Check rank, dtype, device, heads and dimensions of q, k and v.
-
-    Raises:
-        ValueError: The message names the tensor, what was expected, what came and the way out.
-        UnsupportedError: A gradient would be needed.
-    """
+    """Check rank, dtype, device, heads and dimensions of q, k and v; UnsupportedError where a gradient would be needed."""
     axes = ", ".join(layout)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
@@ -39,14 +39,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise bad_argument(name, "a contiguous last dimension", f"strides {x.stride()}", "call .contiguous()")
         if x.shape[-1] != q.shape[-1] or x.shape[-1] == 0:
-            raise bad_argument(
-                name, f"the head dimension of q, {q.shape[-1]}, and not 0", x.shape[-1], "match the last dimensions"
-            )
+            expected = f"the head dimension of q, {q.shape[-1]}, and not 0"
+            raise bad_argument(name, expected, x.shape[-1], "match the last dimensions")
     if v.shape != k.shape:
         raise bad_argument("v", f"the shape of k, {_shape(k)}", _shape(v), "give one value for every key")
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
-        fix = "query head h reads kv head h // (q_heads // kv_heads)"
+        fix = "query head h reads kv head h // (q_heads // kv_heads); transpose tensors whose heads come before the length"
         raise bad_argument("k", f"a number of kv heads that divides the {heads} query heads", kv_heads, fix)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise UnsupportedError("Stem has no backward pass yet; call it under torch.no_grad() or torch.inference_mode()")
@@ -56,25 +55,24 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
 
 
 def check_batch(q: Tensor, k: Tensor) -> None:
-    """Check batch and lengths of ``(batch, length, heads, dim)`` tensors.
+    """Check batch and lengths of ``(batch, length, heads, dim)`` tensors, and warn once of the layout of other libraries.
 
-    Raises:
-        ValueError: Empty or different batches, or fewer keys than queries.
+    ``(batch, heads, length, dim)`` passes where q and k have one shape. More than 256 heads, and more than four for each token,
+    suggest it. A transposed prompt of fewer tokens looks like a short prompt of many heads and goes unnoticed.
     """
     if q.shape[0] == 0 or q.shape[0] != k.shape[0]:
         got = f"{q.shape[0]} in q and {k.shape[0]} in k"
         raise bad_argument("q", "the same batch size in q and k, at least 1", got, "skip the call for an empty batch")
     if k.shape[1] < q.shape[1]:
-        fix = "queries are the last positions of the keys; pass the cached keys too"
+        fix = "pass the cached keys too: queries are the last positions; transpose tensors whose heads come before the length"
         raise bad_argument("k", f"at least the {q.shape[1]} positions of q", k.shape[1], fix)
+    # Compiled code neither warns nor is compiled anew for such a comparison.
+    if not torch.compiler.is_compiling() and q.shape == k.shape and q.shape[2] > _MANY_HEADS:
+        _tell_of_layout(_shape(q))
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
-    """The softmax scale, ``1 / sqrt(head_dim)`` unless given.
-
-    Raises:
-        ValueError: It is not a finite number.
-    """
+    """Return the softmax scale, ``1 / sqrt(head_dim)`` unless given."""
     if scale is None:
         return float(head_dim**-0.5)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= sys.float_info.max:
@@ -82,65 +80,39 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def check_config(config: StemConfig | None, heads: int | None = None) -> StemConfig:
-    """The config, ``StemConfig()`` unless given; for a call of one layer if that has ``heads`` query heads.
-
-    Raises:
-        ValueError: It is something else, or its ``head_factors`` are for several layers or another number of heads.
-    """
-    if config is None:
-        return _DEFAULT
-    if not isinstance(config, StemConfig):
-        raise bad_argument("config", "a StemConfig or None", type(config).__name__, "build one with StemConfig(...)")
-    if heads is not None and config.head_factors is not None:
-        shape = len(config.head_factors), len(config.head_factors[0])
-        if shape != (1, heads):
-            expected = f"head_factors of one layer and the {heads} query heads of q"
-            raise bad_argument("config", expected, f"{shape[0]} x {shape[1]} of them", "pass config.for_layer(layer)")
-    return config
-
-
 def check_backend(backend: str) -> str:
-    """The name of a backend; whether there is one of that name is for the registry to say.
-
-    Raises:
-        ValueError: It is not a string.
-    """
+    """Return the name of a backend; whether there is one of that name is for the registry to say."""
     if not isinstance(backend, str):
         raise bad_argument("backend", "the name of a backend", repr(backend), 'use "auto" unless you compare')
     return backend
 
 
 def check_flag(name: str, value: bool) -> None:
-    """Check that an argument is ``True`` or ``False``.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """Check that an argument is ``True`` or ``False``."""
     if not isinstance(value, bool):
         raise bad_argument(name, "True or False", repr(value), "pass one of the two")
 
 
-def check_prompt_len(prompt_len: int | None, kv_len: int) -> int:
-    """The length of the whole prompt, ``kv_len`` unless given.
+def check_dense_below(dense_below: int | None) -> int | None:
+    """Return the prompt length under which a call runs dense; None leaves it to the backend."""
+    if dense_below is not None and (not _is_int(dense_below) or dense_below < 0):
+        fix = "0 is always sparse; leave it out for the backend's own"
+        raise bad_argument("dense_below", "an integer >= 0 or None", repr(dense_below), fix)
+    return dense_below
 
-    Raises:
-        ValueError: It is shorter than the keys that are there.
-    """
+
+def check_prompt_len(prompt_len: int | None, kv_len: int) -> int:
+    """Return the length of the whole prompt, ``kv_len`` unless given."""
     if prompt_len is None:
         return kv_len
-    if isinstance(prompt_len, bool) or not isinstance(prompt_len, int) or prompt_len < kv_len:
+    if not _is_int(prompt_len) or prompt_len < kv_len:
         fix = "it counts every token of the prompt, also those still to come"
         raise bad_argument("prompt_len", f"an integer >= the {kv_len} keys given", repr(prompt_len), fix)
     return prompt_len
 
 
 def check_selection(selection: BlockSelection, q: Tensor, k: Tensor) -> None:
-    """Check that a selection was made for these tensors. Its contents are not read here.
-
-    Raises:
-        ValueError: It is for other shapes or another device.
-    """
+    """Check that a selection was made for these tensors. Its contents are not read here."""
     if not isinstance(selection, BlockSelection):
         raise bad_argument("selection", "a BlockSelection", type(selection).__name__, "make one with select_blocks or a policy")
     made_for = (*selection.counts.shape[:2], selection.q_len, selection.kv_len)
@@ -152,5 +124,95 @@ def check_selection(selection: BlockSelection, q: Tensor, k: Tensor) -> None:
             raise bad_argument("selection", f"the device of q, {q.device}", part.device, "move it or select again")
 
 
+def read_borders(
+    name: str, cu_seqlens: Tensor, device: torch.device, total: int | None, longest_name: str, longest: int
+) -> list[int]:
+    """Check cumulative lengths, int32 ``(sequences + 1,)``, and return them as integers; on a GPU this waits for the device.
+
+    They end at ``total`` unless it is None, and no length exceeds ``longest``, an argument called ``longest_name``.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
+        fix = "pass cumulative lengths that start at 0"
+        raise bad_argument(name, "an int32 tensor (sequences + 1,)", _kind(cu_seqlens), fix)
+    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
+        raise bad_argument(name, f"the device of q, {device}, or the CPU", cu_seqlens.device, "move it with .to()")
+    borders: list[int] = cu_seqlens.tolist()
+    lengths = [after - before for before, after in pairwise(borders)]
+    if borders[0] != 0 or min(lengths) < 0 or (total is not None and borders[-1] != total):
+        end = "" if total is None else f" and end at {total}"
+        raise bad_argument(name, f"cumulative lengths that start at 0, never fall{end}", borders, "use cumsum of the lengths")
+    if not _is_int(longest) or max(lengths) > longest:
+        expected = f"an integer >= the longest sequence, {max(lengths)}"
+        raise bad_argument(longest_name, expected, repr(longest), f"take it from {name}")
+    return borders
+
+
+def check_sequences(starts: list[int], key_starts: list[int], prompt_lens: Sequence[int] | None) -> None:
+    """Check that every sequence has at least as many keys as queries, and a prompt at least as long as its keys."""
+    sequences = len(starts) - 1
+    if len(key_starts) != len(starts):
+        raise bad_argument("cu_seqlens_k", f"{len(starts)} entries, as in cu_seqlens_q", len(key_starts), "list every sequence")
+    if prompt_lens is not None and (not isinstance(prompt_lens, (list, tuple)) or len(prompt_lens) != sequences):
+        got = f"{len(prompt_lens)} of them" if isinstance(prompt_lens, (list, tuple)) else type(prompt_lens).__name__
+        expected = f"a list of one length for each of the {sequences} sequences"
+        raise bad_argument("prompt_lens", expected, got, "list every sequence; .tolist() turns a tensor into a list")
+    for i in range(sequences):
+        queries, keys = starts[i + 1] - starts[i], key_starts[i + 1] - key_starts[i]
+        if keys < queries:
+            fix = "queries are the last positions of the keys; pass the cached keys too"
+            raise bad_argument("cu_seqlens_k", f"at least the {queries} positions of q in sequence {i}", keys, fix)
+        if prompt_lens is not None and (not _is_int(prompt_lens[i]) or prompt_lens[i] < keys):
+            fix = "it counts every token of the prompt, also those still to come"
+            raise bad_argument("prompt_lens", f"an integer >= the {keys} keys of sequence {i}", repr(prompt_lens[i]), fix)
+
+
+def check_cache(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor) -> None:
+    """Check packed queries against a paged cache; see :func:`check_qkv`."""
+    if not isinstance(page_table, Tensor) or page_table.dim() != 2 or page_table.dtype != torch.int32:
+        raise bad_argument("page_table", "an int32 tensor (sequences, max_pages)", _kind(page_table), "convert it")
+    for name, cache in (("k", k), ("v", v)):
+        if not isinstance(cache, Tensor) or cache.dim() != 4 or cache.shape[1] == 0:
+            got = f"shape {_shape(cache)}" if isinstance(cache, Tensor) else type(cache).__name__
+            axes = "(pages, page_size >= 1, kv_heads, head_dim)"
+            raise bad_argument(name, f"a paged cache {axes}", got, "drop page_table for packed keys")
+    if v.shape != k.shape:
+        raise bad_argument("v", f"the shape of k, {_shape(k)}", _shape(v), "give one value for every key")
+    check_qkv(q, k[:, 0], v[:, 0], ("total", "heads", "dim"))
+    if page_table.device != q.device:
+        raise bad_argument("page_table", f"the device of q, {q.device}", page_table.device, "move it with .to()")
+
+
+def check_pages(page_table: Tensor, key_starts: list[int], pages: int, page_size: int) -> None:
+    """Check that a page table has a line for every sequence, and pages enough for its keys."""
+    sequences, width = page_table.shape
+    if sequences != len(key_starts) - 1:
+        raise bad_argument("page_table", f"{len(key_starts) - 1} rows, one a sequence", sequences, "list every sequence")
+    for i, (low, high) in enumerate(pairwise(key_starts)):
+        needed = block_count(high - low, page_size)
+        if width < needed:
+            raise bad_argument("page_table", f"{needed} pages for sequence {i}", width, "widen the table")
+        used = page_table[i, :needed]
+        # On a GPU reading the table would wait for the device; kernels guard their own reads.
+        if needed and page_table.device.type == "cpu" and not 0 <= int(used.min()) <= int(used.max()) < pages:
+            raise bad_argument("page_table", f"pages 0 to {pages - 1} for sequence {i}", used.tolist(), "correct the table")
+
+
+def _tell_of_layout(shape: tuple[int, ...]) -> None:
+    if _told_of_layout or not 0 < 4 * shape[1] < shape[2]:
+        return
+    said = f"q and k: expected (batch, length, heads, dim), got {shape}, that is {shape[2]} heads for {shape[1]} tokens"
+    fix = "call .transpose(1, 2) if they are (batch, heads, length, dim)"
+    warnings.warn(f"{said}; {fix}", stacklevel=4)  # of the public call's caller
+    _told_of_layout.append(shape)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
+
+
+def _kind(x: object) -> str:
+    return f"{x.dtype} {_shape(x)}" if isinstance(x, Tensor) else type(x).__name__

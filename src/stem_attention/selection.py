@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stem_attention.blocks import BlockGrid
 from stem_attention.errors import bad_argument
 
 PAD = -1
@@ -56,9 +57,8 @@ class BlockSelection:
             _check_tensor(name, getattr(self, name), "an int32 tensor", "use from_mask / from_lists")
         if self.indices.dtype != torch.int32 or self.indices.dim() != 4:
             got = f"{self.indices.dtype} of shape {tuple(self.indices.shape)}"
-            raise bad_argument(
-                "indices", "int32 (batch, q_heads, rows, width)", got, "convert it, or use from_mask / from_lists"
-            )
+            fix = "convert it, or use from_mask / from_lists"
+            raise bad_argument("indices", "int32 (batch, q_heads, rows, width)", got, fix)
         if self.indices.shape[2] != self.rows:
             raise bad_argument(
                 "indices", f"{self.rows} rows for q_len={self.q_len}, kv_len={self.kv_len}, block_size={self.block_size}",
@@ -69,29 +69,32 @@ class BlockSelection:
             raise bad_argument("counts", f"int32 {tuple(self.indices.shape[:3])}", got, "count the ids of every row")
 
     @property
+    def grid(self) -> BlockGrid:
+        """Rows and columns of the selection."""
+        return BlockGrid(self.q_len, self.kv_len, self.block_size)
+
+    @property
     def first_row(self) -> int:
         """Absolute index of the first query block."""
-        return (self.kv_len - self.q_len) // self.block_size
+        return self.grid.first_row
 
     @property
     def rows(self) -> int:
         """Query blocks that the queries touch; the first may hold fewer than ``block_size`` of them."""
-        return self.key_blocks - self.first_row if self.q_len else 0
+        return self.grid.rows
 
     @property
     def key_blocks(self) -> int:
         """Key blocks, the last one possibly partial."""
-        return -(-self.kv_len // self.block_size)
+        return self.grid.key_blocks
 
     def density(self) -> float:
-        """Kept block pairs over causal block pairs, read off the counts. 1.0 when there is nothing to select."""
-        batch, heads, rows = self.counts.shape
-        causal = rows * self.first_row + rows * (rows + 1) // 2
-        pairs = batch * heads * causal
+        """Divide the kept block pairs by the causal ones, read off the counts. 1.0 when there is nothing to select."""
+        pairs = self.counts.shape[0] * self.counts.shape[1] * self.grid.causal_pairs
         return int(self.counts.sum(dtype=torch.int64)) / pairs if pairs else 1.0
 
     def to_mask(self) -> Tensor:
-        """Bool ``(batch, q_heads, rows, key_blocks)``, True where a block is kept."""
+        """Return bool ``(batch, q_heads, rows, key_blocks)``, True where a block is kept."""
         present = torch.arange(self.indices.shape[3], device=self.indices.device) < self.counts[..., None]
         columns = torch.where(present, self.indices, self.key_blocks).long()
         mask = torch.zeros(*self.counts.shape, self.key_blocks + 1, dtype=torch.bool, device=self.indices.device)
@@ -161,28 +164,21 @@ class BlockSelection:
         counts, device = self.counts[..., None], self.indices.device
         present = torch.arange(width, device=device) < counts
         diagonal = torch.arange(self.first_row, self.first_row + self.rows, device=device)[:, None]
-        later = present[..., 1:] & (self.indices[..., 1:] <= self.indices[..., :-1])
-        wide_enough = bool(((counts >= 1) & (counts <= width)).all())
+        outside = present & ((self.indices < 0) | (self.indices > diagonal))
+        falling = present[..., 1:] & (self.indices[..., 1:] <= self.indices[..., :-1])
         for problem, message in (
-            (not wide_enough, f"counts between 1 and width={width}"),
-            (
-                bool((present & ((self.indices < 0) | (self.indices > diagonal))).any()),
-                "block ids between 0 and the row's diagonal block",
-            ),
-            (bool(later.any()), "strictly ascending block ids"),
-            (not bool((present & (self.indices == diagonal)).any(-1).all()), "every row to hold its diagonal block"),
-            (bool((~present & (self.indices != PAD)).any()), f"padding of {PAD} after each row's count"),
+            ((counts < 1) | (counts > width), f"counts between 1 and width={width}"),
+            (outside, "block ids between 0 and the row's diagonal block"),
+            (falling, "strictly ascending block ids"),
+            (~(present & (self.indices == diagonal)).any(-1), "every row to hold its diagonal block"),
+            (~present & (self.indices != PAD), f"padding of {PAD} after each row's count"),
         ):
-            if problem:
+            if bool(problem.any()):
                 raise bad_argument("selection", message, "something else", "build it with from_mask or from_lists")
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """The device.
-
-    Raises:
-        ValueError: It does not name one.
-    """
+    """Return the device; a ValueError where it does not name one."""
     if isinstance(device, (str, torch.device)):
         try:
             return torch.device(device)

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from stem_attention import BlockSelection, StemConfig, block_sparse_attention, select_blocks
-from stem_attention.policies.dense import keep_everything
+from stem_attention import BlockSelection, Stem, block_sparse_attention, select_blocks
+from stem_attention.backends.dense import dense_attention
+from stem_attention.policies.patterns import keep_everything
 from stem_attention.testing import (
     LAYOUTS,
     error_against_sdpa,
@@ -21,7 +20,7 @@ from stem_attention.testing import (
 )
 
 BACKENDS = ("torch", "reference")
-SPARSE = StemConfig(block_size=16, min_blocks=2, sink_blocks=1, local_blocks=1, tail_blocks=1, dense_below=0)
+SPARSE = Stem(block_size=16, min_blocks=2, sink_blocks=1, local_blocks=1, tail_blocks=1)
 
 
 def masked_sdpa(q, k, v, mask, scale=None):
@@ -45,39 +44,6 @@ def mask_by_loops(selection):
     return mask
 
 
-@st.composite
-def problems(draw):
-    """Lengths, heads and block sizes, with chunks that start anywhere in a block."""
-    kv_len = draw(st.sampled_from([1, 2, 63, 64, 65, 127, 128, 129, 131, 257, 509]))
-    q_len = kv_len if draw(st.booleans()) else draw(st.integers(1, kv_len))
-    group = draw(st.sampled_from([1, 2, 4, 7, 8]))
-    return {
-        "batch": draw(st.integers(1, 2)),
-        "q_len": q_len,
-        "kv_len": kv_len,
-        "q_heads": group * draw(st.integers(1, 2)),
-        "group": group,
-        "head_dim": draw(st.sampled_from([16, 64, 80, 96, 128, 256])),
-        "block_size": draw(st.sampled_from([16, 64, 128])),
-        "layout": draw(st.sampled_from(LAYOUTS)),
-        "seed": draw(st.integers(0, 99)),
-    }
-
-
-def build(problem, dtype, make=structured_qkv):
-    kv_heads = problem["q_heads"] // problem["group"]
-    return make(
-        problem["batch"], problem["q_len"], problem["kv_len"], problem["q_heads"], kv_heads, problem["head_dim"],
-        dtype=dtype, seed=problem["seed"], layout=problem["layout"],
-    )  # fmt: skip
-
-
-def ragged(problem):
-    return random_selection(
-        problem["batch"], problem["q_heads"], problem["q_len"], problem["kv_len"], problem["block_size"], seed=problem["seed"]
-    )
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_token_mask_and_attention_agree_with_a_mask_built_by_loops(backend):
     q, k, v = structured_qkv(2, 70, 101, 4, 2, 16, dtype=torch.float64)
@@ -88,47 +54,35 @@ def test_token_mask_and_attention_agree_with_a_mask_built_by_loops(backend):
     assert worst_row_error(out, masked_sdpa(q, k, v, mask)) < 1e-12
 
 
-@settings(max_examples=40)
-@given(problems())
-def test_ragged_selections_equal_masked_sdpa_in_fp64(problem):
-    q, k, v = build(problem, torch.float64)
-    selection = ragged(problem)
-    out, lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend="torch")
-    assert worst_row_error(out, masked_sdpa(q, k, v, token_mask(selection))) < 1e-12
-    exact, exact_lse = exact_attention(q, k, v, token_mask(selection))
-    assert worst_row_error(out, exact) < 1e-12
-    assert torch.allclose(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)  # the lse itself is fp32
+def assert_equals_masked_sdpa(q, k, v, selection, mask, scale=None):
+    exact, exact_lse = exact_attention(q, k, v, mask, scale)
+    for name in BACKENDS:
+        out, lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend=name, scale=scale)
+        assert worst_row_error(out, masked_sdpa(q, k, v, mask, scale)) < 1e-12
+        assert worst_row_error(out, exact) < 1e-12
+        assert torch.allclose(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)  # the lse itself is fp32
 
 
-@settings(max_examples=15)
-@given(problems())
-def test_backends_agree_on_ragged_selections_in_fp64(problem):
-    q, k, v = build(problem, torch.float64)
-    selection = ragged(problem)
-    ours, our_lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend="torch")
-    theirs, their_lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend="reference")
-    assert worst_row_error(ours, theirs) < 1e-12
-    assert torch.allclose(our_lse, their_lse, rtol=1e-6, atol=1e-6)
-
-
-@settings(max_examples=40)
-@given(problems())
-def test_keeping_everything_equals_causal_sdpa_in_fp64(problem):
-    q, k, v = build(problem, torch.float64)
-    selection = keep_everything(q, k, problem["block_size"])
-    causal = torch.ones(problem["q_len"], problem["kv_len"], dtype=torch.bool).tril(problem["kv_len"] - problem["q_len"])
-    out, lse = block_sparse_attention(q, k, v, selection, return_lse=True)
-    assert worst_row_error(out, masked_sdpa(q, k, v, causal)) < 1e-12
-    assert torch.allclose(lse.double(), exact_attention(q, k, v, causal)[1], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 997, 1000])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_keeping_everything_equals_causal_sdpa_in_fp32(length, backend):
-    q, k, v = make_qkv(1, length, length, 4, 2, 64, seed=length)
-    out = block_sparse_attention(q, k, v, keep_everything(q, k, 64), backend=backend)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    assert worst_row_error(out, masked_sdpa(q, k, v, causal)) < 2e-6
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "heads", "dim", "size"),
+    [
+        (1, 1, (1, 1), 16, 16),
+        (2, 129, (2, 2), 64, 128),
+        (63, 63, (7, 1), 80, 64),
+        (65, 128, (4, 1), 128, 64),
+        (100, 257, (8, 2), 16, 16),
+        (131, 131, (2, 1), 256, 128),
+        (300, 509, (4, 4), 96, 64),
+    ],
+)
+def test_attention_equals_masked_sdpa_in_fp64(q_len, kv_len, heads, dim, size, layout):
+    """More shapes: tests/fuzz/test_fuzz_lists.py."""
+    q, k, v = structured_qkv(2, q_len, kv_len, *heads, dim, dtype=torch.float64, layout=layout)
+    selection = random_selection(2, heads[0], q_len, kv_len, size)
+    assert_equals_masked_sdpa(q, k, v, selection, token_mask(selection))
+    causal = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+    assert_equals_masked_sdpa(q, k, v, keep_everything(q, k, size), causal)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -136,46 +90,18 @@ def test_keeping_everything_equals_causal_sdpa_in_fp32(length, backend):
 @pytest.mark.parametrize("make", [make_qkv, structured_qkv])
 def test_error_is_at_most_twice_that_of_sdpa(make, dtype, backend):
     q, k, v = make(1, 400, 500, 8, 2, 64, dtype=dtype, seed=3)
-    for selection in (random_selection(1, 8, 400, 500, 64), select_blocks(q, k, v, config=SPARSE)):
+    for selection in (random_selection(1, 8, 400, 500, 64), select_blocks(q, k, v, policy=SPARSE)):
         out = block_sparse_attention(q, k, v, selection, backend=backend)
         assert out.dtype == dtype
         ours, theirs = error_against_sdpa(out, q, k, v, token_mask(selection))
         assert 0 < ours <= 2 * theirs
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_backends_agree_on_stem_selections(layout, dtype, bound):
-    q, k, v = structured_qkv(2, 150, 333, 6, 2, 80, dtype=dtype, seed=5, layout=layout)
-    selection = select_blocks(q, k, v, config=SPARSE)
-    ours, our_lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend="torch")
-    theirs, their_lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend="reference")
-    assert worst_row_error(ours, theirs) < bound
-    assert our_lse.dtype == torch.float32
-    assert torch.allclose(our_lse, their_lse, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_given_scale_replaces_the_default(backend):
+@pytest.mark.parametrize("scale", [0, 0.3, 1, -0.5])
+def test_a_given_scale_replaces_the_default(scale):
     q, k, v = structured_qkv(1, 64, 64, 2, 1, 16, dtype=torch.float64)
     selection = random_selection(1, 2, 64, 64, 16)
-    for scale in (0, 0.3, 1, -0.5):
-        out, lse = block_sparse_attention(q, k, v, selection, scale=scale, return_lse=True, backend=backend)
-        exact, exact_lse = exact_attention(q, k, v, token_mask(selection), scale)
-        assert worst_row_error(out, exact) < 1e-12
-        assert torch.allclose(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_narrowest_selection_keeps_just_the_diagonal(backend):
-    q, k, v = make_qkv(1, 40, 40, 2, 2, 16, dtype=torch.float64)
-    lists = [[[[row] for row in range(3)]] * 2]
-    selection = BlockSelection.from_lists(lists, block_size=16, q_len=40, kv_len=40)
-    out, lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend=backend)
-    for start in (0, 16, 32):  # the first query of a block sees itself alone
-        assert torch.allclose(out[:, start], v[:, start], rtol=1e-14, atol=0)
-        own = (q[0, start] * k[0, start]).sum(-1) / 4
-        assert torch.allclose(lse[0, :, start].double(), own, rtol=1e-6, atol=1e-6)
+    assert_equals_masked_sdpa(q, k, v, selection, token_mask(selection), scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,11 +119,10 @@ def test_an_unselected_block_is_never_read_and_a_selected_one_shows(backend, poi
     assert not out[:, :, 1].isfinite().any()
 
 
-def test_padding_of_the_last_block_adds_nothing():
-    q, k, v = make_qkv(1, 100, 100, 2, 1, 16, dtype=torch.float64)
-    selection = keep_everything(q, k, 64)
-    roomy = torch.full((1, 128, 1, 16), math.nan, dtype=torch.float64)
-    roomy_k, roomy_v = roomy.clone(), roomy.clone()
-    roomy_k[:, :100], roomy_v[:, :100] = k, v
-    out = block_sparse_attention(q, roomy_k[:, :100], roomy_v[:, :100], selection)
-    assert torch.equal(out, block_sparse_attention(q, k, v, selection))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 50), (17, 50), (50, 50), (129, 129), (100, 129)])
+def test_dense_attention_aligns_queries_to_the_end_of_the_keys(q_len, kv_len, layout):
+    q, k, v = structured_qkv(2, q_len, kv_len, 6, 2, 16, dtype=torch.float64, layout=layout)
+    causal = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+    assert worst_row_error(dense_attention(q, k, v, 0.3), exact_attention(q, k, v, causal, 0.3)[0]) < 1e-12
+    assert dense_attention(q.half(), k.half(), v.half(), 0.3).dtype == torch.float16

@@ -1,37 +1,41 @@
 """run and inspect end to end, on a tiny random model and on the embedded one."""
 
 import json
-from pathlib import Path
 
 import pytest
+from tests.toys import save, toy
 
+from stem_attention import Mass
 from stem_attention.cli import main
-from stem_attention.evaluation.embedded import EMBEDDED_INSTALL, embedded_gguf
+from stem_attention.models.load import EMBEDDED_INSTALL, embedded_gguf
 
-SPARSE = ["--set", "dense_below=0", "--set", "block_size=64", "--context", "2300"]
+pytest.importorskip("transformers")
+
+PROMPT = ["--context", "2300"]
+SPARSE = [*PROMPT, "--dense-below", "0"]
 
 
-def test_run_prints_answers_times_density_and_agreement(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def report_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict]:
+    code = main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_run_prints_answers_times_density_and_agreement(tiny_llama, capsys):
     code = main(["run", "--model", str(tiny_llama), *SPARSE, "--max-new-tokens", "4", "--verbose"])
     out = capsys.readouterr().out
     assert code == 3, "a random model cannot find the planted number"
-    for part in (
-        "time to first token",
-        "of it attention",
-        "kept density",
-        "answer",
-        "planted",
-        "Agreement over the last 64",
-        "layer",
-    ):
+    for part in ("time to first token", "in attention", "kept density", "answer", "planted", "Agreement over the last 64"):
         assert part in out
+    assert "policy mass" in out
 
 
-def test_run_json_is_alone_on_stdout_and_complete(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["run", "--model", str(tiny_llama), *SPARSE, "--max-new-tokens", "4", "--json"])
-    report = json.loads(capsys.readouterr().out)
+def test_run_json_is_alone_on_stdout_and_complete_beside_a_picture(tiny_llama, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    shown = ["--plot", str(tmp_path / "picture.png"), "--layer", "1", "--head", "3", "--max-new-tokens", "4"]
+    _, report = report_of(capsys, "run", "--model", str(tiny_llama), *SPARSE, *shown)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert 2100 <= report["prompt_tokens"] <= 2300
-    assert report["config"]["block_size"] == 64
+    assert report["policy"] == Mass().to_dict(), "the default"
     assert [layer["layer"] for layer in report["sparse"]["layers"]] == [0, 1]
     assert all(layer["sparse"] and 0 < layer["density"] < 1 for layer in report["sparse"]["layers"])
     assert report["dense"]["attention_seconds"] < report["dense"]["time_to_first_token_seconds"]
@@ -40,26 +44,31 @@ def test_run_json_is_alone_on_stdout_and_complete(tiny_llama: Path, capsys: pyte
     assert report["dense"]["found"] is False
 
 
-def test_keeping_everything_agrees_with_dense_fully(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keep_all = ["--set", "ratio_short=1.0", "--set", "decay=1.0"]
-    main(["run", "--model", str(tiny_llama), *SPARSE, *keep_all, "--max-new-tokens", "8", "--json"])
-    report = json.loads(capsys.readouterr().out)
+def test_keeping_everything_agrees_with_dense_fully(tiny_llama, capsys):
+    keep_all = ["--policy", "stem:ratio_short=1.0,decay=1.0,block_size=64"]
+    _, report = report_of(capsys, "run", "--model", str(tiny_llama), *SPARSE, *keep_all, "--max-new-tokens", "8")
     assert report["sparse"]["density"] == 1.0
     assert report["agreement"]["top1"] == 1.0
     assert report["agreement"]["kl"] < 1e-9
     assert report["dense"]["answer"] == report["sparse"]["answer"]
 
 
-def test_dropping_blocks_changes_the_distributions(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["run", "--model", str(tiny_llama), *SPARSE, "--policy", "sink-window", "--max-new-tokens", "1", "--json"])
-    report = json.loads(capsys.readouterr().out)
-    assert report["policy"] == "sink-window"
+@pytest.mark.parametrize(
+    ("spec", "name", "density"),
+    [
+        ("sink-window", "sink-window", None),
+        ("uniform:block_size=64@0.3", "stem", 0.3),
+        ("sink-window:block_size=32@0.25", "sink-window", 0.25),
+    ],
+)
+def test_any_policy_is_run_and_tuned_to_the_prompt(spec, name, density, tiny_llama, capsys):
+    _, report = report_of(capsys, "run", "--model", str(tiny_llama), *SPARSE, "--policy", spec, "--max-new-tokens", "1")
+    assert (report["policy"]["policy"], report["spec"]) == (name, spec)
     assert report["agreement"]["kl"] > 1e-9
+    assert density is None or report["sparse"]["density"] == pytest.approx(density, rel=0.06)
 
 
-def test_run_reads_a_prompt_file_without_a_planted_fact(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_reads_a_prompt_file_without_a_planted_fact(tiny_llama, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("Tell me about the harbour. " * 10)
     code = main(["run", "--model", str(tiny_llama), "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "2"])
     out = capsys.readouterr().out
@@ -68,80 +77,100 @@ def test_run_reads_a_prompt_file_without_a_planted_fact(
     assert "No layer ran sparse (short prompt)" in out
 
 
-def test_run_draws_a_png(tiny_llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    file = tmp_path / "picture.png"
-    main(
-        [
-            "run",
-            "--model",
-            str(tiny_llama),
-            *SPARSE,
-            "--max-new-tokens",
-            "1",
-            "--plot",
-            str(file),
-            "--layer",
-            "1",
-            "--head",
-            "3",
-        ]
-    )
-    assert file.read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfabc", b"abc"])
+def test_a_byte_order_mark_does_not_reach_the_model(content, tiny_llama, tmp_path, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(content)
+    arguments = ["run", "--model", str(tiny_llama), "--max-new-tokens", "1", "--prompt-file", str(file)]
+    assert report_of(capsys, *arguments)[1]["prompt_tokens"] == 3
 
 
-def test_inspect_shows_picture_and_numbers(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["inspect", "--model", str(tiny_llama), *SPARSE, "--layer", "1", "--head", "0", "--head", "2"])
+def test_inspect_shows_picture_and_numbers_also_of_short_prompts(tiny_llama, capsys):
+    places = ["--layer", "1", "--head", "0", "--head", "2"]
+    code = main(["inspect", "--model", str(tiny_llama), "--context", "900", *places])
     out = capsys.readouterr().out
     assert code == 0
     assert "layer 1, head 2" in out
     assert "█" in out
-    assert "median distance" in out
+    assert "kept attention" in " ".join(out.split()).replace("┃ ", "")
 
 
-def test_inspect_json_lists_the_kept_blocks(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_json_lists_the_kept_blocks(tiny_llama, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file = tmp_path / "picture.png"
-    assert main(["inspect", "--model", str(tiny_llama), *SPARSE, "--layer", "0", "--json", "--plot", str(file)]) == 0
-    report = json.loads(capsys.readouterr().out)
+    code, report = report_of(capsys, "inspect", "--model", str(tiny_llama), *PROMPT, "--layer", "0", "--plot", str(file))
     (view,) = report["views"]
+    assert code == 0
     assert view["kept_blocks"] == sum(len(row) for row in view["blocks"])
     assert all(row[-1] == index for index, row in enumerate(view["blocks"])), "every row keeps its diagonal block"
-    assert report["kept_per_row"]["0"] == [len(row) for row in view["blocks"]]
+    assert view["density"] < view["kept_attention"] <= 1
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_inspect_writes_every_panel_by_itself(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_writes_every_panel_by_itself(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     panels = tmp_path / "new" / "panels"
-    code = main(["inspect", "--model", str(tiny_llama), *SPARSE, "--set", "dense_layers=1", "--json", "--panels", str(panels)])
-    report = json.loads(capsys.readouterr().out)
+    windows = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+    model = save(toy("qwen2", use_sliding_window=True, **windows), tmp_path / "model")
+    code, report = report_of(capsys, "inspect", "--model", str(model), *PROMPT, "--panels", str(panels))
     assert code == 0
-    names = {"budget.png", "reach.png", "layer1-head0-kept.png", "layer1-head0-scores.png"}
+    names = {"rows.png", "reach.png", "layer1-head0-kept.png", "layer1-head0-attention.png"}
     assert {file.name for file in panels.iterdir()} == names, "of the layers shown by default, layer 0 is dense"
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in panels.iterdir())
     dense, sparse = report["median_distances"]
     assert dense is None
     assert len(sparse) == 4, "one for each head"
     assert sparse[0] == report["views"][0]["median_distance"]
+    assert main(["inspect", "--model", str(model), *PROMPT, "--layer", "0"]) == 1
+    assert "nothing to show: the chosen layers ran dense (sliding window" in capsys.readouterr().err
 
 
-def test_inspect_names_a_directory_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_names_a_directory_that_cannot_be_made(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "file").touch()
-    assert main(["inspect", "--panels", str(tmp_path / "file")]) == 1
+    assert main(["inspect", "--panels", str(tmp_path / "file")]) == 2
     assert "--panels: cannot make" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 64}),
+        ("gemma2", {"sliding_window": 64, "query_pre_attn_scalar": 8}),
+        ("phi3", {"sliding_window": 262144}),
+        ("gemma4_text", {
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 64, "vocab_size_per_layer_input": 257, "hidden_size_per_layer_input": 8,
+        }),
+    ],
+)  # fmt: skip
+def test_dense_is_what_the_host_itself_would_run(kind, changes, tmp_path, capsys):
+    """The first two have no "sdpa"; each layer is timed all the same."""
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    model = save(toy(kind, **changes), tmp_path)
+    arguments = ["run", "--model", str(model), *SPARSE, "--max-new-tokens", "2"]
+    code, report = report_of(capsys, *arguments)
+    assert code == 3
+    layers = report["sparse"]["layers"]
+    assert [layer["layer"] for layer in layers] == list(range(changes.get("num_hidden_layers", 2)))
+    assert all(layer["dense_seconds"] > 0 for layer in layers)
+    assert [layer["sparse"] for layer in layers] == {
+        "gpt_oss": [False, False], "gemma2": [False, False], "phi3": [True, True], "gemma4_text": [False, True] * 2,
+    }[kind]  # fmt: skip
+    assert report["agreement"]["kl"] < 1e-9 or kind == "phi3", "what cannot run sparse runs as the host runs it"
 
 
 @pytest.mark.model
 @pytest.mark.skipif(embedded_gguf() is None, reason=f"the embedded model is not installed: {EMBEDDED_INSTALL}")
-def test_embedded_model_answers_the_planted_question_dense_and_sparse(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(
-        ["run", "--context", "1024", "--set", "dense_below=0", "--set", "block_size=64", "--max-new-tokens", "12", "--json"]
-    )
-    report = json.loads(capsys.readouterr().out)
+@pytest.mark.parametrize(("spec", "context"), [("mass", "1024"), ("paper:block_size=32", "1500")])
+def test_embedded_model_answers_the_planted_question_dense_and_sparse(spec, context, capsys):
+    arguments = ["--context", context, "--dense-below", "0", "--max-new-tokens", "12", "--policy", spec]
+    code, report = report_of(capsys, "run", *arguments)
     assert code == 0
     assert report["dense"]["found"]
     assert report["sparse"]["found"]
-    assert report["sparse"]["density"] < 0.9
+    assert report["sparse"]["density"] < 0.95
     assert len(report["sparse"]["layers"]) == 30

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import pytest
 import torch
-from torch import Tensor
 
-from stem_attention import BlockSelection, StemConfig
-from stem_attention.testing import exact_attention, relative_error, token_mask, worst_row_error
-from stem_attention.testing.packed import borders, to_pages
-from stem_attention.testing.poison import new_memory_is_nan
-
-__all__ = [
-    "SPARSE",
-    "assert_accurate",
-    "at_most_extra_bytes",
-    "borders",
-    "differing_rate",
-    "new_memory_is_nan",
-    "no_synchronisation",
-    "on_gpu",
-    "paged",
-    "random_qkv",
-]
+from stem_attention import BlockSelection, Mass, Policy, Stem
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")]
 
-SPARSE = StemConfig(dense_below=0)
 MIB, GIB = 1 << 20, 1 << 30
+
+FACTORS = (0.5, 2.0, 1.0, 4.0, 0.25, 1.5, 1.0, 3.0)
+
+Rule: TypeAlias = Callable[[int], Policy]
+RULES: dict[str, Rule] = {
+    "stem": lambda heads: Stem(),
+    "mass": lambda heads: Mass(),
+    "factors": lambda heads: Mass(head_factors=[[FACTORS[head % 8] for head in range(heads)]]),
+}
+
+# Sequences of a packed batch: (queries, keys).
+LENGTHS = [(300, 300), (1, 4097), (0, 900), (2500, 2500), (1300, 3011), (128, 128), (7, 7)]
 
 
 def free_memory() -> int:
@@ -38,46 +33,30 @@ def free_memory() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
-def random_qkv(
-    batch: int,
-    q_len: int,
-    kv_len: int,
-    q_heads: int,
-    kv_heads: int,
-    dim: int,
-    seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Tensor, Tensor, Tensor]:
+def random_qkv(batch, q_len, kv_len, q_heads, kv_heads, dim, seed=0, dtype=torch.bfloat16):
     """Normal numbers drawn on the device, for sizes at which ``testing.make_qkv`` would take too long."""
     draw = torch.Generator("cuda").manual_seed(seed)
-    shapes = ((batch, q_len, q_heads, dim), (batch, kv_len, kv_heads, dim), (batch, kv_len, kv_heads, dim))
-    q, k, v = (torch.randn(shape, generator=draw, device="cuda", dtype=dtype) for shape in shapes)
-    return q, k, v
+    shapes = ((batch, q_len, q_heads, dim), *[(batch, kv_len, kv_heads, dim)] * 2)
+    return tuple(torch.randn(shape, generator=draw, device="cuda", dtype=dtype) for shape in shapes)
 
 
-def assert_accurate(out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> None:
-    """The error against fp64 is at most 1.1 times that of torch's own attention, and of no row more than twice its worst."""
-    mask = token_mask(selection)
-    exact, exact_lse = exact_attention(q, k, v, mask)
-    group = q.shape[2] // k.shape[2]
-    heads_first = (q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v)))
-    sdpa = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
-    slack = torch.finfo(q.dtype).eps / 50  # of a few numbers the mean error is itself a matter of chance
-    assert relative_error(out, exact) <= 1.1 * relative_error(sdpa, exact) + slack
-    assert worst_row_error(out, exact) <= 2 * worst_row_error(sdpa, exact) + slack
-    if lse is not None:
-        torch.testing.assert_close(lse, exact_lse.float(), atol=2e-5, rtol=2e-5)
+def captured(function):
+    """A graph of a call, warmed up on a side stream as torch asks, and its result."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
 
 
 def differing_rate(got: BlockSelection, expected: BlockSelection) -> float:
     """Blocks that just one of two selections keeps, over the blocks that are kept."""
-    a, b = got.to_mask(), expected.to_mask()
+    a, b = got.to_mask(), expected.to_mask().to(got.indices.device)
     return (a != b).sum().item() / b.sum().item()
-
-
-def paged(x: Tensor, cu_seqlens: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """:func:`to_pages` for cumulative lengths."""
-    return to_pages(x, cu_seqlens.diff().tolist(), page)
 
 
 @contextmanager

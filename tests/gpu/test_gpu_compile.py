@@ -10,31 +10,23 @@ import sys
 import pytest
 import torch
 
-from stem_attention import StemConfig
-
-from .common import on_gpu
+from .common import RULES, on_gpu
 
 pytestmark = on_gpu
 
 CALLS = """
 import json, sys, torch
 from triton import knobs
-from stem_attention import StemConfig, stem_attention
+from stem_attention import stem_attention
 found = []
 knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
 for length in (8192, 8200, 8191, 12345, 16384):
     q = torch.randn(1, length, 32, 128, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, 8, length, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
-    stem_attention(q, k, v, config=StemConfig.from_json(sys.argv[1]))
+    stem_attention(q, k, v, policy=sys.argv[1], dense_below=0)
 torch.cuda.synchronize()
 print(json.dumps(found))
 """
-
-
-CONFIGS = {
-    "default": StemConfig(dense_below=0),
-    "factors": StemConfig.mass(dense_below=0, head_factors=[[0.5, 1.0, 2.0, 4.0] * 8]),
-}
 
 
 def run(command, cache, **environment):
@@ -45,15 +37,15 @@ def run(command, cache, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", RULES)
 def test_a_real_call_compiles_nothing_after_the_command(name, tmp_path):
     major, minor = torch.cuda.get_device_capability()
+    file = tmp_path / "policy.json"
+    file.write_text(RULES[name](32).to_json())
     command = [sys.executable, "-m", "stem_attention.cli", "compile", "--arch", f"sm{major}{minor}", "--lengths", "8192,16384"]
-    file = tmp_path / "config.json"
-    file.write_text(CONFIGS[name].to_json())
-    made = run([*command, "--config", str(file), "--json"], tmp_path, CUDA_VISIBLE_DEVICES="")["kernels"]
+    made = run([*command, "--policy", str(file), "--json"], tmp_path, CUDA_VISIBLE_DEVICES="")["kernels"]
     assert made
     assert not any(kernel["cached"] for kernel in made)
-    found = run([sys.executable, "-c", CALLS, CONFIGS[name].to_json()], tmp_path)
+    found = run([sys.executable, "-c", CALLS, str(file)], tmp_path)
     assert {name for name, _ in found} == {kernel["kernel"] for kernel in made}
     assert [name for name, hit in found if not hit] == []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 REAL = importlib.util.find_spec("sglang") is not None
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
-HEADS_OF_ALL_RANKS = HEADS
+HEADS_OF_ALL_RANKS, CONTEXT = HEADS, 2048
 PARALLEL = {"attn_cp_size": 1, "attn_dcp_size": 1, "attn_tp_size": 1, "attn_tp_rank": 0}
 
 
@@ -141,7 +141,7 @@ else:
     AttentionType, ForwardMode = _AttentionType, _ForwardMode
 
 
-def make_runner(slots: int = 4096, requests: int = 8, context: int = 2048, dtype: torch.dtype = torch.float32) -> Any:
+def make_runner(slots: int = 4096, requests: int = 8, context: int = CONTEXT, dtype: torch.dtype = torch.float32) -> Any:
     """What a ``ModelRunner`` offers when it builds its attention backends."""
     if REAL:
         pool = MHATokenToKVPool(
@@ -158,7 +158,9 @@ def make_runner(slots: int = 4096, requests: int = 8, context: int = 2048, dtype
         device="cpu", dtype=dtype, kv_cache_dtype=dtype, use_mla_backend=False, token_to_kv_pool=pool, req_to_token_pool=table,
         kv_index_translator=SimpleNamespace(is_translating=False), decode_attention_backend_str="torch_native",
         prefill_attention_backend_str="stem",
-        model_config=SimpleNamespace(head_dim=DIM, num_attention_layers=LAYERS, num_attention_heads=HEADS_OF_ALL_RANKS),
+        model_config=SimpleNamespace(
+            head_dim=DIM, num_attention_layers=LAYERS, num_attention_heads=HEADS_OF_ALL_RANKS, context_len=context
+        ),
     )  # fmt: skip
 
 

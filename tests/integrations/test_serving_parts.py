@@ -1,4 +1,4 @@
-"""The parts of the vLLM plug-in that need no vLLM: settings, rows and counters."""
+"""The parts of the servers' plug-ins that need no server: settings, rows and counters."""
 
 from __future__ import annotations
 
@@ -10,108 +10,98 @@ from typing import Any
 import pytest
 import torch
 
-from stem_attention import StemConfig, select_blocks
-from stem_attention.integrations.serving_counters import Counters
-from stem_attention.integrations.serving_rows import Row, SparseRows, token_index
-from stem_attention.integrations.serving_settings import ENVIRONMENT, Settings, check_head_factors, read_settings
+from stem_attention import Mass, Policy, Stem, UnsupportedError, select_blocks
+from stem_attention.integrations.serving.counters import Counters
+from stem_attention.integrations.serving.rows import Row, SparseRows, token_index
+from stem_attention.integrations.serving.settings import ENVIRONMENT, Settings, read_settings
+from stem_attention.policies import SinkWindow
 
 
-def test_nothing_said_means_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def silent_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
+
+
+def test_nothing_said_means_keep_by_mass() -> None:
     for additional in (None, {}, {"other": 1}, "opaque"):
-        assert read_settings(additional) == Settings(StemConfig())
+        assert read_settings(additional) == Settings(Mass())
 
 
-def test_settings_come_from_one_of_three_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    given = {"preset": "paper", "min_blocks": 9, "min_query_len": 64, "backend": "torch"}
-    expected = (StemConfig.paper(min_blocks=9), 64, "torch")
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+def test_settings_come_from_one_of_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"policy": "paper:min_blocks=9", "dense_below": 100, "dense_layers": 2, "min_query_len": 64, "backend": "torch"}
     results = [read_settings({"stem_attention": given})]
     monkeypatch.setenv(ENVIRONMENT, f" {json.dumps(given)} ")
     results.append(read_settings({}))
-    path = tmp_path / "stem.json"
-    path.write_text(json.dumps(given))
-    monkeypatch.setenv(ENVIRONMENT, str(path))
-    results.append(read_settings())
-    assert [(s.config, s.min_query_len, s.backend) for s in results] == [expected] * 3
-    assert [s.source for s in results] == ["--additional-config stem_attention", ENVIRONMENT, ENVIRONMENT]
+    for settings, source in zip(results, ("--additional-config stem_attention", ENVIRONMENT), strict=True):
+        assert settings == Settings(Stem.paper(min_blocks=9), 100, 2, 64, "torch", source)
 
 
-def test_a_calibrated_config_is_read_from_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calibrated = StemConfig.mass(share=3.5, head_factors=((0.5, 2.0), (1.0, 4.25), (0.125, 1.0)))
-    path = tmp_path / "calibrated.json"
+@pytest.mark.parametrize("given", ["mass:share=8", {"policy": "mass:share=8"}, {"policy": {"policy": "mass", "share": 8}}])
+def test_a_policy_is_a_spec_or_an_object_with_its_name(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings({"stem_attention": given}).policy == Mass(share=8)
+    monkeypatch.setenv(ENVIRONMENT, given if isinstance(given, str) else json.dumps(given))
+    assert read_settings() == Settings(Mass(share=8), source=ENVIRONMENT)
+
+
+def test_a_calibrated_policy_is_read_from_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calibrated = Mass(share=3.5, head_factors=((0.5, 2.0), (1.0, 4.25), (0.125, 1.0)))
+    path = tmp_path / "heads.json"
     path.write_text(calibrated.to_json() + "\n")
     monkeypatch.setenv(ENVIRONMENT, str(path))
-    assert read_settings().config == calibrated
-    short = {"preset": "mass", "share": 3.5, "head_factors": [[0.5, 2], [1, 4.25], [0.125, 1]], "min_query_len": 64}
-    monkeypatch.setenv(ENVIRONMENT, json.dumps(short))
-    assert read_settings() == Settings(calibrated, 64, source=ENVIRONMENT)
-    monkeypatch.delenv(ENVIRONMENT)
-    assert read_settings({"stem_attention": short}).config == calibrated
+    assert read_settings().policy == calibrated
+    monkeypatch.setenv(ENVIRONMENT, json.dumps({"policy": str(path), "min_query_len": 64}))
+    assert read_settings() == Settings(calibrated, min_query_len=64, source=ENVIRONMENT)
 
 
 def test_a_log_counts_the_head_factors_and_shows_everything_else() -> None:
     factors = ((0.123456, 2.0, 1.0), (1.0, 4.25, 1.0))
-    plain, calibrated = (str(Settings(StemConfig.mass(share=3.5, head_factors=some))) for some in (None, factors))
-    assert calibrated == f"{plain} and head_factors of 2 x 3"
-    fields = StemConfig.mass(share=3.5).to_dict()
+    plain, calibrated = (str(Settings(Mass(share=3.5, head_factors=some))) for some in (None, factors))
+    assert calibrated == f"{plain} with head_factors of 2 x 3"
+    fields = Mass(share=3.5).to_dict()
     del fields["head_factors"]
     assert plain == f"settings from the defaults: {json.dumps(fields)}"
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (1, 4)])
-def test_head_factors_of_this_model_pass(shape: tuple[int, int]) -> None:
-    rows, heads = shape
-    check_head_factors(StemConfig.mass(head_factors=((1.0,) * heads,) * rows), layers=3, heads=4)
-    check_head_factors(StemConfig(), layers=3, heads=4)
-
-
-@pytest.mark.parametrize("shape", [(2, 4), (4, 4), (3, 2), (3, 8), (1, 1), (4, 3)])
-def test_head_factors_of_another_model_are_refused(shape: tuple[int, int]) -> None:
-    rows, heads = shape
-    message = (
-        "head_factors: expected 3 x 4 of them (layers x query heads of this model), or 1 x 4 for every layer, "
-        f"got {rows} x {heads}; run stem-attention calibrate on this model"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        check_head_factors(StemConfig.mass(head_factors=((1.0,) * heads,) * rows), layers=3, heads=4)
+    assert str(Settings(Stem.paper())) == f"settings from the defaults: {json.dumps(Stem.paper().to_dict())}"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "STEM_ATTENTION_CONFIG: expected a JSON object, got invalid JSON"),
-        ("/no/such.json", "STEM_ATTENTION_CONFIG: expected a JSON object or the path of a file with one, got '/no/such.json'"),
-        ('{"decay": 2}', "STEM_ATTENTION_CONFIG: decay: expected a finite number > 0 and <= 1, got 2"),
-        ('{"blocksize": 2}', "STEM_ATTENTION_CONFIG: fields: expected names among preset, min_query_len, backend, "),
-        ('{"preset": "fast"}', "STEM_ATTENTION_CONFIG: preset: expected one of default, paper, angelslim, mass, got 'fast'"),
-        ('{"preset": ["paper"]}', "STEM_ATTENTION_CONFIG: preset: expected one of"),
-        ('{"min_query_len": 1}', "STEM_ATTENTION_CONFIG: min_query_len: expected an integer >= 2, got 1"),
-        ('{"min_query_len": true}', "STEM_ATTENTION_CONFIG: min_query_len: expected an integer >= 2, got True"),
-        ('{"preset": "mass", "head_factors": [1, 2]}', "STEM_ATTENTION_CONFIG: head_factors: expected None, or a row for each"),
-        ('{"head_factors": [[1, 2]]}', "STEM_ATTENTION_CONFIG: head_factors: expected its default, None, got ((1.0, 2.0),)"),
-        ('{"backend": 3}', "STEM_ATTENTION_CONFIG: backend: expected the name of a backend, got 3"),
+        ("{", "expected a JSON object, got invalid JSON"),
+        ("/no/such.json", "policy: expected a readable JSON file, got '/no/such.json'"),
+        ("masss", "policy: expected one of "),
+        ("stem@0.2", "policy: expected a spec without @DENSITY"),
+        ('{"policy": {"policy": "stem", "decay": 2}}', "decay: expected "),
+        ('{"policy": {"decay": 0.5}}', "policy: expected a name"),
+        ('{"policy": ["paper"]}', "policy: expected "),
+        ('{"share": 8}', "settings: expected names among policy, dense_below, dense_layers, min_query_len, backend, got share"),
+        ('{"source": "me"}', "settings: expected names among "),
+        ('{"min_query_len": 1}', "min_query_len: expected an integer >= 2, got 1"),
+        ('{"min_query_len": true}', "min_query_len: expected an integer >= 2, got True"),
+        ('{"min_query_len": null}', "min_query_len: expected an integer >= 2, got None"),
+        ('{"dense_below": -1}', "dense_below: expected an integer >= 0, got -1"),
+        ('{"dense_layers": 1.5}', "dense_layers: expected an integer >= 0, got 1.5"),
+        ('{"backend": 3}', "backend: expected the name of a backend, got 3"),
     ],
 )
 def test_bad_settings_name_their_place_and_field(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, text)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"^{ENVIRONMENT}: {re.escape(message)}"):
         read_settings()
 
 
-def test_a_file_that_holds_no_object_and_additional_config_that_is_none(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = tmp_path / "stem.json"
-    path.write_text("[1]")
-    monkeypatch.setenv(ENVIRONMENT, str(path))
-    with pytest.raises(ValueError, match="^STEM_ATTENTION_CONFIG: expected a JSON object, got \\[1\\]"):
-        read_settings()
+def test_a_place_that_holds_no_settings_and_two_places_that_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="^--additional-config stem_attention: expected a JSON object or .* got 1"):
+        read_settings({"stem_attention": 1})
+    monkeypatch.setenv(ENVIRONMENT, "paper")
     with pytest.raises(ValueError, match="keep one of the two"):
         read_settings({"stem_attention": {}})
-    monkeypatch.delenv(ENVIRONMENT)
-    with pytest.raises(ValueError, match="^--additional-config stem_attention: expected a JSON object, got 'on'"):
-        read_settings({"stem_attention": "on"})
+
+
+def test_what_serves_a_model_is_explained_or_refused() -> None:
+    assert Settings(dense_below=77).explain("cpu", torch.float32, 64).dense_below == 77
+    assert Settings().explain("cpu", torch.bfloat16, 64).chosen == "torch"
+    with pytest.raises(UnsupportedError, match="^Stem cannot run this model.\n(.|\n)*triton: cannot run: "):
+        Settings(backend="triton").explain("cpu", torch.float32, 64)
 
 
 @pytest.mark.parametrize(
@@ -125,46 +115,50 @@ def test_a_file_that_holds_no_object_and_additional_config_that_is_none(
         (Row(4095, 4095, 4095), "short prompt"),
         (Row(4096, 4096, 4096), None),
         (Row(4096, 4096, 100), None),
+        (Row(4096, 4096, 0), None),
+        (Row(100, 4095, 0), "short prompt"),
         (Row(1, 5001, 5000, "decode"), "decode"),
         (Row(100, 100, 5000, "image tokens"), "image tokens"),
     ],
 )
 def test_which_rows_take_stem(row: Row, reason: str | None) -> None:
-    assert row.dense_reason(min_query_len=32, dense_limit=4096) == reason
+    assert row.dense_reason(min_query_len=32, dense_below=4096) == reason
 
 
 @pytest.mark.parametrize("chosen", [[0], [1, 2], [2], [0, 1, 2], [0, 2], [0, 3], [1, 3]])
 def test_tokens_and_pages_are_those_of_the_chosen_rows(chosen: list[int]) -> None:
-    rows = [Row(3, 9, 20), Row(1, 5, 5), Row(4, 4, 8), Row(2, 12, 7)]
+    rows = [Row(3, 9, 20), Row(1, 5, 5), Row(4, 4, 8), Row(2, 12, 0)]
     owner = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3, 3])
     pages = torch.arange(8, dtype=torch.int32).view(4, 2)
     sparse = SparseRows.of(rows, chosen, pages)
     assert owner[sparse.tokens].tolist() == [i for i in chosen for _ in range(rows[i].q_len)]
-    assert torch.equal(sparse.pages, pages[chosen])
-    assert [b - a for a, b in zip(sparse.q_starts, sparse.q_starts[1:], strict=False)] == [rows[i].q_len for i in chosen]
-    assert [b - a for a, b in zip(sparse.k_starts, sparse.k_starts[1:], strict=False)] == [rows[i].kv_len for i in chosen]
-    assert sparse.prompt_lens == tuple((20, 5, 8, 12)[i] for i in chosen)
+    assert sparse.batch.page_table is not None
+    assert torch.equal(sparse.batch.page_table, pages[chosen])
+    assert sparse.batch.cu_q.diff().tolist() == [rows[i].q_len for i in chosen]
+    assert sparse.batch.cu_k.diff().tolist() == [rows[i].kv_len for i in chosen]
+    assert sparse.batch.prompt_lens == tuple((20, 5, 8, 12)[i] for i in chosen)
     neighbours = chosen == list(range(chosen[0], chosen[-1] + 1))
     assert isinstance(token_index(rows, chosen, pages.device), slice) == neighbours
 
 
 @pytest.mark.parametrize(
-    ("config", "is_exact"),
+    ("policy", "is_exact"),
     [
-        (StemConfig(block_size=16, stride=4, dense_below=0), True),
-        (StemConfig(block_size=16, stride=4, dense_below=0, forced="extra"), False),
-        (StemConfig(keep="mass", block_size=16, query_pool=4, key_pool=4, dense_below=0), False),
+        (Stem(block_size=16, stride=4), True),
+        (SinkWindow(block_size=16), True),
+        (Stem(block_size=16, stride=4, forced="extra"), False),
+        (Mass(block_size=16, query_pool=4, key_pool=4), False),
     ],
-    ids=["inside", "extra", "mass"],
+    ids=["inside", "window", "extra", "mass"],
 )
-def test_counters_tell_what_the_selection_keeps(config: StemConfig, is_exact: bool) -> None:
+def test_counters_tell_what_the_selection_keeps(policy: Policy, is_exact: bool) -> None:
     count, kept, causal = Counters(), 0, 0
     for q_len, kv_len, prompt_len in ((500, 500, 500), (77, 350, 500), (64, 64, 300), (33, 1000, 1000)):
         q, k = torch.randn(1, q_len, 2, 8), torch.randn(1, kv_len, 1, 8)
-        selection = select_blocks(q, k, k, config=config, prompt_len=prompt_len)
+        selection = select_blocks(q, k, k, policy=policy, prompt_len=prompt_len)
         kept += int(selection.counts[0, 0].sum())
         causal += round(int(selection.counts.sum()) / selection.density()) // 2
-        count.count_sparse([Row(q_len, kv_len, prompt_len)], config)
+        count.count_sparse([Row(q_len, kv_len, prompt_len)], policy)
     assert (count.sparse_rows, count.sparse_tokens, count.causal_blocks) == (4, 674, causal)
     assert count.is_bound != is_exact
     assert count.kept_blocks == kept if is_exact else count.kept_blocks >= kept
@@ -175,7 +169,7 @@ def test_counters_read_well_and_start_again() -> None:
     count = Counters()
     assert count.density == 1
     assert str(count).endswith("rows left to the host: none")
-    count.count_sparse([Row(64, 64, 64)], StemConfig(block_size=16, stride=4, local_blocks=1, tail_blocks=0))
+    count.count_sparse([Row(64, 64, 64)], Stem(block_size=16, stride=4, local_blocks=1, tail_blocks=0))
     count.dense_rows.update(["decode", "decode", "short prompt"])
     plain: dict[str, Any] = json.loads(json.dumps(count.to_dict()))
     assert plain == {

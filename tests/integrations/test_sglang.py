@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 import stem_attention as sa
-from stem_attention.policies.budget import row_budgets
 from stem_attention.testing import structured_qkv
 
 from . import sglang_host
 from .sglang_host import DIM, HEADS, KV_HEADS, LAYERS, PARALLEL, AttentionType, make_batch, make_exec, make_layer, make_runner
 
-from stem_attention.integrations import sglang as plugin  # isort: skip  (after the host, which may stand in for sglang)
-from stem_attention.integrations import sglang_backend, sglang_layers  # isort: skip
+from stem_attention.integrations.sglang import plugin  # isort: skip  (after the host, which may stand in for sglang)
+from stem_attention.integrations.serving.counters import COUNTERS  # isort: skip
+from stem_attention.integrations.sglang import backend as sglang_backend, layers as sglang_layers  # isort: skip
 
-CONFIG = {"block_size": 16, "min_blocks": 3, "sink_blocks": 1, "local_blocks": 1, "tail_blocks": 1, "dense_below": 64}
-SPARSE = sa.StemConfig(**CONFIG)
-KEEP_ALL = {"block_size": 16, "ratio_short": 1.0, "ratio_long": 1.0, "decay": 1.0, "dense_below": 0}
+SPARSE = sa.Stem(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1)
+BY_MASS = sa.Mass(block_size=16, query_pool=8, key_pool=8, sink_blocks=1, local_blocks=1, tail_blocks=1)
 # Forced blocks alone, blocks as by share, every block: each head of each layer keeps something else.
 FACTORS = ((1e6, 1.0, 1e-6, 4.0), (4.0, 1e-6, 1e6, 1.0))
-BY_MASS: dict[str, Any] = {"keep": "mass", "query_pool": 8, "key_pool": 8, "min_blocks": None}
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +38,16 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 class Server:
     """A runner, its backend, and prompts whose keys go to scrambled slots."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, lengths: list[int], **settings: Any) -> None:
-        monkeypatch.setenv("STEM_ATTENTION_CONFIG", json.dumps({"min_query_len": 32, **CONFIG, **settings}))
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, lengths: list[int], policy: Any = SPARSE, dense_below: int = 64, **settings: Any
+    ) -> None:
+        spec = policy.to_dict() if isinstance(policy, sa.Policy) else policy
+        given = {"policy": spec, "dense_below": dense_below, "min_query_len": 32, **settings}
+        monkeypatch.setenv("STEM_ATTENTION_SETTINGS", json.dumps(given))
         self.runner = make_runner()
         plugin.register()
         self.backend = plugin.ATTENTION_BACKENDS["stem"](self.runner)
-        sglang_backend.COUNTERS.reset()
+        COUNTERS.reset()
         self.prompts = [structured_qkv(1, n, n, HEADS, KV_HEADS, DIM, seed=i) for i, n in enumerate(lengths)]
         order = torch.randperm(4000, generator=torch.Generator().manual_seed(1))[: sum(lengths)] + 1
         self.slots = list(order.split(lengths))
@@ -71,21 +75,25 @@ class Server:
         assert out.shape == q.shape
         return out
 
-    def expected(self, i: int, low: int, high: int, config: sa.StemConfig = SPARSE, prompt_len: int | None = None) -> Tensor:
-        q, k, v = self.prompts[i]
-        out: Tensor = sa.stem_attention(q[:, low:high], k[:, :high], v[:, :high], config=config, prompt_len=prompt_len)
+    def expected(
+        self, i: int, low: int, high: int, policy: sa.Policy = SPARSE, prompt_len: int | None = None, dense_below: int = 64
+    ) -> Tensor:
+        q, k, v = (x[:, :high] for x in self.prompts[i])
+        out: Tensor = sa.stem_attention(q[:, low:], k, v, policy=policy, prompt_len=prompt_len, dense_below=dense_below)
         return out[0].flatten(1)
+
+    def dense(self, i: int, low: int, high: int) -> Tensor:
+        return self.expected(i, low, high, dense_below=10**9)
 
 
 def test_prompts_of_one_batch_are_read_as_if_contiguous_and_alone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(monkeypatch, [300, 77, 128])
     out = server.run([(0, 300), (0, 77), (0, 128)])
     assert torch.equal(out, torch.cat([server.expected(0, 0, 300), server.expected(1, 0, 77), server.expected(2, 0, 128)]))
-    counters = sglang_backend.COUNTERS
-    assert (counters.sparse_rows, counters.sparse_tokens, dict(counters.dense_rows)) == (3, 505, {})
-    selections = [sa.select_blocks(*prompt, config=SPARSE) for prompt in server.prompts]
-    assert counters.kept_blocks == sum(int(selection.counts[0, 0].sum()) for selection in selections)
-    assert 0.2 < counters.density < 0.9
+    assert (COUNTERS.sparse_rows, COUNTERS.sparse_tokens, dict(COUNTERS.dense_rows)) == (3, 505, {})
+    selections = [sa.select_blocks(*prompt, policy=SPARSE) for prompt in server.prompts]
+    assert COUNTERS.kept_blocks == sum(int(selection.counts[0, 0].sum()) for selection in selections)
+    assert 0.2 < COUNTERS.density < 0.9
 
 
 @pytest.mark.parametrize("cuts", [(0, 96, 192, 300), (0, 37, 101, 250, 300)], ids=["block borders", "anywhere"])
@@ -102,7 +110,7 @@ def test_without_the_prompts_length_the_tokens_so_far_stand_in(monkeypatch: pyte
     server = Server(monkeypatch, [300])
     server.run([(0, 96)], whole=False)
     assert torch.equal(server.run([(96, 192)], whole=False), server.expected(0, 96, 192))
-    assert row_budgets(SPARSE, 12) != row_budgets(SPARSE, 19)[:12]
+    assert SPARSE.row_counts(12) != SPARSE.row_counts(19)[:12]
 
 
 def test_a_cached_prefix_is_read_from_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,29 +123,28 @@ def test_a_cached_prefix_is_read_from_the_pool(monkeypatch: pytest.MonkeyPatch) 
 def test_answers_and_short_prompts_in_a_mixed_batch_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(monkeypatch, [300, 50, 200])
     server.run([(0, 299), (0, 0), (0, 0)])
-    sglang_backend.COUNTERS.reset()
+    COUNTERS.reset()
     out = server.run([(299, 300), (0, 50), (0, 200)], mode="MIXED")
-    dense = sa.StemConfig(block_size=16, dense_below=10**9)
     assert torch.equal(out[51:], server.expected(2, 0, 200))
     for rows, i, low, high in ((slice(0, 1), 0, 299, 300), (slice(1, 51), 1, 0, 50)):
-        torch.testing.assert_close(out[rows], server.expected(i, low, high, dense), atol=1e-5, rtol=1e-5)
-    assert dict(sglang_backend.COUNTERS.dense_rows) == {"short chunk": 1, "short prompt": 1}
+        torch.testing.assert_close(out[rows], server.dense(i, low, high), atol=1e-5, rtol=1e-5)
+    assert dict(COUNTERS.dense_rows) == {"short chunk": 1, "short prompt": 1}
 
 
 def test_a_batch_of_short_prompts_goes_to_the_dense_backend_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(monkeypatch, [50, 20])
     out = server.run([(0, 50), (0, 20)])
     assert torch.equal(out, server.run([(0, 50), (0, 20)], backend=server.backend.dense))
-    assert dict(sglang_backend.COUNTERS.dense_rows) == {"short prompts and chunks": 2}
+    assert dict(COUNTERS.dense_rows) == {"short prompts and chunks": 2}
 
 
 def test_keeping_everything_equals_the_dense_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(monkeypatch, [150, 130], **KEEP_ALL)
+    server = Server(monkeypatch, [150, 130], "dense:block_size=16", dense_below=0)
     for spans in ([(0, 70), (0, 130)], [(70, 150), (130, 130)]):
         torch.testing.assert_close(
-            server.run(spans), server.run(spans, backend=server.backend.dense), atol=1e-5, rtol=1e-5
+            server.run(spans), server.run(spans, backend=server.backend.dense), atol=1e-4, rtol=1e-5
         )  # fmt: skip
-    assert sglang_backend.COUNTERS.density == 1
+    assert COUNTERS.density == 1
 
 
 def test_rows_that_only_pad_the_batch_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,24 +155,48 @@ def test_rows_that_only_pad_the_batch_are_zero(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_each_layer_keeps_what_its_own_factors_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(monkeypatch, [300, 50], **BY_MASS, head_factors=FACTORS)
+    server = Server(monkeypatch, [300, 50], replace(BY_MASS, head_factors=FACTORS))
     outputs = [server.run([(0, 300), (0, 50)], layer=make_layer(layer_id)) for layer_id in range(LAYERS)]
     kept = []
     for layer_id, out in enumerate(outputs):
-        config = sa.StemConfig(**{**CONFIG, **BY_MASS, "head_factors": (FACTORS[layer_id],)})
-        assert torch.equal(out[:300], server.expected(0, 0, 300, config))
-        dense = sa.StemConfig(block_size=16, dense_below=10**9)
-        torch.testing.assert_close(out[300:], server.expected(1, 0, 50, dense), atol=1e-5, rtol=1e-5)
-        kept.append(sa.select_blocks(*server.prompts[0], config=config).counts.sum((0, 2)).tolist())
+        policy = replace(BY_MASS, head_factors=(FACTORS[layer_id],))
+        assert torch.equal(out[:300], server.expected(0, 0, 300, policy))
+        torch.testing.assert_close(out[300:], server.dense(1, 0, 50), atol=1e-5, rtol=1e-5)
+        kept.append(sa.select_blocks(*server.prompts[0], policy=policy).counts.sum((0, 2)).tolist())
     assert kept[0][0] == kept[1][2] < kept[0][1] < kept[0][2] == kept[1][1] == 19 * 20 // 2
     assert not torch.equal(*(out[:300] for out in outputs))
 
 
 def test_one_row_of_factors_serves_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(monkeypatch, [300], **BY_MASS, head_factors=FACTORS[:1])
-    config = sa.StemConfig(**{**CONFIG, **BY_MASS, "head_factors": FACTORS[:1]})
+    policy = replace(BY_MASS, head_factors=FACTORS[:1])
+    server = Server(monkeypatch, [300], policy)
     for layer_id in range(LAYERS):
-        assert torch.equal(server.run([(0, 300)], layer=make_layer(layer_id)), server.expected(0, 0, 300, config))
+        assert torch.equal(server.run([(0, 300)], layer=make_layer(layer_id)), server.expected(0, 0, 300, policy))
+
+
+@dataclass(frozen=True)
+class Nearest(sa.Policy):
+    """Somebody's own policy: the first block and the last ones."""
+
+    name: ClassVar[str] = "nearest"
+    block_size: int = 16
+    blocks: int = 2
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: Any = None, prompt_len: Any = None) -> sa.BlockSelection:
+        first, end = (k.shape[1] - q.shape[1]) // self.block_size, -(-k.shape[1] // self.block_size)
+        rows, columns = torch.arange(first, end)[:, None], torch.arange(end)
+        mask = (columns <= rows) & ((columns == 0) | (columns > rows - self.blocks))
+        mask = mask.expand(q.shape[0], q.shape[2], -1, -1)
+        return sa.BlockSelection.from_mask(mask, block_size=self.block_size, q_len=q.shape[1], kv_len=k.shape[1])
+
+
+def test_somebodys_own_policy_is_served_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "somebodys_module", SimpleNamespace(Nearest=Nearest))
+    server = Server(monkeypatch, [300, 50], "somebodys_module:Nearest:blocks=3")
+    out = server.run([(0, 300), (0, 50)])
+    assert torch.equal(out[:300], server.expected(0, 0, 300, Nearest(blocks=3)))
+    torch.testing.assert_close(out[300:], server.dense(1, 0, 50), atol=1e-5, rtol=1e-5)
+    assert COUNTERS.is_bound
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -174,20 +205,20 @@ def test_a_rank_of_tensor_parallelism_takes_the_factors_of_its_heads(rank: int, 
     parallel = SimpleNamespace(**{**PARALLEL, "attn_tp_size": 2, "attn_tp_rank": rank})
     monkeypatch.setattr(sglang_layers, "get_parallel", lambda: parallel)
     monkeypatch.setattr(sglang_host, "HEADS_OF_ALL_RANKS", 2 * HEADS)
-    server = Server(monkeypatch, [300], **BY_MASS, head_factors=whole)
+    server = Server(monkeypatch, [300], replace(BY_MASS, head_factors=whole))
     for layer_id in range(LAYERS):
-        config = sa.StemConfig(**{**CONFIG, **BY_MASS, "head_factors": (FACTORS[layer_id ^ rank],)})
-        assert torch.equal(server.run([(0, 300)], layer=make_layer(layer_id)), server.expected(0, 0, 300, config))
+        policy = replace(BY_MASS, head_factors=(FACTORS[layer_id ^ rank],))
+        assert torch.equal(server.run([(0, 300)], layer=make_layer(layer_id)), server.expected(0, 0, 300, policy))
 
 
 @pytest.mark.parametrize("factors", [FACTORS[:1] * 3, [row[:2] for row in FACTORS]], ids=["layers", "heads"])
 def test_factors_of_another_model_are_refused_at_start_up(factors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=f"^head_factors: expected 2 x 4 .* got {len(factors)} x {len(factors[0])}; run stem"):
-        Server(monkeypatch, [300], **BY_MASS, head_factors=factors)
+        Server(monkeypatch, [300], replace(BY_MASS, head_factors=factors))
 
 
 def test_a_layer_that_the_factors_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(monkeypatch, [300], **BY_MASS, head_factors=FACTORS)
+    server = Server(monkeypatch, [300], replace(BY_MASS, head_factors=FACTORS))
     monkeypatch.setattr(server.runner.token_to_kv_pool, "get_key_buffer", lambda layer_id: torch.zeros(4096, KV_HEADS, DIM))
     monkeypatch.setattr(server.runner.token_to_kv_pool, "get_value_buffer", lambda layer_id: torch.zeros(4096, KV_HEADS, DIM))
     with pytest.raises(ValueError, match="^layer: expected one of the 2 layers of head_factors, got 2"):
@@ -196,16 +227,16 @@ def test_a_layer_that_the_factors_do_not_know_is_refused(monkeypatch: pytest.Mon
 
 def test_the_line_at_start_counts_the_factors(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger=plugin.__name__):
-        Server(monkeypatch, [300], **BY_MASS, head_factors=FACTORS)
+        Server(monkeypatch, [300], replace(BY_MASS, head_factors=FACTORS))
     (line,) = (message for message in caplog.messages if message.startswith("Stem is on"))
-    assert line.endswith("and head_factors of 2 x 4")
+    assert line.endswith("with head_factors of 2 x 4")
     assert "1e-06" not in line
 
 
 OTHER_LAYERS = {
     "cross-attention": {"is_cross_attention": True},
     "encoder_only attention": {"attn_type": AttentionType.ENCODER_ONLY},
-    "sliding window": {"sliding_window_size": 31},
+    "sliding window": {"sliding_window_size": sglang_host.CONTEXT - 2},
     "chunked local attention": {"use_irope": True},
     "soft-capped scores": {"logit_cap": 30.0},
     "scores scaled by length": {"xai_temperature_len": 1024},
@@ -221,7 +252,7 @@ def test_a_layer_that_stem_does_not_do_goes_to_the_dense_backend(reason: str, mo
     seen = []
     monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: seen.append((args, extra)))
     layer = make_layer(**{"layer_id": 1, **OTHER_LAYERS[reason]})
-    assert sglang_backend.layer_obstacle(layer, 1, {}) == reason
+    assert sglang_layers.layer_obstacle(layer, 1, sglang_host.CONTEXT) == reason
     batch, q, k, v = server.batch([(0, 200)])
     server.backend.init_forward_metadata(batch)
     server.backend.forward_extend(q, k, v, layer, batch, False)
@@ -229,6 +260,12 @@ def test_a_layer_that_stem_does_not_do_goes_to_the_dense_backend(reason: str, mo
     assert args[3] is layer
     assert args[5] is False
     assert extra == {}
+
+
+def test_a_window_that_no_request_outgrows_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, [200])
+    layer = make_layer(sliding_window_size=sglang_host.CONTEXT - 1)
+    assert torch.equal(server.run([(0, 200)], layer=layer), server.expected(0, 0, 200))
 
 
 def test_an_argument_that_stem_does_not_know_goes_to_the_dense_backend_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +290,7 @@ def test_other_batches_go_to_the_dense_backend(monkeypatch: pytest.MonkeyPatch) 
             setattr(batch, name, value)
         server.backend.init_forward_metadata(batch)
         assert torch.equal(server.backend.forward_extend(q, k, v, make_layer(), batch), q * 2)
-    assert sorted(sglang_backend.COUNTERS.dense_rows) == [
+    assert sorted(COUNTERS.dense_rows) == [
         "encoder-decoder batch", "lengths known on the device only", "target_verify batch",
     ]  # fmt: skip
 
@@ -301,6 +338,6 @@ def test_registering_twice_offers_one_choice_and_bad_settings_are_named(monkeypa
     plugin.register()
     assert plugin.ATTENTION_BACKEND_CHOICES.count("stem") == 1
     assert plugin.ATTENTION_BACKENDS["stem"] is plugin.create
-    monkeypatch.setenv("STEM_ATTENTION_CONFIG", '{"decai": 0.7}')
-    with pytest.raises(ValueError, match="STEM_ATTENTION_CONFIG: .*decai"):
+    monkeypatch.setenv("STEM_ATTENTION_SETTINGS", '{"decai": 0.7}')
+    with pytest.raises(ValueError, match="STEM_ATTENTION_SETTINGS: .*decai"):
         plugin.register()

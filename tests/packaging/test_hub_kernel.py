@@ -20,11 +20,10 @@ spec = importlib.util.spec_from_file_location("_another_name", sys.argv[1] + "/b
 kernel = sys.modules["_another_name"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kernel)
 q, k, v = (torch.randn(1, 600, heads, 32) for heads in (4, 2, 2))
-everything = kernel.StemConfig(block_size=64, dense_below=0, ratio_short=1.0)
 swapped = [x.transpose(1, 2) for x in (q, k, v)]
 dense = torch.nn.functional.scaled_dot_product_attention(*swapped, is_causal=True, enable_gqa=True).transpose(1, 2)
-assert torch.allclose(kernel.stem_attention(q, k, v, config=everything), dense, atol=1e-5)
-assert kernel.select_blocks(q, k, v, config=kernel.StemConfig(block_size=64)).density() < 1
+assert torch.allclose(kernel.stem_attention(q, k, v, policy="dense:block_size=64", dense_below=0), dense, atol=1e-5)
+assert kernel.select_blocks(q, k, v, policy=kernel.Stem(block_size=64)).density() < 1
 assert "transformers" not in sys.modules
 assert not any(name.startswith("stem_attention.") for name in sys.modules)
 print(kernel.__version__)
@@ -42,21 +41,21 @@ with torch.no_grad():
     dense, answer = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
     model.set_attn_implementation("owner/stem-attention", allow_all_kernels=True)
     assert model.config._attn_implementation == "owner/stem-attention"
-    everything = kernel.StemConfig(block_size=64, dense_below=0, ratio_short=1.0)
     for cache in ("dynamic", "static"):
-        with kernel.configure(everything, observer=seen.append):
+        with kernel.use_policy("dense:block_size=64", dense_below=0, observer=seen.append):
             same = model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation=cache)
         assert torch.equal(same, answer), cache
         assert [call.reason for call in seen[:2]] == ["prefill", "prefill"], cache
         seen.clear()
-    with kernel.configure(kernel.StemConfig(block_size=64, dense_below=0), observer=seen.append):
+    with kernel.use_policy("stem:block_size=64", dense_below=0, observer=seen.append):
         sparse = model(ids).logits
+        model(ids, attention_mask=(torch.arange(600) >= 100).long()[None])
     assert 0 < (sparse - dense).abs().max() and seen[0].density < 1
-    padded = torch.ones_like(ids)
-    padded[:, :100] = 0
-    with kernel.configure(everything, observer=seen.append):
-        model(ids, attention_mask=padded)
     assert seen[-1].reason == "custom mask"
+    model.set_attn_implementation("stem")
+    kernel.set_policy(model, "stem:block_size=64", dense_below=0)
+    assert model.config.stem_attention["policy"]["policy"] == "stem"
+    assert torch.equal(model(ids).logits, sparse)
 print("loaded by kernels")
 """
 
@@ -76,10 +75,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_copy_works_without_the_library(hub: Path) -> None:
+    """It holds no absolute import and no cache."""
     assert re.fullmatch(r"hub-[0-9a-f]{8}", run(ALONE, hub))
-
-
-def test_copy_holds_no_absolute_import_and_no_cache(hub: Path) -> None:
     files = [path for path in hub.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".py", ".json"}
     absolute = re.compile(r"^\s*(from|import) stem_attention", re.MULTILINE)

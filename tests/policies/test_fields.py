@@ -1,122 +1,108 @@
-"""Fields of the policies: the least that each takes, the whole message when it is not met, and what depends on the call."""
+"""Fields of every policy: the least and the most that each takes, and what is said of the rest."""
 
 import dataclasses
+import math
 import re
+from dataclasses import replace
 
 import pytest
-import torch
 
-from stem_attention import StemConfig, policies
-from stem_attention.policies import Longformer, Stem, UniformTopK, XAttention, make_policy, policy_names
-from stem_attention.testing import make_qkv
+from stem_attention import Mass, Stem, policies
+from stem_attention.policies import XAttention, policy_names
 
-LEAST = {
-    "block_size": 1, "window_blocks": 1, "stride_blocks": 1, "stride": 1, "sink_blocks": 0, "global_blocks": 0,
-    "tail_blocks": 0, "random_blocks": 0, "seed": 0,
-}  # fmt: skip
-CLASSES = [item for item in vars(policies).values() if dataclasses.is_dataclass(item)]
-COUNTS = [(cls, field.name) for cls in CLASSES for field in dataclasses.fields(cls) if field.type == "int"]
-CONFIG = StemConfig(block_size=16, stride=4, tail_blocks=1, sink_blocks=1, local_blocks=1, min_blocks=2)
-
-
-def whole(*parts):
-    """The message, from its first letter to its last."""
-    return f"^{re.escape('; '.join(parts))}$"
-
-
-@pytest.mark.parametrize(("cls", "name"), COUNTS)
-def test_every_count_takes_its_least_and_refuses_one_less(cls, name):
-    least = LEAST[name]
-    others = {"stride": 1} if name == "block_size" and cls is XAttention else {}
-    assert getattr(cls(**{name: least, **others}), name) == least
-    said = whole(f"{name}: expected an integer >= {least}, got {least - 1}", f"pass {name}={max(least, 1)} or more")
-    with pytest.raises(ValueError, match=said):
-        cls(**{name: least - 1})
+CLASSES = [item for item in vars(policies).values() if dataclasses.is_dataclass(item) and hasattr(item, "name")]
+COUNTS = {
+    **dict.fromkeys(("block_size", "stride", "query_pool", "key_pool", "knee_tokens", "min_blocks"), 1),
+    **dict.fromkeys(("local_blocks", "window_blocks", "stride_blocks"), 1),
+    **dict.fromkeys(("sink_blocks", "global_blocks", "tail_blocks", "random_blocks", "seed"), 0),
+}
+# Above 0, or from 0 on, and up to what.
+NUMBERS = {
+    **dict.fromkeys(("decay", "ratio_short", "ratio_long", "threshold"), ("above", 1)),
+    "share": ("above", None),
+    **dict.fromkeys(("beta", "spread"), ("from", None)),
+}
+NAMES = {"schedule": ("smooth", "step", "angelslim"), "forced": ("inside", "extra"), "magnitude": ("log", "zscore", "none")}
+FIELDS = [(cls, field.name) for cls in CLASSES for field in dataclasses.fields(cls)]
 
 
-def test_messages_are_whole_sentences():
-    with pytest.raises(ValueError, match=whole("threshold: expected a number > 0 and <= 1, got 1.5", "the paper uses 0.9")):
-        XAttention(threshold=1.5)
-    fix = "change block_size or stride so that one divides the other"
-    with pytest.raises(ValueError, match=whole("block_size: expected a multiple of stride=24, got 128", fix)):
-        XAttention(stride=24)
-    span = "scaling: expected a number > 0 and <= 5, 1 / ratio_short, got 5.5"
-    with pytest.raises(ValueError, match=whole(span, "0.85 equals the compute of Stem's default")):
-        UniformTopK(scaling=5.5)
+def fields(table):
+    return [pytest.param(cls, name, id=f"{cls.name}-{name}") for cls, name in FIELDS if name in table]
+
+
+def refused(cls, name, value):
+    """What is said of a wrong value, once it is clear that it names the field, what came, and a way out."""
+    with pytest.raises(ValueError, match=rf"^{name}: expected .+, got {re.escape(repr(value))}; .+") as error:
+        cls(**{name: value})
+    return str(error.value)
+
+
+def test_every_field_has_a_row():
+    assert len(CLASSES) == 11
+    assert {name for _, name in FIELDS} == {*COUNTS, *NUMBERS, *NAMES, "head_factors"}
+
+
+@pytest.mark.parametrize(("cls", "name"), fields(COUNTS))
+def test_counts_are_integers_from_their_least_on(cls, name):
+    least = COUNTS[name]
+    parts = {part: 1 for part in ("stride", "query_pool", "key_pool") if name == "block_size" and (cls, part) in FIELDS}
+    assert getattr(cls(**{name: least, **parts}), name) == least
+    for value in (least - 1, -1, 2.0, 1.5, "4", True, math.nan, [1], *([None] if name != "min_blocks" else [])):
+        assert f"an integer >= {least}" in refused(cls, name, value)
+
+
+@pytest.mark.parametrize(("cls", "name"), fields(NUMBERS))
+def test_numbers_are_finite_lie_in_their_range_and_become_floats(cls, name):
+    low, high = NUMBERS[name]
+    outside = [-0.1, math.nan, math.inf, -math.inf, 10**400, "0.5", None, True, *([0, 0.0] if low == "above" else [])]
+    for value in (*outside, *([1.01] if high else [])):
+        assert "a finite number >" in refused(cls, name, value)
+    for value in (1, *([0] if low == "from" else [])):
+        held = getattr(cls(**{name: value, **({"ratio_short": 1} if name == "ratio_long" else {})}), name)
+        assert (held, type(held)) == (value, float)
+
+
+@pytest.mark.parametrize(("cls", "name"), fields(NAMES))
+def test_names_are_exact(cls, name):
+    for value in NAMES[name]:
+        assert getattr(cls(**{name: value}), name) == value
+    for value in ("", "LOG", "Smooth", None, 1, ["log"]):
+        assert ", ".join(NAMES[name]) in refused(cls, name, value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "given"),
+    [
+        (Stem, "stride", {"block_size": 128, "stride": 24}),
+        (Stem, "stride", {"block_size": 64, "stride": 128}),
+        (XAttention, "stride", {"block_size": 24}),
+        (policies.XAttentionTopK, "stride", {"stride": 24}),
+        (Mass, "key_pool", {"block_size": 48}),
+        (Mass, "query_pool", {"block_size": 48, "query_pool": 32, "key_pool": 16}),
+    ],
+)
+def test_a_block_is_a_multiple_of_its_parts(cls, name, given):
+    part = given.get(name, getattr(cls(), name))
     with pytest.raises(
-        ValueError, match=whole("scaling: expected 1 with the angelslim schedule, got 0.5", "use the step or smooth schedule")
+        ValueError, match=rf"^block_size: expected a multiple of {name}={part}, got \d+; .*block_size or {name}"
     ):
-        UniformTopK(StemConfig.angelslim(), scaling=0.5)
-    with pytest.raises(ValueError, match=whole("config: expected a StemConfig, got dict", "build one with StemConfig(...)")):
-        Stem({})
-    names = ", ".join(policy_names())
-    with pytest.raises(ValueError, match=whole(f"policy: expected one of {names}, got 'magic'", "pick one of these names")):
-        make_policy("magic", CONFIG)
-    known = "window_blocks, global_blocks, tail_blocks, block_size"
-    said = f"options: expected {known} for policy longformer, got colour, size"
-    with pytest.raises(ValueError, match=whole(said, "remove or correct them")):
-        make_policy("longformer", CONFIG, size=1, colour=2)
-    with pytest.raises(ValueError, match=whole("options: expected none for policy stem, got beta", "remove or correct them")):
-        make_policy("stem", CONFIG, beta=1)
+        cls(**given)
 
 
-def test_names_are_those_of_the_classes():
-    assert policy_names()[:2] == ("stem", "dense")
-    assert set(policy_names()) <= {cls.name for cls in CLASSES}
-    assert len(set(policy_names())) == len(policy_names()) >= 10
+def test_long_prompts_keep_no_larger_share_than_short_ones():
+    with pytest.raises(ValueError, match=r"^ratio_long: expected at most ratio_short=0\.2, got 0\.3; .*raise ratio_short"):
+        Stem(ratio_long=0.3)
+    assert Stem(ratio_long=0.2).ratio_long == 0.2
 
 
-@pytest.mark.parametrize("name", policy_names())
-def test_everything_is_made_on_the_tensors_own_device(name):
-    """A default device elsewhere (here one that holds no data) must not reach inside."""
-    q, k, v = make_qkv(2, 90, 500, 4, 2, 16)
-    policy = make_policy(name, CONFIG)
-    expected = policy(q, k, v)
-    extra = make_policy(name, dataclasses.replace(CONFIG, forced="extra", magnitude="zscore"))
-    with torch.device("meta"):
-        selection, other = policy(q, k, v), extra(q, k, v)
-    assert selection.indices.device == selection.counts.device == other.indices.device == other.counts.device == q.device
-    assert torch.equal(selection.indices, expected.indices)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_policy_cannot_be_changed_and_equal_ones_hash_equal(cls):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cls().block_size = 64
+    assert (cls(), hash(cls())) == (replace(cls()), hash(replace(cls())))
+    assert replace(cls(), block_size=192) != cls()
 
 
-@pytest.mark.parametrize("name", policy_names())
-def test_the_scale_is_one_over_the_root_of_the_dimension_unless_given(name):
-    q, k, v = make_qkv(1, 400, 400, 2, 1, 16)
-    policy = make_policy(name, CONFIG)
-    assert torch.equal(policy(q, k, v).indices, policy(q, k, v, scale=0.25).indices)
-    if name in ("stem", "xattention", "xattention-topk", "flashprefill-topk", "oracle"):
-        assert not torch.equal(policy(q, k, v).to_mask(), policy(q, k, v, scale=4.0).to_mask())
-    if name == "uniform":  # without values only the order of the scores counts
-        assert not torch.equal(policy(q, k, v).to_mask(), policy(q, k, v, scale=-0.25).to_mask())
-
-
-def test_the_public_codes_schedule_takes_a_scaling_of_one_alone():
-    assert UniformTopK(StemConfig.angelslim()).scaling == 1
-    for scaling in (0.99, 2):
-        with pytest.raises(ValueError, match=r"^scaling: expected 1 with the angelslim schedule"):
-            UniformTopK(StemConfig.angelslim(), scaling=scaling)
-
-
-@pytest.mark.parametrize("name", ["stem", "oracle", "xattention-topk", "flashprefill-topk"])
-def test_scores_come_once_for_every_row(name, monkeypatch):
-    monkeypatch.setattr("stem_attention.policies.stem._ROWS_PER_CHUNK", 3)
-    monkeypatch.setattr("stem_attention.policies.flashprefill._WORKSPACE", 3 * 2 * 16 * 13)
-    q, k, v = make_qkv(1, 160, 200, 2, 1, 16)
-    policy = make_policy(name, CONFIG)
-    rows = [row + i for row, scores in policy.scores(q, k, v, 0.25, 2, 13) for i in range(scores.shape[2])]
-    assert rows == list(range(2, 13))
-
-
-@pytest.mark.parametrize("name", policy_names())
-def test_no_queries_select_nothing(name):
-    q, k, v = make_qkv(2, 0, 50, 4, 2, 16)
-    selection = make_policy(name, CONFIG)(q, k, v)
-    assert selection.indices.shape[:3] == selection.counts.shape == (2, 4, 0)
-    assert (selection.q_len, selection.kv_len, selection.density()) == (0, 50, 1.0)
-
-
-def test_the_tail_of_a_longformer_starts_where_the_prompt_says():
-    q, k, v = make_qkv(1, 160, 160, 1, 1, 16)
-    policy = Longformer(window_blocks=1, global_blocks=0, tail_blocks=2, block_size=16)
-    assert policy(q, k, v).counts.flatten().tolist() == [1] * 8 + [9, 10]
-    assert policy(q, k, v, prompt_len=161).counts.flatten().tolist() == [1] * 9 + [10]
+def test_the_names_are_those_of_the_classes_and_the_presets():
+    assert set(policy_names()) == {cls.name for cls in CLASSES} | {"paper", "angelslim", "uniform"}
+    assert policy_names()[0] == "mass"

@@ -1,20 +1,19 @@
 """Keep by mass: the fast path against the twin that is written as the page says, and what the page promises."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from stem_attention import StemConfig, block_sparse_attention, select_blocks, stem_attention
-from stem_attention.policies import Mass, Stem, mass, policy_of
-from stem_attention.policies.budget import row_budgets
+from stem_attention import Mass, Stem, select_blocks, stem_attention
+from stem_attention.policies import policy_from_json
 from stem_attention.policies.mass import block_masses, pool, pool_variances
 from stem_attention.policies.oracle import block_mass
 from stem_attention.testing import make_qkv
 
-SMALL = StemConfig.mass(
-    block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1, dense_below=0
-)
+SMALL = Mass(block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1)
 FACTORS = (0.2, 1.0, 1.7, 6.0)
 
 
@@ -26,7 +25,7 @@ def peaked(batch, q_len, kv_len, heads, dim, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("config", "batch", "q_len", "kv_len", "heads", "dim", "prompt_len"),
+    ("policy", "batch", "q_len", "kv_len", "heads", "dim", "prompt_len"),
     [
         (SMALL, 2, 200, 200, (4, 2), 16, 200),
         (replace(SMALL, share=3.0, sink_blocks=0), 1, 90, 149, (2, 1), 32, 149),
@@ -38,10 +37,10 @@ def peaked(batch, q_len, kv_len, heads, dim, dtype=torch.float32):
     ],
     ids=["plain", "higher-share", "whole-blocks", "no-pools", "block-32", "means-alone", "factors"],
 )
-def test_both_ways_of_writing_it_keep_the_same(config, batch, q_len, kv_len, heads, dim, prompt_len, dtype):
+def test_both_ways_of_writing_it_keep_the_same(policy, batch, q_len, kv_len, heads, dim, prompt_len, dtype):
     q, k, v = peaked(batch, q_len, kv_len, heads, dim, dtype)
     fast, plain = (
-        select_blocks(q, k, v, config=config, prompt_len=prompt_len, backend=backend) for backend in ("torch", "reference")
+        select_blocks(q, k, v, policy=policy, prompt_len=prompt_len, backend=backend) for backend in ("torch", "reference")
     )
     assert torch.equal(fast.to_mask(), plain.to_mask())
     assert fast.density() < 1
@@ -62,93 +61,38 @@ def test_a_key_that_its_pools_mean_hides_is_noticed():
     q, k, v = (torch.zeros(1, 160, 1, 16) for _ in range(3))
     q[..., 0] = 4.0
     k[0, 40, 0, 0], k[0, 41, 0, 0] = 16.0, -16.0  # exp(16) for one key of block 2, in a pool whose mean is zero
-    means, judged = (Mass(replace(SMALL, share=2.0, spread=spread))(q, k, v).to_mask()[0, 0] for spread in (0.0, 0.5))
+    means, judged = (replace(SMALL, share=2.0, spread=spread)(q, k, v).to_mask()[0, 0] for spread in (0.0, 0.5))
     assert not means[5:9, 2].any()
     assert judged[5:9, 2].all()
     assert not judged[5:9, 3].any()
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, head_factors=(FACTORS,))], ids=["one-share", "factors"])
-def test_a_chunk_keeps_what_the_whole_prompt_keeps(config):
-    q, k, v = peaked(1, 330, 330, (4, 2), 16)
-    whole = Mass(config)(q, k, v).to_mask()
-    for low, high in ((0, 96), (96, 240), (240, 330)):
-        chunk = Mass(config)(q[:, low:high], k[:, :high], v[:, :high], prompt_len=330).to_mask()
-        assert torch.equal(chunk, whole[:, :, low // 16 : -(-high // 16), : -(-high // 16)])
-
-
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, head_factors=(FACTORS,))], ids=["one-share", "factors"])
-def test_runs_of_another_size_keep_the_same(config, monkeypatch):
-    q, k, v = peaked(1, 200, 330, (4, 2), 16)
-    whole = Mass(config)(q, k, v).to_mask()
-    monkeypatch.setattr(mass, "_WORKSPACE", 1)  # a row at a time
-    assert torch.equal(Mass(config)(q, k, v).to_mask(), whole)
-
-
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_each_head_keeps_what_its_own_share_keeps(backend):
     q, k, v = peaked(2, 90, 200, (4, 2), 16)
-    chosen = select_blocks(q, k, v, config=replace(SMALL, head_factors=(FACTORS,)), backend=backend).to_mask()
+    chosen = select_blocks(q, k, v, policy=replace(SMALL, head_factors=(FACTORS,)), backend=backend).to_mask()
     kept = []
     for head, factor in enumerate(FACTORS):
-        alone = select_blocks(q, k, v, config=replace(SMALL, share=1.5 * factor), backend=backend).to_mask()
+        alone = select_blocks(q, k, v, policy=replace(SMALL, share=1.5 * factor), backend=backend).to_mask()
         assert torch.equal(chosen[:, head], alone[:, head])
         kept.append(int(alone[:, head].sum()))
     assert kept[0] > kept[2] > kept[3]  # or these factors show nothing
 
 
-def test_factors_of_one_change_nothing():
-    q, k, v = peaked(1, 200, 200, (4, 2), 16)
-    ones = Mass(replace(SMALL, head_factors=((1.0,) * 4,)))
-    assert torch.equal(ones(q, k, v).to_mask(), Mass(SMALL)(q, k, v).to_mask())
-
-
-@pytest.mark.parametrize("dense_below", [0, 1000])
-@pytest.mark.parametrize(
-    ("factors", "got"), [((FACTORS, FACTORS), "2 x 4"), ((FACTORS[:3],), "1 x 3"), ((FACTORS[:2],), "1 x 2")]
-)
-def test_factors_of_several_layers_or_of_other_heads_are_refused(factors, got, dense_below):
-    policy = Mass(replace(SMALL, head_factors=factors, dense_below=dense_below))
-    with pytest.raises(ValueError, match="expected") as refused:
-        policy(*peaked(1, 90, 90, (4, 2), 16))
-    assert str(refused.value) == (
-        f"config: expected head_factors of one layer and the 4 query heads of q, got {got} of them; "
-        "pass config.for_layer(layer)"
-    )
-
-
-def test_there_is_room_for_every_causal_block():
-    assert row_budgets(SMALL, 5) == (1, 2, 3, 4, 5)
-
-
 def test_a_head_keeps_the_same_whatever_heads_are_beside_it():
     q, k, v = peaked(1, 200, 200, (6, 3), 16)
-    together = Mass(SMALL)(q, k, v).to_mask()
-    alone = Mass(SMALL)(q[:, :, 2:4], k[:, :, 1:2], v[:, :, 1:2]).to_mask()
+    together = SMALL(q, k, v).to_mask()
+    alone = SMALL(q[:, :, 2:4], k[:, :, 1:2], v[:, :, 1:2]).to_mask()
     assert torch.equal(together[:, 2:4], alone)
-
-
-def test_even_attention_keeps_everything():
-    q, k, v = (torch.ones(1, 160, 1, 8) for _ in range(3))
-    assert Mass(replace(SMALL, share=1.0))(q, k, v).density() == 1
 
 
 def test_what_is_dropped_is_estimated_below_the_share():
     q, k, v = peaked(1, 200, 200, (2, 1), 16)
-    mask = Mass(SMALL)(q, k, v).to_mask()
+    mask = SMALL(q, k, v).to_mask()
     ((_, masses),) = block_masses(q, k, SMALL, 0.25)
     causal = torch.ones(13, 13, dtype=torch.bool).tril()
     assert (masses[causal & ~mask] < 1.5 / 13).all()
     assert not mask[..., causal].all()
-
-
-def test_keys_that_are_not_numbers_stay_visible():
-    q, k, v = peaked(1, 200, 200, (1, 1), 16)
-    k[0, 40] = torch.nan
-    selection = Mass(SMALL)(q, k, v)
-    assert torch.equal(selection.to_mask()[0, 0, 2:, 2], torch.ones(11, dtype=torch.bool))
-    out = block_sparse_attention(q, k, v, selection)
-    assert out[0, 40:].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -159,8 +103,8 @@ def test_keys_that_are_not_numbers_stay_visible():
 )  # fmt: skip
 def test_every_field_changes_the_result(change):
     q, k, v = peaked(1, 330, 330, (2, 1), 16)
-    config = replace(SMALL, share=3.0)
-    before, after = (stem_attention(q, k, v, config=c) for c in (config, replace(config, **change)))
+    policy = replace(SMALL, share=3.0)
+    before, after = (stem_attention(q, k, v, policy=p, dense_below=0) for p in (policy, replace(policy, **change)))
     assert not torch.equal(before, after)
 
 
@@ -173,37 +117,80 @@ def test_pools_are_means_of_the_tokens_that_are_there():
     assert pool_variances(x, 16, 4).flatten().tolist() == pytest.approx([1.25, 2 / 3, 0.0, 0.0])
 
 
-def test_no_queries_have_an_empty_selection():
-    q, k, v = peaked(1, 8, 40, (2, 1), 16)
-    assert Mass(SMALL)(q[:, :0], k, v).counts.shape == (1, 2, 0)
+def test_masses_are_summed_in_fp64_on_a_cpu():
+    """So that a chunk of a prompt estimates to the last bit what the whole does, whatever the shapes of its products."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        ((_, mass),) = block_masses(*peaked(1, 128, 128, (2, 1), 16, dtype)[:2], Mass(), 0.25)
+        assert mass.dtype == torch.float64
 
 
-def test_a_policy_takes_the_configs_of_its_rule():
-    assert isinstance(policy_of(StemConfig.mass()), Mass)
-    assert isinstance(policy_of(StemConfig.paper()), Stem)
-    with pytest.raises(ValueError, match='config: expected one with keep="mass"'):
-        Mass(StemConfig())
-    with pytest.raises(ValueError, match='config: expected one with keep="budget"'):
-        Stem(StemConfig.mass())
+LAYERS = ((1.0, 2.0, 0.5, 4.0), (3.0, 0.25, 1.5, 8.0))
 
 
 @pytest.mark.parametrize(
-    ("fields", "name"),
-    [({"keep": "most"}, "keep"), ({"share": 0.0}, "share"), ({"query_pool": 48}, "block_size"), ({"key_pool": 0}, "key_pool"),
-     ({"beta": 0.5}, "beta"), ({"forced": "extra"}, "forced")],
+    "value",
+    [[], 2.0, "ab", {0: [1.0]}, [1.0, 2.0], [[1.0], []], [[1.0], None], [[1.0], [1.0, 2.0]],
+     *([[1.0], [factor]] for factor in (0, -1.0, math.nan, math.inf, 10**400, "1", None, True, [1.0]))],
+    ids=lambda value: repr(value)[:20],
 )  # fmt: skip
-def test_a_bad_field_is_named(fields, name):
-    with pytest.raises(ValueError, match=f"^{name}: "):
-        StemConfig.mass(**fields)
+def test_head_factors_are_rows_of_numbers_above_zero(value):
+    with pytest.raises(ValueError, match=r"^head_factors: expected .+, got .+; .*stem-attention calibrate"):
+        Mass(head_factors=value)
 
 
-def test_settings_of_the_other_rule_are_refused():
-    with pytest.raises(ValueError, match="share: .* means nothing under keep='budget'"):
-        StemConfig(share=2.0)
+def test_head_factors_become_tuples_of_floats_whatever_rows_they_came_in():
+    policy = Mass(head_factors=[[1, 2], (0.5, 3)])
+    assert policy.head_factors == ((1.0, 2.0), (0.5, 3.0))
+    assert {type(factor) for row in policy.head_factors for factor in row} == {float}
+    same = policy_from_json(json.dumps({"policy": "mass", "head_factors": [[1.0, 2], [0.5, 3]]}))
+    assert (same, hash(same)) == (policy, hash(policy))
+    assert policy not in (Mass(head_factors=[[1, 2], [0.5, 4]]), Mass())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_masses_are_summed_in_fp64_on_a_cpu(dtype):
-    """So that a chunk of a prompt estimates to the last bit what the whole does, whatever the shapes of its products."""
-    q, k = (torch.randn(1, 128, heads, 16, dtype=dtype) for heads in (2, 1))
-    assert all(mass.dtype == torch.float64 for _, mass in block_masses(q, k, StemConfig.mass(), 0.25))
+def test_a_layer_takes_its_row_and_all_else_of_the_policy():
+    policy = Mass(share=3.0, head_factors=LAYERS)
+    for layer, row in enumerate(LAYERS):
+        own = policy.for_layer(layer)
+        assert own == Mass(share=3.0, head_factors=(row,))
+        assert own.for_layer(layer) is own
+        assert policy.for_layer(layer) is own  # a graph of torch.compile cannot build one
+        assert [own.head_share(head) for head in range(4)] == [3.0 * factor for factor in row]
+    one_for_all = Mass(head_factors=LAYERS[:1])
+    assert all(one_for_all.for_layer(layer) is one_for_all for layer in (-1, 0, 7))
+    for layer in (-1, 2):
+        with pytest.raises(ValueError, match=rf"^layer: expected one of the 2 layers of head_factors, got {layer}; calibrate"):
+            policy.for_layer(layer)
+    for policy in (Mass(), Stem()):
+        assert policy.for_layer(7) is policy.for_layer(7, slice(2, 3)) is policy
+    assert Mass(share=3.0).head_share(31) == 3.0
+
+
+def test_a_rank_takes_the_factors_of_its_heads():
+    for rows in (LAYERS, LAYERS[1:]):  # by layer, and one for all
+        policy = Mass(share=3.0, head_factors=rows)
+        for heads in (slice(1, 3), slice(2, None)):
+            assert policy.for_layer(1, heads) == Mass(share=3.0, head_factors=[LAYERS[1][heads]])
+        with pytest.raises(ValueError, match="^head_factors: expected "):
+            policy.for_layer(1, slice(4, 8))
+
+
+def test_a_policy_fits_the_models_that_it_was_made_for():
+    for_all = Mass(head_factors=LAYERS[:1])
+    for policy, layers in ((Mass(), 2), (Stem(), 2), (Mass(head_factors=LAYERS), 2), (for_all, 2), (for_all, 30)):
+        policy.check_model(layers, 4)
+    for layers, heads in ((3, 4), (1, 4), (2, 8), (2, 2)):
+        said = rf"^head_factors: expected {layers} x {heads} .+, got 2 x 4; .*calibrate on this model"
+        with pytest.raises(ValueError, match=said):
+            Mass(head_factors=LAYERS).check_model(layers, heads)
+    with pytest.raises(ValueError, match=r"got 1 x 4;"):
+        for_all.check_model(30, 8)
+
+
+@pytest.mark.parametrize(("factors", "got"), [(LAYERS, "2 x 4"), ((LAYERS[0][:3],), "1 x 3")], ids=["layers", "heads"])
+def test_a_call_of_one_layer_takes_the_factors_of_one_layer(factors, got):
+    Mass(head_factors=LAYERS[:1]).check_heads(4)
+    policy, inputs = Mass(head_factors=factors), peaked(1, 9, 9, (4, 2), 8)
+    said = rf"^policy: expected .*one layer and the 4 query heads of q, got {got} of them; pass policy.for_layer\(layer\)"
+    for call in (lambda: policy.check_heads(4), lambda: policy(*inputs)):
+        with pytest.raises(ValueError, match=said):
+            call()

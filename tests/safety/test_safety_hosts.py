@@ -1,43 +1,29 @@
 """A fault inside attention leaves the model as it was, and says where it happened."""
 
+import gc
+import weakref
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
+from tests.toys import toy
 
-from stem_attention import StemConfig, UnsupportedError
-from stem_attention.policies import Stem
+from stem_attention import Policy, Stem, UnsupportedError
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 hosts = pytest.importorskip("stem_attention.integrations.transformers")
 
-SPARSE = Stem(StemConfig(dense_below=0, block_size=16, stride=4))
-WHERE = "[in layer 1, LlamaAttention: query (1, 4, 200, 16), key (1, 2, 200, 16), torch.float32]"
+SPARSE = Stem(block_size=16, stride=4)
+WHERE = "[in layer 1, LlamaAttention: query (1, 4, 200, 8), key (1, 2, 200, 8), torch.float32]"
 PROMPT = torch.randint(1, 97, (1, 200), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def model():
-    hosts.register()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        pad_token_id=0, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="stem").eval()
-
-
-class Failing:
-    """Selects as Stem does, until the given call fails."""
-
-    name = "failing"
-
-    def __init__(self, fault, at=1):
-        self.fault, self.left = fault, at
-
-    def __call__(self, q, k, v, *, scale=None, prompt_len=None):
-        if self.left == 0:
-            self.fault()
-        self.left -= 1
-        return SPARSE(q, k, v, scale=scale, prompt_len=prompt_len)
+    model = toy("llama", num_hidden_layers=3, eos_token_id=None)
+    model.set_attn_implementation("stem")
+    return model
 
 
 def raising(kind, *args):
@@ -51,16 +37,6 @@ def allocate_too_much():
     torch.empty(1 << 55, dtype=torch.uint8).fill_(1)
 
 
-def read(model, policy=SPARSE):
-    with torch.no_grad(), hosts.configure(policy):
-        return model(PROMPT).logits
-
-
-def answer(model, policy=SPARSE):
-    with torch.no_grad(), hosts.configure(policy):
-        return model.generate(PROMPT, max_new_tokens=5, do_sample=False)
-
-
 FAULTS = {
     "accelerator": (raising(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB"), torch.OutOfMemoryError),
     "real allocation": (allocate_too_much, RuntimeError),
@@ -69,60 +45,89 @@ FAULTS = {
     "bad value": (raising(ValueError, "scale: expected a number"), ValueError),
     "no message": (raising(RuntimeError), RuntimeError),
     "missing key": (raising(KeyError, "x"), KeyError),
+    "interrupt": (raising(KeyboardInterrupt, "now"), KeyboardInterrupt),
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@dataclass(frozen=True)
+class Failing(Policy):
+    """Selects as Stem does, until the second layer fails."""
+
+    name: ClassVar[str] = "failing"
+
+    fault: str
+    block_size: int = 16
+
+    def __call__(self, q, k, v, *, scale=None, prompt_len=None):
+        queries = self.once("queries", list)
+        queries.append(weakref.ref(q))
+        if len(queries) == 2:
+            FAULTS[self.fault][0]()
+        return SPARSE(q, k, v, scale=scale, prompt_len=prompt_len)
+
+
+@dataclass(frozen=True)
+class Nonsense(Policy):
+    """Selects nothing that there is."""
+
+    name: ClassVar[str] = "nonsense"
+
+    block_size: int = 16
+
+    def __call__(self, q, k, v, *, scale=None, prompt_len=None):
+        return "no selection"
+
+
+def read(model, policy=SPARSE):
+    with torch.no_grad(), hosts.use_policy(policy, dense_below=0):
+        return model(PROMPT).logits
+
+
+def answer(model, policy=SPARSE):
+    with torch.no_grad(), hosts.use_policy(policy, dense_below=0):
+        return model.generate(PROMPT, max_new_tokens=5, do_sample=False)
+
+
+@pytest.mark.parametrize("name", [name for name in FAULTS if name != "interrupt"])
 @pytest.mark.parametrize("use", [read, answer])
 def test_a_fault_names_layer_and_shapes_keeps_its_type_and_leaves_the_model_usable(name, use, model):
-    fault, kind = FAULTS[name]
     expected = use(model)
-    with pytest.raises(kind) as raised:
-        use(model, Failing(fault))
-    assert type(raised.value) is kind
+    with pytest.raises(FAULTS[name][1]) as raised:
+        use(model, Failing(name))
+    assert type(raised.value) is FAULTS[name][1]
     assert WHERE in str(raised.value)
     assert str(raised.value).count("[in layer") == 1
     assert torch.equal(use(model), expected)
-    with torch.no_grad():  # outside of configure nothing of the failing policy is left
+    with torch.no_grad():  # outside of use_policy nothing of the failing policy is left
         assert model(PROMPT).logits.isfinite().all()
 
 
 def test_a_fault_in_the_library_itself_names_layer_and_shapes(model):
-    with (
-        torch.no_grad(),
-        hosts.configure(lambda *_, **__: "no selection"),
-        pytest.raises(ValueError, match="selection") as raised,
-    ):
-        model(PROMPT)
+    with pytest.raises(ValueError, match="^policy: expected Nonsense .*got str.*from_mask") as raised:
+        read(model, Nonsense())
     assert WHERE.replace("layer 1", "layer 0") in str(raised.value)
-    assert str(raised.value).startswith("selection: expected a BlockSelection, got str; ")
 
 
 def test_a_gradient_is_refused_with_the_layer(model):
-    with pytest.raises(UnsupportedError, match=r"no backward pass .*\[in layer 0, LlamaAttention: "), hosts.configure(SPARSE):
+    with (
+        pytest.raises(UnsupportedError, match=r"no backward pass .*\[in layer 0, LlamaAttention: "),
+        hosts.use_policy(SPARSE, dense_below=0),
+    ):
         model(PROMPT)
 
 
 def test_an_interrupt_passes_as_it_is(model):
     with pytest.raises(KeyboardInterrupt) as raised:
-        read(model, Failing(raising(KeyboardInterrupt, "now")))
+        read(model, Failing("interrupt"))
     assert raised.value.args == ("now",)
 
 
 def test_many_faults_keep_no_memory(model):
-    import gc
-    import weakref
-
-    held = []
-
-    class Watching(Failing):
-        def __call__(self, q, k, v, *, scale=None, prompt_len=None):
-            held.append(weakref.ref(q))
-            return super().__call__(q, k, v, scale=scale, prompt_len=prompt_len)
-
-    for _ in range(5):
+    policies = [Failing("accelerator") for _ in range(5)]
+    for policy in policies:
         with pytest.raises(torch.OutOfMemoryError):
-            read(model, Watching(raising(torch.OutOfMemoryError, "full")))
+            read(model, policy)
     gc.collect()
+    held = [reference for policy in policies for reference in policy.once("queries", list)]
     assert len(held) == 10
     assert not any(reference() is not None for reference in held)

@@ -7,12 +7,12 @@ import re
 
 import pytest
 import torch
+from tests.toys import toy
 
 import stem_attention as sa
 from stem_attention import policies
 from stem_attention.testing import make_qkv
 
-CONFIG = sa.StemConfig(block_size=16)
 Q, K, V = make_qkv(2, 40, 50, 4, 2, 16)
 PACKED = make_qkv(1, 40, 50, 4, 2, 16)
 CACHE = torch.zeros(4, 16, 2, 16)
@@ -32,14 +32,15 @@ WRONG_QKV = (
 NOT_A_COUNT = (-1, 1.5, "4", True, math.nan, [1], torch.tensor(4))
 NOT_A_FLAG = (None, 0, 1, "yes", torch.tensor(True), [True])
 NOT_A_NUMBER = (math.nan, math.inf, "0.1", True, torch.tensor(0.1), [0.1])
-NOT_A_CONFIG = ({}, "paper", 3, sa.StemConfig)
+NOT_A_POLICY = ({}, 3, sa.Mass, "magic", "mass:colour=3", "uniform@0.2", lambda q, k, v: None)
 NOT_A_BACKEND = (None, "flash", 3, ["torch"])
 NOT_A_DEVICE = (None, 3, "toaster", ["cpu"], True)
 NOT_A_DTYPE = (None, "float32", torch.int8, 32, [torch.float32])
 NOT_INT32 = (*NOT_A_TENSOR, torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 2, 2, 2, 2, dtype=torch.int32))
 
 QKV = dict.fromkeys(("q", "k", "v"), WRONG_QKV)
-METHOD = {"config": NOT_A_CONFIG, "scale": NOT_A_NUMBER, "backend": NOT_A_BACKEND}
+METHOD = {"policy": NOT_A_POLICY, "scale": NOT_A_NUMBER, "backend": NOT_A_BACKEND}
+DENSE = {"dense_below": NOT_A_COUNT}
 REQUEST = {"device": NOT_A_DEVICE, "dtype": NOT_A_DTYPE, "head_dim": (*NOT_A_COUNT, 0, None)}
 LENGTHS = dict.fromkeys(("block_size", "q_len", "kv_len"), (*NOT_A_COUNT, None))
 
@@ -51,14 +52,12 @@ class Entry:
     call: object
     good: dict
     wrong: dict
-    # Where a q that is wrong only beside k is told of as k, and the like.
-    also: tuple = ()
 
 
 ENTRIES = {
     "stem_attention": Entry(
         sa.stem_attention, {"q": Q, "k": K, "v": V},
-        {**QKV, **METHOD, "prompt_len": (*NOT_A_COUNT, 49), "return_lse": NOT_A_FLAG},
+        {**QKV, **METHOD, **DENSE, "prompt_len": (*NOT_A_COUNT, 49), "return_lse": NOT_A_FLAG},
     ),
     "select_blocks": Entry(sa.select_blocks, {"q": Q, "k": K, "v": V}, {**QKV, **METHOD, "prompt_len": (*NOT_A_COUNT, 49)}),
     "block_sparse_attention": Entry(
@@ -73,7 +72,7 @@ ENTRIES = {
         {"q": PACKED[0][0], "k": PACKED[1][0], "v": PACKED[2][0], "cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K,
          "max_seqlen_q": 25, "max_seqlen_k": 30},
         {
-            **QKV, **METHOD, "cu_seqlens_q": NOT_INT32, "cu_seqlens_k": NOT_INT32,
+            **QKV, **METHOD, **DENSE, "cu_seqlens_q": NOT_INT32, "cu_seqlens_k": NOT_INT32,
             "max_seqlen_q": (*NOT_A_COUNT, None, 24), "max_seqlen_k": (*NOT_A_COUNT, None, 29),
             "page_table": (*NOT_INT32[1:], TABLE[0]), "prompt_lens": (3, "ab", [20], [20, 29], [20, 30.0], STARTS_Q[1:]),
             "return_lse": NOT_A_FLAG,
@@ -84,17 +83,11 @@ ENTRIES = {
         {"q": PACKED[0][0], "k": CACHE, "v": CACHE, "cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K,
          "max_seqlen_q": 25, "max_seqlen_k": 30, "page_table": TABLE},
         {
-            **QKV, **METHOD, "cu_seqlens_q": NOT_INT32, "cu_seqlens_k": NOT_INT32,
-            "max_seqlen_q": (*NOT_A_COUNT, None, 24), "max_seqlen_k": (*NOT_A_COUNT, None, 29),
-            "page_table": (*NOT_INT32[1:], TABLE[:1], TABLE[:, :1], TABLE + 1, TABLE - 1, TABLE.to("meta")),
-            "prompt_lens": (3, "ab", [20], [20, 29]), "return_lse": NOT_A_FLAG,
+            **QKV, "page_table": (*NOT_INT32[1:], TABLE[:1], TABLE[:, :1], TABLE + 1, TABLE - 1, TABLE.to("meta")),
+            "cu_seqlens_k": NOT_INT32, "max_seqlen_k": (*NOT_A_COUNT, None, 29), "prompt_lens": (3, "ab", [20], [20, 29]),
         },
     ),
-    "explain": Entry(sa.explain, {}, {**REQUEST, "config": NOT_A_CONFIG, "backend": NOT_A_BACKEND}),
-    "dense_limit": Entry(
-        sa.dense_limit, {"device": "cpu", "dtype": torch.float32, "head_dim": 64},
-        {**REQUEST, "config": NOT_A_CONFIG, "backend": NOT_A_BACKEND},
-    ),
+    "explain": Entry(sa.explain, {}, {**REQUEST, **DENSE, "policy": NOT_A_POLICY, "backend": NOT_A_BACKEND}),
     "BlockSelection": Entry(
         sa.BlockSelection, {field.name: getattr(SELECTION, field.name) for field in dataclasses.fields(SELECTION)},
         {**LENGTHS, "indices": NOT_INT32, "counts": NOT_INT32},
@@ -112,35 +105,33 @@ ENTRIES = {
             "device": NOT_A_DEVICE[1:],
         },
     ),
-    "make_policy": Entry(
-        policies.make_policy, {"name": "stem", "config": CONFIG},
-        {"name": (None, "magic", ["stem"], 3), "config": (*NOT_A_CONFIG, None), "options": ({"colour": 3},)},
-        also=("policy",),
+    "parse_spec": Entry(
+        policies.parse_spec, {"text": "mass"}, {"text": (None, 3, "", "magic", "mass:share", "mass@2", "a.json")}
     ),
-    "policy_of": Entry(policies.policy_of, {"config": CONFIG}, {"config": (*NOT_A_CONFIG, None)}),
-    "StemConfig.from_dict": Entry(sa.StemConfig.from_dict, {"fields": {}}, {"fields": (None, "beta", 3, {"colour": 3})}),
-    "StemConfig.from_json": Entry(
-        sa.StemConfig.from_json, {"text": "{}"}, {"text": (None, 3, b"{}", "", "{", "[" * 10**5, "1" * 5000)},
+    "read_policy": Entry(policies.read_policy, {}, {"value": NOT_A_POLICY}),
+    "policy_from_dict": Entry(
+        policies.policy_from_dict, {"fields": {"policy": "mass"}},
+        {"fields": (None, "mass", 3, {}, {"share": 3}, {"policy": 3}, {"policy": "mass", "colour": 3}, {"policy": "os:path"}),
+         "trusted": NOT_A_FLAG},
+    ),
+    "policy_from_json": Entry(
+        policies.policy_from_json, {"text": '{"policy": "mass"}'},
+        {"text": (None, 3, b"{}", "", "{", "{}", "[" * 10**5, "1" * 5000)},
     ),
 }  # fmt: skip
 
-
-def policy_classes():
-    return [item for item in vars(policies).values() if dataclasses.is_dataclass(item)]
-
-
-def wrong_for(field):
-    """Values that no field of this type takes."""
-    if field.name == "config":
-        return (*NOT_A_CONFIG, None)
-    if "float" in str(field.type):
-        return (*NOT_A_NUMBER, None, -1.0)
-    return {"int": (*NOT_A_COUNT, None), "str": ()}[str(field.type)]
-
-
-for _cls in policy_classes():
-    _fields = [field for field in dataclasses.fields(_cls) if field.init and field.name != "name"]
-    ENTRIES[_cls.__name__] = Entry(_cls, {}, {field.name: wrong_for(field) for field in _fields})
+# Values that no field of this type takes.
+WRONG = {
+    "int": (*NOT_A_COUNT, None),
+    "int | None": NOT_A_COUNT,
+    "float": (*NOT_A_NUMBER, None, -1.0),
+    "str": ("magic", None, 3),
+    "tuple[tuple[float, ...], ...] | None": ("1", 3, [], [[]], [1.0], [["1"]], [[0.0]], [[math.inf]], [[1.0], [1.0, 2.0]]),
+}
+POLICIES = [cls for cls in vars(policies).values() if dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)]
+POLICIES.remove(policies.PolicySpec)  # parse_spec makes it
+for _cls in POLICIES:
+    ENTRIES[_cls.__name__] = Entry(_cls, {}, {field.name: WRONG[field.type] for field in dataclasses.fields(_cls)})
 
 CASES = [
     (name, argument, value) for name, entry in ENTRIES.items() for argument in entry.wrong for value in entry.wrong[argument]
@@ -151,26 +142,17 @@ def shown(value):
     return f"{value.dtype}{tuple(value.shape)}{value.device}" if isinstance(value, torch.Tensor) else repr(value)[:20]
 
 
-def call(entry, argument, value):
-    given = value if argument == "options" else {argument: value}
-    return entry.call(**{**entry.good, **given})
-
-
 @pytest.mark.parametrize(("name", "argument", "value"), CASES, ids=[f"{n}-{a}-{shown(v)}" for n, a, v in CASES])
 def test_a_wrong_argument_is_refused_by_its_name(name, argument, value):
     entry = ENTRIES[name]
     with pytest.raises(ValueError, match=r"^\w+: expected .+, got .*; .+") as refused:
-        call(entry, argument, value)
+        entry.call(**{**entry.good, argument: value})
     said = re.match(r"\w+", str(refused.value)).group()
-    allowed = {argument, *entry.also}
+    allowed = {argument, *({"policy"} if name.startswith(("parse_", "read_", "policy_")) else ())}
     if isinstance(value, torch.Tensor):  # two arguments that do not fit each other: either may be named
         allowed |= {"q", "k", "v", "indices", "counts", "page_table"} if argument in entry.good else set()
     if argument in LENGTHS:  # rows and columns follow from the three lengths
         allowed |= {"q_len", "indices", "mask"} if isinstance(value, int) and not isinstance(value, bool) else set()
-    if argument == "fields":
-        allowed |= set(value or ()) if isinstance(value, dict) else set()
-    if argument == "text":
-        allowed |= {"beta"}
     assert said in allowed, refused.value
 
 
@@ -181,46 +163,31 @@ def test_the_good_arguments_of_the_table_pass(name):
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_every_argument_has_a_row(name):
-    entry = ENTRIES[name]
-    arguments = {argument for argument in inspect.signature(entry.call).parameters if argument not in ("self", "cls")}
-    without = {"name"} if entry.call in policy_classes() else set()  # a label that nothing depends on
-    assert arguments - without == set(entry.wrong)
+    arguments = inspect.signature(ENTRIES[name].call).parameters
+    wrong = {argument for entry in ENTRIES.values() if entry.call == ENTRIES[name].call for argument in entry.wrong}
+    assert {argument for argument in arguments if argument not in ("self", "cls")} == wrong
 
 
 def test_every_public_name_is_in_the_table():
-    """StemConfig's own fields are in tests/test_config.py, whose tables are held to its fields."""
-    callables = {name for name in sa.__all__ if callable(getattr(sa, name))} - {"StemConfig", "UnsupportedError"}
-    classes = {"Policy", "Ranked"}  # a protocol, and a base that cannot be built
-    made = {name for name in policies.__all__ if name not in classes | {"policy_names"}}
-    assert callables | made <= set(ENTRIES)
-
-
-def enter(context):
-    """``configure`` checks when its block is entered."""
-    with context:
-        pass
+    callables = {name for name in sa.__all__ if callable(getattr(sa, name))} - {"UnsupportedError"}
+    not_called = {"policy_names", "PolicySpec", "UnreachableDensityError", "Policy", "Ranked"}  # two of these cannot be built
+    assert callables | set(policies.__all__) <= set(ENTRIES) | not_called
 
 
 def test_the_integrations_arguments():
     hosts = pytest.importorskip("stem_attention.integrations.transformers")
-    transformers = pytest.importorskip("transformers")
-    tiny = transformers.LlamaConfig(
-        vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(tiny)
+    held = {"policy": NOT_A_POLICY, "dense_below": NOT_A_COUNT, "dense_layers": NOT_A_COUNT}
     table = {
-        hosts.configure: {
-            "policy": ({}, "paper", 3),
-            "observer": (3, "print", []),
-            "prompt_len": (0, *NOT_A_COUNT),
-        },
-        hosts.set_config: {"model": (None, "gpt2", 3, torch.nn.Linear(1, 1)), "config": NOT_A_CONFIG},
+        hosts.register: held,
+        hosts.use_policy: {**held, "observer": (3, "print", []), "prompt_len": (0, *NOT_A_COUNT)},
+        hosts.set_policy: {**held, "model": (None, "gpt2", 3, torch.nn.Linear(1, 1))},
     }
+    model = toy("llama")
+    model.set_attn_implementation("stem")
     for entry, wrong in table.items():
         assert set(inspect.signature(entry).parameters) == set(wrong)
         for argument, values in wrong.items():
             for value in values:
-                given = {"model": model, argument: value} if entry is hosts.set_config else {argument: value}
+                given = {"model": model, argument: value} if entry is hosts.set_policy else {argument: value}
                 with pytest.raises(ValueError, match=f"^{argument}: expected .+, got .+; .+"):
-                    enter(entry(**given))
-    assert not inspect.signature(hosts.register).parameters
+                    entry(**given)

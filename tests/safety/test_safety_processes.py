@@ -6,15 +6,16 @@ import stat
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
 
-from stem_attention import StemConfig, select_blocks, stem_attention, stem_attention_varlen
-from stem_attention.testing import make_qkv
+from stem_attention import Mass, Stem, select_blocks, stem_attention, stem_attention_varlen
+from stem_attention.testing import make_qkv, pack
 
-CONFIG = StemConfig(block_size=16, stride=4, dense_below=0, tail_blocks=1)
+POLICY = Stem(block_size=16, stride=4, tail_blocks=1)
+SPARSE = {"policy": POLICY, "dense_below": 0}
 SHAPES = [(1, 150, 150, 4, 2, 16), (2, 97, 300, 4, 4, 32), (1, 301, 301, 6, 2, 16), (3, 64, 65, 2, 1, 8)]
 
 
@@ -22,10 +23,9 @@ def results(shape):
     """Everything that a call gives for one shape, from its seed."""
     torch.set_num_threads(1)
     q, k, v = make_qkv(*shape)
-    out, lse = stem_attention(q, k, v, config=CONFIG, return_lse=True)
-    kept = select_blocks(q, k, v, config=CONFIG)
-    starts = torch.tensor([0, shape[1]], dtype=torch.int32), torch.tensor([0, shape[2]], dtype=torch.int32)
-    packed = stem_attention_varlen(q[0], k[0], v[0], *starts, shape[1], shape[2], config=CONFIG)
+    out, lse = stem_attention(q, k, v, **SPARSE, return_lse=True)
+    kept = select_blocks(q, k, v, policy=POLICY)
+    packed = stem_attention_varlen(**pack([(q[:1], k[:1], v[:1])]), **SPARSE)
     return [x.clone() for x in (out, lse, kept.indices, kept.counts, packed)]
 
 
@@ -49,14 +49,14 @@ def test_threads_may_race_for_the_first_call():
     code = """
 import sys, threading
 import torch
-from stem_attention import StemConfig, stem_attention
+from stem_attention import stem_attention
 from stem_attention.testing import make_qkv
 torch.set_num_threads(1)
 q, k, v = make_qkv(1, 200, 200, 4, 2, 16)
 start, outs = threading.Barrier(6), []
 def work():
     start.wait()
-    outs.append(stem_attention(q, k, v, config=StemConfig(block_size=16, dense_below=0)))
+    outs.append(stem_attention(q, k, v, policy="mass:block_size=16,key_pool=8", dense_below=0))
 threads = [threading.Thread(target=work) for _ in range(6)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
@@ -65,18 +65,19 @@ assert len(outs) == 6 and all(torch.equal(out, outs[0]) for out in outs)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_configure_holds_for_its_own_thread():
-    settings = pytest.importorskip("stem_attention.integrations.transformers_settings")
+def test_use_policy_holds_for_its_own_thread():
+    settings = pytest.importorskip("stem_attention.integrations.transformers.settings")
     start = threading.Barrier(6)
 
     def work(i):
-        with settings.configure(StemConfig(tail_blocks=i), prompt_len=i + 1):
+        with settings.use_policy(Stem(tail_blocks=i), prompt_len=i + 1):
             start.wait()  # all are inside now
-            seen = settings.overrides()
+            seen = settings.settings_now(None)
             start.wait()
-        return seen.policy.tail_blocks, seen.prompt_len, settings.overrides().policy
+        return seen.policy.tail_blocks, seen.prompt_len, settings.settings_now(None).prompt_len
 
     with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: start.wait(), range(6)))  # a thread that starts inside a block is warned
         assert list(pool.map(work, range(6))) == [(i, i + 1, None) for i in range(6)]
 
 
@@ -97,34 +98,14 @@ def test_a_fork_of_a_process_that_has_computed_gets_the_same():
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_new_process_gets_the_same(method, tmp_path):
+def test_a_new_process_gets_the_same(method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} there")
-    file = tmp_path / "worker.py"
-    torch.set_num_threads(1)
-    expected = stem_attention(*make_qkv(*SHAPES[0]), config=CONFIG)
-    # A module of its own: this one has a name that a new process could not import.
-    file.write_text(f"""
-import multiprocessing, sys
-def work(queue):
-    import torch
-    from stem_attention import StemConfig, stem_attention
-    from stem_attention.testing import make_qkv
-    torch.set_num_threads(1)
-    config = StemConfig(block_size=16, stride=4, dense_below=0, tail_blocks=1)
-    queue.put(stem_attention(*make_qkv(*{SHAPES[0]}), config=config).flatten().tolist())
-if __name__ == "__main__":
-    context = multiprocessing.get_context("{method}")
-    queue = context.SimpleQueue()
-    process = context.Process(target=work, args=(queue,))
-    process.start()
-    print(queue.get())
-    process.join()
-    sys.exit(process.exitcode)
-""")
-    ran = subprocess.run([sys.executable, str(file)], check=True, capture_output=True, text=True)
-    numbers = torch.tensor([float(number) for number in ran.stdout.strip("[]\n").split(",")])
-    assert torch.equal(numbers, expected.flatten())
+    q, k, v = make_qkv(*SHAPES[0])
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        out = pool.submit(stem_attention, q, k, v, **SPARSE).result()
+    assert torch.equal(out, stem_attention(q, k, v, **SPARSE))
 
 
 def test_the_compilers_cache_is_where_triton_puts_it_and_no_one_else_may_write_there(tmp_path):
@@ -150,10 +131,10 @@ print(get_cache_manager("0" * 64).put("x", "probe"))
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
 def test_threads_on_streams_and_devices_of_their_own_get_the_same():
-    """With two GPUs, half of the threads run on the second, which is nobody's current device."""
-    config, count = StemConfig(dense_below=0), torch.cuda.device_count()
+    """With two GPUs, half of the threads run on the second, nobody's current device. Each policy has tables of its own."""
+    count, heads = torch.cuda.device_count(), [[0.5, 2.0, 1.0, 4.0] * 2]
     q, k, v = make_qkv(1, 5000, 5000, 8, 2, 128, torch.bfloat16, "cuda:0")
-    expected = stem_attention(q, k, v, config=config).cpu()
+    expected = stem_attention(q, k, v, policy=Mass(head_factors=heads), dense_below=0).cpu()
     torch.cuda.synchronize()
 
     def work(i):
@@ -163,9 +144,10 @@ def test_threads_on_streams_and_devices_of_their_own_get_the_same():
             moved = [x.to(device) for x in (q, k, v)]
         stream.synchronize()
         with torch.cuda.device(0), torch.cuda.stream(stream):
-            out = stem_attention(*moved, config=config)
+            policy = Mass(share=4 * (1 + i * 1e-12), head_factors=heads)  # the same numbers in fp32
+            out = stem_attention(*moved, policy=policy, dense_below=0)
         stream.synchronize()
         return torch.equal(out.cpu(), expected)
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(32)))
+        assert all(pool.map(work, range(64)))

@@ -7,21 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.toys import save, toy
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "src" / "stem_attention"
+SOURCES = [ROOT / "src" / "stem_attention", ROOT / "evals" / "stem_evals"]
 
 FORBIDDEN_MODULES = {
     "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "xml", "code", "codeop", "runpy",
     "socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "telnetlib",
     "xmlrpc", "socketserver", "huggingface_hub", "ctypes", "cffi", "pty", "subprocess",
 }  # fmt: skip
-# Programs that are started: git, to put the commit on record, and a new Python, to time a first call. ctypes is asked whether
-# a driver is installed.
+# ctypes is asked whether a driver is installed; the hub, for a model that is named by its id there, whether it answers.
+# Measurements start git, to put the commit on record, and a new Python, to time a first call.
 ALLOWED_MODULES = {
-    "evaluation/facts.py": {"subprocess"},
-    "evaluation/bench_ttft_first.py": {"subprocess"},
-    "backends/triton/offline.py": {"ctypes"},
+    "stem_attention/backends/triton/offline.py": {"ctypes"},
+    "stem_attention/models/load.py": {"huggingface_hub"},
+    "stem_evals/facts.py": {"subprocess"},
+    "stem_evals/bench/ttft_first.py": {"subprocess"},
 }
 
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "breakpoint"}
@@ -61,10 +63,11 @@ def faults(path, text):
             yield from (f"{where} changes {target}" for target in targets if target.startswith("os.environ"))
 
 
-def test_the_source_does_nothing_of_the_kind():
-    paths = sorted(SOURCE.rglob("*.py"))
-    assert len(paths) > 80
-    assert [fault for path in paths for fault in faults(str(path.relative_to(SOURCE)), path.read_text())] == []
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_the_source_does_nothing_of_the_kind(source):
+    paths = sorted(source.rglob("*.py"))
+    assert len(paths) > 20
+    assert [fault for path in paths for fault in faults(str(path.relative_to(source.parent)), path.read_text())] == []
 
 
 @pytest.mark.parametrize(
@@ -78,12 +81,12 @@ def test_the_source_does_nothing_of_the_kind():
     ],
 )  # fmt: skip
 def test_a_planted_line_is_found(line):
-    assert list(faults("api.py", line))
+    assert list(faults("stem_attention/api.py", line))
 
 
 def test_what_looks_alike_passes():
     text = "import re, json\nre.compile('x')\nmodel.eval()\njson.load(file)\ntorch.compile(f)\nload(trust_remote_code=False)"
-    assert list(faults("api.py", text)) == []
+    assert list(faults("stem_attention/api.py", text)) == []
 
 
 # Every way out of a process; a local socket pair, as event loops make, is none.
@@ -100,7 +103,7 @@ for name in ("create_connection", "getaddrinfo", "gethostbyname"):
 IMPORT_EVERYTHING = """
 import importlib, pkgutil
 import stem_attention
-skipped = ("triton", "hopper", "vllm", "sglang", "lm_", "ruler", "longbench", "__main__", "bench_peers")
+skipped = ("triton", "hopper", "vllm", "sglang", "__main__")
 names = [module.name for module in pkgutil.walk_packages(stem_attention.__path__, "stem_attention.")]
 names = [name for name in names if not any(part.startswith(skipped) for part in name.split("."))]
 for name in names:
@@ -142,11 +145,12 @@ def test_reading_a_prompt_with_a_local_model_reaches_no_network(tmp_path):
     code = """
 import sys
 from stem_attention.cli import main
-print("code", main(["bench", "--lengths", "300", "--repeats", "1", "--heads", "2", "--kv-heads", "1", "--head-dim", "16"]))
+print("code", main(["run", "--model", sys.argv[1], "--context", "600", "--max-new-tokens", "1"]))
 print("code", main(["doctor"]))
 """
-    ran = python(code, cwd=tmp_path)
-    assert ran.stdout.count("code 0") == 2, ran.stderr
+    ran = python(code, str(save(toy("llama"), tmp_path / "model")), cwd=tmp_path)
+    assert "code 3" in ran.stdout, ran.stderr  # a random model does not find the number
+    assert "code 0" in ran.stdout, ran.stderr
 
 
 def test_there_is_no_code_that_runs_at_build_time():

@@ -5,11 +5,12 @@ What ``validate()`` refuses: tests/test_selection.py and tests/test_bad_input.py
 
 import pytest
 import torch
+from tests.fuzz.poison import surrounded
+from tests.rigs import INTERPRETED
 
 import stem_attention as sa
-from stem_attention.testing.poison import surrounded
-
-from .common import INTERPRETED
+from stem_attention.backends.triton import TritonBackend
+from stem_attention.call import Call
 
 LOWEST, HIGHEST = -(1 << 31), (1 << 31) - 1
 
@@ -66,9 +67,8 @@ def unvalidated(rig, q, k, v, selection):
     """As the kernels get it on a GPU, where validating would make the host wait."""
     if not INTERPRETED:
         return rig.attend(q, k, v, selection)
-    from stem_attention.backends.triton.attention import attend
-
-    return attend(q, k, v, selection.indices, selection.counts, selection.block_size, q.shape[3] ** -0.5)
+    call = Call(q, k, v, rig.policy, q.shape[3] ** -0.5, k.shape[1], return_lse=True)
+    return TritonBackend().attend(call, selection)
 
 
 def finite_and_wrong(out, v):

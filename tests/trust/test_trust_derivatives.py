@@ -2,27 +2,26 @@
 
 import pytest
 import torch
+from tests.rigs import INTERPRETED, Rig
 from torch.autograd import forward_ad
 
 import stem_attention as sa
-from stem_attention.testing.packed import borders
-
-from .common import INTERPRETED, Rig
+from stem_attention.testing import pack
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="refused before a backend is chosen")
 
 RIG = Rig("torch")
-CONFIG = RIG.config()
 Q, K, V = RIG.qkv(3.3, 3.3)
 SELECTION = RIG.select(Q, K, V)
-STARTS, LENGTH = borders([Q.shape[1]]), Q.shape[1]
+
+SPARSE = {"policy": RIG.policy, "dense_below": 0}
 
 CALLS = {
-    "stem_attention": lambda q, k, v: sa.stem_attention(q, k, v, config=CONFIG),
-    "stem_attention with lse": lambda q, k, v: sa.stem_attention(q, k, v, config=CONFIG, return_lse=True)[0],
-    "dense": sa.stem_attention,
+    "stem_attention": lambda q, k, v: sa.stem_attention(q, k, v, **SPARSE),
+    "stem_attention with lse": lambda q, k, v: sa.stem_attention(q, k, v, **SPARSE, return_lse=True)[0],
+    "dense": lambda q, k, v: sa.stem_attention(q, k, v, dense_below=1 << 20),
     "block_sparse_attention": lambda q, k, v: sa.block_sparse_attention(q, k, v, SELECTION),
-    "varlen": lambda q, k, v: sa.stem_attention_varlen(q[0], k[0], v[0], STARTS, STARTS, LENGTH, LENGTH, config=CONFIG),
+    "varlen": lambda q, k, v: sa.stem_attention_varlen(**pack([(q, k, v)]), **SPARSE),
 }
 ASKS = {
     "backward": lambda f, x: f(x.clone().requires_grad_()).sum().backward(),

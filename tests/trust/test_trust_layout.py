@@ -2,19 +2,17 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from tests.fuzz.poison import surrounded
+from tests.rigs import INTERPRETED, Rig, equal
 
 import stem_attention as sa
 from stem_attention.backends import Request, get_backend
-from stem_attention.testing import LAYOUTS, relative_error
-from stem_attention.testing.packed import borders, to_pages
-from stem_attention.testing.poison import surrounded
-
-from .common import INTERPRETED, equal
+from stem_attention.call import Call
+from stem_attention.testing import LAYOUTS, pack, relative_error
 
 
 def everything(rig, q, k, v, selection):
-    return *rig.attend(q, k, v, selection), *rig.stem(q, k, v)
+    return *rig.attend(q, k, v, selection), *rig.whole(q, k, v)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
@@ -48,7 +46,7 @@ def test_expanded_tensors_are_read_through_strides_of_zero(what, rig):
 def test_keys_may_be_the_values_and_the_queries(rig):
     x, _, _ = rig.qkv(3.3, 3.3, heads=(2, 2))
     before = x.clone()
-    got, expected = rig.stem(x, x, x), rig.stem(x.clone(), x.clone(), x.clone())
+    got, expected = rig.whole(x, x, x), rig.whole(x.clone(), x.clone(), x.clone())
     assert equal(got, expected)
     assert torch.equal(x, before)
 
@@ -85,53 +83,25 @@ def test_lists_may_be_views_too(how, rig):
 @pytest.mark.parametrize("how", ["every second column", "rows sliced", "transposed"][: 2 if INTERPRETED else 3])
 def test_page_tables_may_be_views_too(how, rig):
     """Kernels walk a row of the table by ones: once, wrong pages were read where its columns lie apart."""
-    lengths, page = [round(x * rig.block) for x in (2.2, 1, 1.4)], rig.block
-    total = sum(lengths)
-    q, k, v = (x[0] for x in rig.qkv(5, 5, heads=(2, 1)))
-    (keys, table), (values, _) = (to_pages(x[:total], lengths, page) for x in (k, v))
+    batch = pack([rig.qkv(x, x, heads=(2, 1), seed=i) for i, x in enumerate((2.2, 1, 1.4))], page_size=rig.block)
     spread = {
         "every second column": lambda t: torch.stack([t, torch.zeros_like(t)], 2).flatten(1)[:, ::2],
         "transposed": lambda t: t.T.contiguous().T,
         "rows sliced": lambda t: torch.cat([t * 0, t])[len(t) :],
-    }[how](table)
-    starts = borders(lengths)
-    got, expected = (
-        rig.packed(q[:total], keys, values, starts, starts, max(lengths), max(lengths), page_table=x) for x in (spread, table)
-    )
-    assert equal(got, expected)
-
-
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation makes in memory of its own."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known, self.bytes, self.by = {x.untyped_storage().data_ptr() for x in known}, 0, ""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
-                if x.untyped_storage().nbytes() > self.bytes:
-                    self.bytes, self.by = x.untyped_storage().nbytes(), str(function)
-                self.known.add(x.untyped_storage().data_ptr())
-        return result
+    }[how](batch["page_table"])
+    assert equal(rig.packed(**{**batch, "page_table": spread}), rig.packed(**batch))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="tests/gpu/test_gpu_runtime.py measures the kernels' memory on a GPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_tensor_of_the_size_of_the_keys_is_made(layout):
-    """Of eager torch, which copies one kv head at a time; the result and its double in the dense rows aside."""
-    from .common import Rig
-
-    rig = Rig("torch", block=64, dim=64)
-    q, k, v = rig.qkv(32, 32, heads=(8, 8), layout=layout)
+def test_no_tensor_larger_than_the_keys_is_made(layout, largest):
+    """Of eager torch, whose attention lays keys and values out block by block, once each."""
+    q, k, v = Rig("torch", block=64, dim=64).qkv(16, 32, heads=(16, 8), layout=layout)
+    call = Call(q, k, v, sa.Stem(block_size=64), 0.125, k.shape[1], return_lse=True)
     backend = get_backend(Request.of(q, 64), "torch")
-    config, most = rig.config(stride=16), k.numel() * k.element_size()
-    with Largest((q, k, v)) as made:
-        backend.select(q, k, v, config, 0.125, k.shape[1])
-    assert made.bytes <= most * 0.75, made.by
-    selection = rig.select(q, k, v, config=config)
-    with Largest((q, k, v)) as made:
-        backend.attend(q, k, v, selection, 0.125)
-    assert made.bytes <= most, made.by
+    with largest:
+        selection = backend.select(call)
+    assert largest.seen <= k.numel() * 0.75
+    with largest:
+        backend.attend(call, selection)
+    assert largest.seen <= k.numel()

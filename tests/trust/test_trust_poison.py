@@ -1,19 +1,17 @@
 """Numbers that nobody should read are NaN or infinite here, and nothing of them shows.
 
-Unselected blocks, and what lies behind the last key: tests/backends/test_attention.py, tests/gpu/test_gpu_attention.py.
+Unselected blocks: tests/backends/test_attention.py, tests/gpu/test_gpu_attention.py.
 """
 
 import math
 
 import pytest
 import torch
+from tests.fuzz.poison import new_memory_is_nan, surrounded
+from tests.rigs import INTERPRETED, equal
 
 from stem_attention.backends.dense import dense_attention
-from stem_attention.testing import exact_attention, make_qkv, token_mask
-from stem_attention.testing.packed import borders, to_pages
-from stem_attention.testing.poison import new_memory_is_nan, surrounded
-
-from .common import INTERPRETED, equal
+from stem_attention.testing import exact_attention, make_qkv, pack, token_mask
 
 POISONS = (math.nan,) if INTERPRETED else (math.nan, math.inf, -math.inf)
 
@@ -22,18 +20,18 @@ POISONS = (math.nan,) if INTERPRETED else (math.nan, math.inf, -math.inf)
 def test_what_lies_around_the_tensors_is_not_read(by, rig):
     q, k, v = rig.qkv(3.3, 4.7, batch=2)
     selection = rig.lists(q, k)
-    clean = *rig.attend(q, k, v, selection), *rig.stem(q, k, v)
+    clean = *rig.attend(q, k, v, selection), *rig.whole(q, k, v)
     around = [surrounded(x, by) for x in (q, k, v)]
-    assert equal((*rig.attend(*around, selection), *rig.stem(*around)), clean)
+    assert equal((*rig.attend(*around, selection), *rig.whole(*around)), clean)
 
 
-@pytest.mark.parametrize("changes", [{}, {"magnitude": "zscore", "forced": "extra"}, {"dense_below": 10_000}])
+@pytest.mark.parametrize("changes", [{}, {"policy": {"magnitude": "zscore", "forced": "extra"}}, {"dense_below": 10_000}])
 def test_every_number_of_new_memory_is_written_before_it_is_read(changes, rig):
     q, k, v = rig.qkv(3.3, 4.7, batch=2)
-    options = {"config": rig.config(**changes)}
-    clean = *rig.stem(q, k, v, **options), rig.stem(q, k, v, return_lse=False, **options)
+    options = {**changes, "policy": rig.stem(**changes["policy"]) if "policy" in changes else rig.policy}
+    clean = *rig.whole(q, k, v, **options), rig.whole(q, k, v, return_lse=False, **options)
     with new_memory_is_nan():
-        again = *rig.stem(q, k, v, **options), rig.stem(q, k, v, return_lse=False, **options)
+        again = *rig.whole(q, k, v, **options), rig.whole(q, k, v, return_lse=False, **options)
     assert equal(again, clean)
     assert all(x.isfinite().all() for x in clean)
 
@@ -43,17 +41,11 @@ def test_every_number_of_new_memory_is_written_before_it_is_read(changes, rig):
 def test_unused_pages_and_a_packed_batchs_surroundings_are_not_read(pages, by, rig):
     page = round(pages * rig.block)
     q_lens, kv_lens = [round(x * rig.block) for x in (2.2, 0, 1, 0.1)], [round(x * rig.block) for x in (4.1, 1, 3.9, 2)]
-    parts = [
-        make_qkv(1, a, b, 4, 2, rig.dim, rig.dtype, rig.device, i) for i, (a, b) in enumerate(zip(q_lens, kv_lens, strict=True))
-    ]
-    q, k, v = (torch.cat(x, 1)[0] for x in zip(*parts, strict=True))
-    lengths = borders(q_lens), borders(kv_lens), max(q_lens), max(kv_lens)
+    parts = [make_qkv(1, *x, 4, 2, rig.dim, rig.dtype, rig.device, i) for i, x in enumerate(zip(q_lens, kv_lens, strict=True))]
 
     def run(by):
-        if not page:
-            return rig.packed(surrounded(q, by), surrounded(k, by), surrounded(v, by), *lengths)
-        (keys, table), (values, _) = (to_pages(x, kv_lens, page, by) for x in (k, v))
-        return rig.packed(q, keys, values, *lengths, page_table=table)
+        batch = pack(parts, page, by)
+        return rig.packed(**batch if page else {**batch, **{name: surrounded(batch[name], by) for name in "qkv"}})
 
     clean = run(0.0)
     with new_memory_is_nan():
@@ -80,7 +72,7 @@ def test_in_the_whole_a_poisoned_value_is_never_lost(rig):
     q, k, v = rig.qkv(12, 12, heads=(2, 1))
     at = round(3.5 * rig.block)
     v[0, at, 0, 3] = math.nan
-    out, _ = rig.stem(q, k, v, config=rig.config(min_blocks=4, decay=1.0))
+    out, _ = rig.whole(q, k, v, policy=rig.stem(min_blocks=4, decay=1.0))
     dense = dense_attention(q, k, v, q.shape[3] ** -0.5)
     assert torch.equal(out[:, at:, :, 3].isnan(), dense[:, at:, :, 3].isnan())
     assert out[:, : 3 * rig.block].isfinite().all()
@@ -88,10 +80,10 @@ def test_in_the_whole_a_poisoned_value_is_never_lost(rig):
 
 def test_a_poisoned_query_spoils_its_own_row_alone(rig):
     q, k, v = rig.qkv(8, 8)
-    clean = rig.stem(q, k, v)
+    clean = rig.whole(q, k, v)
     bad = round(4.5 * rig.block)
     q[0, bad, 1] = math.nan
-    out, lse = rig.stem(q, k, v)
+    out, lse = rig.whole(q, k, v)
     assert out[0, bad, 1].isnan().all()
     assert int(out.isnan().any(-1).sum()) == int(lse.isnan().sum()) == 1
     block = slice(4 * rig.block, 5 * rig.block)  # whose other rows may keep other blocks

@@ -1,24 +1,28 @@
-"""What a backend is: something that selects blocks and runs attention over a selection."""
+"""A backend: selects blocks and runs attention over a selection."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stem_attention.backends.dense import dense_attention
-from stem_attention.config import StemConfig
-from stem_attention.policies.dense import keep_everything
+from stem_attention.blocks import block_count
+from stem_attention.call import Call
+from stem_attention.checks import check_selection
+from stem_attention.errors import bad_argument
+from stem_attention.policies.base import Policy, is_ours
+from stem_attention.policies.patterns import keep_everything
 from stem_attention.selection import BlockSelection
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller needs of a backend."""
+    """What a caller needs of a backend: where tensors lie, their dtype and last dimension, and the tokens of a block."""
 
     device: torch.device
     dtype: torch.dtype
@@ -27,20 +31,12 @@ class Request:
 
     @classmethod
     def of(cls, q: Tensor, block_size: int) -> Request:
-        """What a call with these queries, ``(..., heads, dim)``, needs."""
+        """Build for a call with these queries, ``(..., heads, dim)``."""
         return cls(q.device, q.dtype, q.shape[-1], block_size)
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Where the sequences of a packed batch start: queries and keys, each list ending with the total."""
-
-    q_starts: Sequence[int]
-    k_starts: Sequence[int]
-
-
 class Backend(ABC):
-    """Runs the method. Arguments arrive checked; tensors are ``(batch, length, heads, dim)`` with any outer strides."""
+    """Runs calls, which arrive checked. Tensors may have any outer strides."""
 
     name: str
     """Name to pass as ``backend=``."""
@@ -52,71 +48,90 @@ class Backend(ABC):
     """What else of a call, which a :class:`Request` does not show, decides how it runs, as a clause."""
 
     @abstractmethod
-    def supports(self, request: Request) -> str | None:
-        """None when the backend can serve ``request``, else the reason why not, as a clause."""
+    def why_not(self, request: Request) -> str | None:
+        """Say why the backend cannot serve ``request``, as a clause; None when it can."""
 
     @abstractmethod
-    def select(self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_len: int) -> BlockSelection:
-        """Choose the blocks that ``config`` keeps."""
-
-    @abstractmethod
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Exact attention over the kept blocks.
+    def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
+        """Compute exact attention over the kept blocks of a call that is not packed; its policy does not matter.
 
         Returns:
             ``(out, lse)``: ``(batch, q_len, q_heads, dim)`` in the dtype of ``q``, and the natural log-sum-exp of the
-            scaled scores, fp32 ``(batch, q_heads, q_len)``, or an empty tensor unless ``return_lse``.
+            scaled scores, fp32 ``(batch, q_heads, q_len)``, or an empty tensor unless it is wanted.
         """
 
-    def dense_limit(self, config: StemConfig) -> int:
-        """Prompts of fewer tokens run dense."""
-        return self.crossover if config.dense_below is None else config.dense_below
+    def select(self, call: Call) -> BlockSelection:
+        """Choose the blocks of a call that is not packed; unless a backend knows a faster way, as its policy does."""
+        return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_len: int, return_lse: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Select and attend, or attend densely where the prompt is too short to gain. Returns as :meth:`attend`."""
-        short = prompt_len < self.dense_limit(config)
-        if short and not return_lse:
-            return dense_attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
-        selection = keep_everything(q, k, config.block_size) if short else self.select(q, k, v, config, scale, prompt_len)
-        return self.attend(q, k, v, selection, scale, return_lse)
+    def chooser(self, policy: Policy) -> Callable[..., object]:
+        """Return the function by which blocks are chosen, for :meth:`path` to name."""
+        return type(policy).__call__
 
-    def forward_varlen(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        packing: Packing,
-        page_table: Tensor | None,
-        config: StemConfig,
-        scale: float,
-        prompt_lens: Sequence[int],
-        return_lse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` for ``(total, heads, dim)`` tensors, here one sequence at a time.
+    def path(self, policy: Policy) -> tuple[str, ...]:
+        """Name what runs from :meth:`forward` to what computes, one entry a hop: what selects "and" what attends."""
+        computes = f"{qualified(self.chooser(policy))} and {type(self).__module__}.attention.attend"
+        return qualified(self.forward), f"{qualified(self.select)} and {qualified(self.attend)}", computes
 
-        With ``page_table``, int32 ``(sequences, max_pages)``, keys lie in a cache ``(pages, page_size, kv_heads, dim)``.
-        The log-sum-exp is ``(q_heads, total_q)``.
+    def dense_limit(self, dense_below: int | None) -> int:
+        """Return the prompt length under which calls run dense."""
+        return self.crossover if dense_below is None else dense_below
+
+    def runs_dense(self, call: Call) -> bool:
+        """Decide whether a call that is not packed is too short to gain from sparsity."""
+        return call.prompt_len < self.dense_limit(call.dense_below)
+
+    def runner(self, call: Call) -> Callable[[Call], tuple[Tensor, Tensor]]:
+        """Return what runs a call: :meth:`forward`, unless the backend has a faster way for it."""
+        return self.forward
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Select and attend, or attend densely where the prompt is too short to gain. Returns as :meth:`attend`.
+
+        A packed batch runs one sequence at a time, which any policy understands; its ``lse`` is ``(q_heads, total_q)``.
         """
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else 0, dtype=torch.float32)
-        for i, (low, high) in enumerate(pairwise(packing.q_starts)):
-            if low == high:
-                continue
-            keys, values = (_sequence(x, i, packing.k_starts, page_table)[None] for x in (k, v))
-            part, norm = self.forward(q[None, low:high], keys, values, config, scale, prompt_lens[i], return_lse)
-            out[low:high] = part[0]
-            if return_lse:
-                lse[:, low:high] = norm[0]
-        return out, lse
+        results = None if call.batch is None else call.empty_results()
+        for queries, part in call.sequences():
+            short = self.runs_dense(part)
+            if short and not call.return_lse:
+                out, lse = dense_attention(part.q, part.k, part.v, part.scale), part.empty_lse()
+            elif short:
+                out, lse = self.attend(part, keep_everything(part.q, part.k, part.policy.block_size))
+            else:
+                out, lse = self.attend(part, check_chosen(part, self.select(part)))
+            if results is None:
+                return out, lse
+            results[0][queries] = out[0]
+            if call.return_lse:
+                results[1][:, queries] = lse[0]
+        assert results is not None  # a call that is not packed is one sequence
+        return results
 
 
-def _sequence(x: Tensor, i: int, starts: Sequence[int], page_table: Tensor | None) -> Tensor:
-    """Keys or values of one sequence, ``(length, kv_heads, head_dim)``."""
-    if page_table is None:
-        return x[starts[i] : starts[i + 1]]
-    length = starts[i + 1] - starts[i]
-    return x[page_table[i, : -(-length // x.shape[1])].long()].flatten(0, 1)[:length]
+def check_chosen(call: Call, selection: BlockSelection) -> BlockSelection:
+    """Return what a policy chose for a call, once it is known to fit: else a ValueError names the policy.
+
+    What a user's policy put in it is read on a CPU only: a GPU would have to be waited for, and kernels guard their own reads.
+    """
+    policy = call.policy
+    try:
+        check_selection(selection, call.q, call.k)
+        if is_ours(policy):
+            return selection
+        grid, num_blocks = selection.grid, block_count(call.prompt_len, policy.block_size)
+        if selection.block_size != policy.block_size:
+            raise bad_argument("block_size", f"the policy's, {policy.block_size}", selection.block_size, "pass self.block_size")
+        most = max(policy.row_limits(num_blocks)[grid.first_row : grid.end_row], default=0)
+        if selection.indices.shape[3] > most:
+            raise bad_argument("indices", f"at most {most} ids a row", selection.indices.shape[3], "see row_limits()")
+        if call.q.device.type == "cpu":
+            selection.validate()
+    except ValueError as error:
+        fix = "build it with BlockSelection.from_mask or from_lists"
+        raise bad_argument("policy", f"{type(policy).__name__} to choose blocks of this call", f"({error})", fix) from None
+    return selection
+
+
+def qualified(function: Callable[..., Any]) -> str:
+    """Name a function as tracebacks would: its module, its class, itself."""
+    return f"{function.__module__}.{function.__qualname__}"

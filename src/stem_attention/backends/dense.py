@@ -9,23 +9,20 @@ from torch import Tensor
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, results keep the precision of their inputs. Costs nothing where autocast is off, as it is nearly always."""
+    """Keep results in the precision of their inputs. Costs nothing where autocast is off, as it is nearly always."""
     kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = kind != "meta" and torch.is_autocast_enabled(kind)  # meta tensors know no autocast
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``(batch, q_len, q_heads, dim)`` by torch's own ``scaled_dot_product_attention``."""
-    square = q.shape[1] == k.shape[1]
+    """Compute ``(batch, q_len, q_heads, dim)`` by torch's own ``scaled_dot_product_attention``."""
+    square, grouped = q.shape[1] == k.shape[1], q.shape[2] != k.shape[2]
+    mask = None if square else _bottom_right(q.shape[1], k.shape[1])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with without_autocast(q.device):
         out: Tensor = torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=None if square else _bottom_right(q.shape[1], k.shape[1]),
-            is_causal=square,
-            scale=scale,
-            enable_gqa=q.shape[2] != k.shape[2],
+            q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
         )
     return out.transpose(1, 2).contiguous()
 

@@ -11,6 +11,8 @@ from stem_attention.backends.reference import ReferenceBackend
 from stem_attention.backends.torch import TorchBackend
 from stem_attention.backends.triton import TritonBackend
 from stem_attention.errors import UnsupportedError, bad_argument
+from stem_attention.policies.base import Policy
+from stem_attention.policies.mass import Mass
 
 AUTO = "auto"
 
@@ -22,7 +24,7 @@ def _backends() -> dict[str, Backend]:
 
 
 def backend_names() -> tuple[str, ...]:
-    """Valid values of ``backend=``."""
+    """List the valid values of ``backend=``."""
     return (AUTO, *_backends())
 
 
@@ -34,52 +36,57 @@ class Explanation:
         request: What was asked for.
         chosen: Name of the backend that runs, or None when none can.
         reasons: One clause per backend, fastest first.
+        dense_below: Prompts of fewer tokens run dense; None when no backend can run.
+        path: What a sparse call of :func:`stem_attention` runs through, from there to what computes, as module and function;
+            "and" where selection and attention part.
     """
 
     request: Request
     chosen: str | None
     reasons: dict[str, str]
+    dense_below: int | None = None
+    path: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        asked = self.request
-        lines = [
-            f"{asked.device} {asked.dtype} head_dim={asked.head_dim} block_size={asked.block_size}: {self.chosen or 'none'}"
-        ]
-        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.reasons.items()])
+        asked, chosen = self.request, self.chosen or "none"
+        lines = [f"{asked.device} {asked.dtype} head_dim={asked.head_dim} block_size={asked.block_size}: {chosen}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        if self.chosen is not None:
+            lines.append(f"  prompts of fewer than {self.dense_below} tokens run dense, others through")
+            lines += [f"    {hop}" for hop in self.path]
+        return "\n".join(lines)
 
 
-def explain_request(request: Request, backend: str = AUTO) -> Explanation:
-    """Say which backend ``backend`` resolves to for ``request``, and why.
-
-    Raises:
-        ValueError: ``backend`` is not a known name.
-    """
+def explain_request(
+    request: Request, backend: str = AUTO, policy: Policy | None = None, dense_below: int | None = None
+) -> Explanation:
+    """Say which backend ``backend`` resolves to for ``request``, and why; ValueError where that is no known name."""
     if backend not in backend_names():
         raise bad_argument("backend", f"one of {', '.join(backend_names())}", repr(backend), 'use "auto" unless you compare')
     chosen, reasons = None, {}
     for name, candidate in _backends().items():
-        obstacle = candidate.supports(request)
-        if obstacle is not None:
+        if (obstacle := candidate.why_not(request)) is not None:
             reasons[name] = f"cannot run: {obstacle}"
         elif backend == name or (backend == AUTO and chosen is None and name != "reference"):
-            chosen = name
+            chosen = candidate
             reason = "runs: asked for by name" if backend == name else "runs: the fastest that supports this"
             reasons[name] = f"{reason}; {candidate.caveat}" if candidate.caveat else reason
         elif backend != AUTO:
             reasons[name] = f"not asked for: backend={backend!r}"
+        elif chosen is not None and name != "reference":
+            reasons[name] = f"slower than {chosen.name}"
         else:
-            reasons[name] = "the oracle, only by name" if name == "reference" else f"slower than {chosen}"
-    return Explanation(request, chosen, reasons)
+            reasons[name] = "the oracle, only by name"
+    if chosen is None:
+        return Explanation(request, None, reasons)
+    entered = ("stem_attention.api.stem_attention", "stem_attention.ops._forward", "stem_attention.backends.run.run")
+    path = (*entered, *chosen.path(policy or Mass()))
+    return Explanation(request, chosen.name, reasons, chosen.dense_limit(dense_below), path)
 
 
 @cache
 def get_backend(request: Request, backend: str = AUTO) -> Backend:
-    """The backend that serves ``request``.
-
-    Raises:
-        ValueError: ``backend`` is not a known name.
-        UnsupportedError: It cannot serve the request; the message gives every backend's reason.
-    """
+    """Return the backend that serves ``request``; UnsupportedError with every backend's reason where none can."""
     explanation = explain_request(request, backend)
     if explanation.chosen is None:
         raise UnsupportedError(f"backend={backend!r} cannot run this call.\n{explanation}")

@@ -2,104 +2,75 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import torch
 from rich.box import SIMPLE
-from rich.progress import Progress
 from rich.table import Table
 
-from stem_attention.cli.bench_report import duration
-from stem_attention.cli.errors import UserError, need
-from stem_attention.cli.options import check_counts, read_choice, read_dtype, read_heads, read_lengths
-from stem_attention.cli.system import output, progress_console
-from stem_attention.evaluation.bench_shapes import MODELS
-from stem_attention.policies import Stem
+from stem_attention.cli import options
+from stem_attention.cli.errors import UserError, blaming, need
+from stem_attention.cli.job import ticking
+from stem_attention.cli.system import output, print_json, progress_console
+from stem_attention.models.shapes import MODELS
 
-if TYPE_CHECKING:
-    from stem_attention.backends.triton.offline import Compilation
-
-NATIVE = "native"
-_USUAL_HEADS = MODELS["llama-3.1-8b"]
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_LENGTHS: Any = "8192,16384,32768,65536,131072"
+_USUAL_HEADS = "llama-3.1-8b"
 
 
-@dataclass(frozen=True)
-class CompileOptions:
-    """Option values as they came."""
+def precompile(
+    arch: Annotated[str, options.option("sm80, sm90, sm100, ...; native is that of the GPU here.", "NAME")] = "native",
+    policy: options.PolicyOption = options.MASS,
+    lengths: options.Lengths = _LENGTHS,
+    model: Annotated[
+        str | None, options.option(f"Take the heads of a model: {', '.join(MODELS)}.", "NAME", _USUAL_HEADS)
+    ] = None,
+    heads: options.HeadCount = None,
+    kv_heads: options.KvHeads = None,
+    head_dim: options.HeadDim = None,
+    dtype: Annotated[options.DtypeName, options.option("bfloat16 or float16.", "NAME")] = options.DtypeName.bfloat16,
+    page_size: Annotated[
+        int | None, options.option("Compile for packed batches over a cache of such pages too.", shown="no", min=1)
+    ] = None,
+    as_json: options.Json = False,
+) -> int:
+    """Compile the GPU kernels of a prefill into Triton's cache, also for a card that is not here.
 
-    arch: str
-    lengths: str
-    model: str | None
-    heads: int | None
-    kv_heads: int | None
-    head_dim: int | None
-    dtype: str
-    page_size: int | None
-    preset: str
-    config: Path | None
-    settings: list[str]
-
-
-def compile_command(options: CompileOptions, *, as_json: bool) -> int:
-    """Compile, report; returns the exit code.
-
-    Raises:
-        UserError: Some option is wrong.
+    Then no first prompt waits for a compiler: run it where an image is built, with TRITON_CACHE_DIR set as it will be later.
     """
     need("triton", purpose="compile")
-    from stem_attention.backends.precompile import Calls, precompile
+    from stem_attention.backends.precompile import Calls
+    from stem_attention.backends.precompile import precompile as fill_cache
+    from stem_attention.backends.triton.offline import Compilation, cache_directory
 
-    config = read_choice(Stem.name, options.preset, options.config, options.settings).config
-    dtype = read_dtype(options.dtype, torch.device("cpu"))
-    if dtype not in _KERNEL_DTYPES:
-        raise UserError(f"--dtype: expected bfloat16 or float16, got {options.dtype!r}; kernels compute no other")
-    heads = read_heads(_USUAL_HEADS, options.model, options.heads, options.kv_heads, options.head_dim)
-    if options.page_size is not None:
-        check_counts(page_size=options.page_size)
-    architecture = _native() if options.arch == NATIVE else options.arch
-    calls = Calls(read_lengths(options.lengths), heads.heads, heads.kv_heads, heads.head_dim, dtype, options.page_size)
+    if dtype not in (options.DtypeName.bfloat16, options.DtypeName.float16):
+        raise UserError(f"--dtype: expected bfloat16 or float16, got {dtype.value!r}; kernels compute no other")
+    sizes = options.read_heads(MODELS[_USUAL_HEADS], model, heads, kv_heads, head_dim)
+    if arch == "native":
+        if not torch.cuda.is_available() or torch.version.hip is not None:
+            raise UserError("--arch: native needs an NVIDIA GPU, and there is none; name an architecture, as in --arch sm90")
+        arch = "sm{}{}".format(*torch.cuda.get_device_capability())
+    calls = Calls(lengths, **vars(sizes), dtype=getattr(torch, dtype.value), page_size=page_size)
     made: list[Compilation] = []
-    with Progress(console=progress_console()) as progress:
-        task = progress.add_task(f"kernels for {architecture}", total=None)
+    with (
+        ticking(progress_console(), f"kernels for {arch}", None) as tick,
+        blaming("--policy: ", arch="--arch", head_dim="--head-dim"),
+    ):
 
         def add(kernel: Compilation) -> None:
             made.append(kernel)
-            progress.update(task, description=f"kernels for {architecture}: {len(made)}", advance=1)
+            tick()
 
-        try:
-            backend = precompile(architecture, calls, config, add)
-        except ValueError as error:
-            option, _, rest = str(error).partition(":")
-            raise UserError(f"--{option.replace('_', '-')}:{rest}") from error
-    _report(architecture, backend, made, as_json)
-    return 0
-
-
-def _native() -> str:
-    if not torch.cuda.is_available() or torch.version.hip is not None:
-        raise UserError(f"--arch: {NATIVE} needs an NVIDIA GPU, and there is none; name an architecture, as in --arch sm90")
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}"
-
-
-def _report(architecture: str, backend: str, made: list[Compilation], as_json: bool) -> None:
-    from stem_attention.backends.triton.offline import cache_directory
-
-    new = [kernel for kernel in made if not kernel.cached]
-    facts: dict[str, Any] = {"arch": architecture, "backend": backend, "cache": cache_directory()}
+        backend = fill_cache(arch, calls, policy.at(max(lengths)), add)
+    cache = cache_directory()
     if as_json:
-        print(json.dumps({**facts, "kernels": [asdict(kernel) for kernel in made]}))
-        return
-    table = Table("kernel", "", "time", box=SIMPLE)
+        print_json({"arch": arch, "backend": backend, "cache": cache, "kernels": [asdict(kernel) for kernel in made]})
+        return 0
+    table, new = Table("kernel", "", "time", box=SIMPLE), sum(not kernel.cached for kernel in made)
     for kernel in made:
-        table.add_row(kernel.kernel, "cached" if kernel.cached else "compiled", duration(kernel.seconds))
-    console = output()
-    console.print(table)
-    console.print(
-        f"{len(made)} kernels of backend {backend} for {architecture} lie in {facts['cache']}, {len(new)} of them new.",
-        soft_wrap=True,
-    )
+        table.add_row(kernel.kernel, "cached" if kernel.cached else "compiled", f"{kernel.seconds:.2f} s")
+    output().print(table)
+    said = f"{len(made)} kernels of backend {backend} for {arch} lie in {cache}, {new} of them new."
+    output().print(said, soft_wrap=True)
+    return 0

@@ -2,158 +2,130 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from rich.console import Console
+import typer
 from rich.table import Table
 from rich.text import Text
 
-from stem_attention.cli.job import Job, JobOptions, prepare, read_with_progress
-from stem_attention.cli.options import check_counts
-from stem_attention.cli.pictures import save_picture
-from stem_attention.cli.system import output, progress_console
-from stem_attention.evaluation.prefill import Agreement, Reading, agreement, read
-from stem_attention.evaluation.views import HeadRecorder
+from stem_attention.cli import options
+from stem_attention.cli.inspect import save_picture
+from stem_attention.cli.job import Job, prepare, read_with_progress
+from stem_attention.cli.system import output, print_json, progress_console
+from stem_attention.models.prefill import Reading, agreement, read
+from stem_attention.models.views import HeadRecorder
 
-MISSED = 3
-"""Exit code when the sparse answer lacks the planted fact."""
-
+MISSED = 3  # exit code when the sparse answer lacks the planted fact
+_LONGEST_LABEL = 24  # characters of a table's head; a longer spec gives way to its policy's name
 _WARM_UP_TOKENS = 256
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the two readings gave."""
+def run(
+    model: options.Model = None,
+    policy: options.PolicyOption = options.MASS,
+    prompt_file: options.PromptFile = None,
+    context: options.Context = None,
+    max_new_tokens: Annotated[int, options.option("Tokens of the longest answer.", min=1)] = 32,
+    dense_below: options.DenseBelow = None,
+    device: options.Device = options.AUTO,
+    dtype: options.Dtype = options.DtypeName.auto,
+    seed: options.Seed = 0,
+    depth: options.Depth = 0.5,
+    no_chat_template: options.NoChatTemplate = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Density and time of every layer.")] = False,
+    plot: options.Plot = None,
+    layer: Annotated[int | None, options.option("Layer of the picture.", shown="the middle one")] = None,
+    head: Annotated[int, options.option("Query head of the picture.")] = 0,
+    as_json: options.Json = False,
+) -> int:
+    """Read a long prompt with a real model, dense and sparse: answers, times and agreement.
 
-    job: Job
-    dense: Reading
-    sparse: Reading
+    Exit code 3 means that the run went well but the sparse answer lacks the number planted in the made-up prompt.
+    """
+    progress = progress_console()
+    job = prepare(
+        model, device, dtype, policy, progress, text=prompt_file, context=context, seed=seed, depth=depth,
+        use_template=not no_chat_template, answer=max_new_tokens,
+    )  # fmt: skip
+    shown = job.layers // 2 if layer is None else layer
+    job.check_places([shown], [head])
+    recorder = HeadRecorder([shown] if plot else [], [head])
+    with progress.status("warming up"):  # so that first calls pay for thread pools on the CPU, for compiled kernels elsewhere
+        on_cpu = job.model.device.type == "cpu"
+        ids = job.prompt.ids[:_WARM_UP_TOKENS] if on_cpu else job.prompt.ids
+        read(job.model, ids, None)
+        read(job.model, ids, job.policy, dense_below=0 if on_cpu else dense_below)
+    dense = read_with_progress(job, progress, None, lambda call: None, answer=max_new_tokens)
+    sparse = read_with_progress(job, progress, job.policy, recorder, dense_below=dense_below, answer=max_new_tokens)
+    report = _report(job, dense, sparse)
+    if as_json:
+        print_json(report)
+    else:
+        label = job.spec if len(job.spec) <= _LONGEST_LABEL else job.policy.name
+        _print(report, label, sparse.dense_reasons, verbose)
+    if plot is not None:
+        with progress.status("drawing"):
+            save_picture(job, sparse, recorder, file=plot)
+        progress.print(f"wrote {plot}", markup=False, soft_wrap=True)
+    return MISSED if report["sparse"]["found"] is False else 0
 
-    @property
-    def agreement(self) -> Agreement:
-        """How near the two are."""
-        return agreement(self.dense, self.sparse)
 
-    def answer(self, reading: Reading) -> str:
-        """The text of an answer."""
-        return str(self.job.tokenizer.decode(reading.tokens, skip_special_tokens=True)).strip()
+def _report(job: Job, dense: Reading, sparse: Reading) -> dict[str, Any]:
+    planted = job.prompt.answer
 
-    def found(self, reading: Reading) -> bool | None:
-        """Whether the answer holds the planted fact; None without one."""
-        planted = self.job.prompt.answer
-        return None if planted is None else planted in self.answer(reading)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as plain types."""
-        layers = [
-            {"layer": call.layer, "density": call.density, "sparse": call.sparse, "reason": call.reason,
-             "dense_seconds": dense, "seconds": seconds}
-            for call, dense, seconds in zip(
-                self.sparse.calls, self.dense.attention_seconds, self.sparse.attention_seconds, strict=True
-            )
-        ]  # fmt: skip
-        return {
-            **self.job.describe(),
-            "planted": self.job.prompt.answer,
-            "dense": self._reading_json(self.dense),
-            "sparse": {**self._reading_json(self.sparse), "density": self.sparse.density, "layers": layers},
-            "ratio": {
-                "time_to_first_token": self.dense.seconds / self.sparse.seconds,
-                "attention": sum(self.dense.attention_seconds) / sum(self.sparse.attention_seconds),
-            },
-            "agreement": asdict(self.agreement),
-        }
-
-    def _reading_json(self, reading: Reading) -> dict[str, Any]:
+    def facts(reading: Reading) -> dict[str, Any]:
+        answer = str(job.tokenizer.decode(reading.tokens, skip_special_tokens=True)).strip()
         return {
             "time_to_first_token_seconds": reading.seconds,
             "attention_seconds": sum(reading.attention_seconds),
-            "answer": self.answer(reading),
-            "found": self.found(reading),
+            "answer": answer,
+            "found": None if planted is None else planted in answer,
         }
 
-
-def run_command(options: JobOptions, *, verbose: bool, as_json: bool) -> int:
-    """Run the main job and report; returns the exit code.
-
-    Raises:
-        UserError: Some option is wrong; the message names it.
-        UnsupportedError: The model's class cannot take Stem's attention function.
-    """
-    check_counts(max_new_tokens=options.max_new_tokens)
-    progress = progress_console()
-    job = prepare(options, progress)
-    recorder = HeadRecorder(job.layers or [job.layer_count // 2], job.heads, job.choice.config)
-    with progress.status("warming up"):
-        _warm_up(job)
-    dense = read_with_progress(job, progress, dense=True, max_new_tokens=options.max_new_tokens)
-    sparse = read_with_progress(
-        job, progress, dense=False, max_new_tokens=options.max_new_tokens, recorder=recorder if options.plot else None
-    )
-    outcome = Outcome(job, dense, sparse)
-    if as_json:
-        print(json.dumps(outcome.to_json()))
-    else:
-        _print(outcome, output(), verbose)
-    if options.plot is not None:
-        with progress.status("drawing"):
-            save_picture(job, sparse, recorder, file=options.plot)
-        progress.print(f"wrote {options.plot}", markup=False)
-    return MISSED if outcome.found(sparse) is False else 0
+    layers = [
+        {"layer": call.layer, "density": call.density, "sparse": call.sparse, "reason": call.reason,
+         "dense_seconds": before, "seconds": after}
+        for call, before, after in zip(sparse.calls, dense.attention_seconds, sparse.attention_seconds, strict=True)
+    ]  # fmt: skip
+    return {
+        **job.describe(),
+        "planted": planted,
+        "dense": facts(dense),
+        "sparse": {**facts(sparse), "density": sparse.density, "layers": layers},
+        "ratio": {
+            "time_to_first_token": dense.seconds / sparse.seconds,
+            "attention": sum(dense.attention_seconds) / sum(sparse.attention_seconds),
+        },
+        "agreement": asdict(agreement(dense, sparse)),
+    }
 
 
-def _warm_up(job: Job) -> None:
-    """Let first calls pay for what is paid once: thread pools on the CPU, compiled kernels elsewhere."""
-    ids = job.prompt.ids
-    if job.model.device.type == "cpu":
-        ids = ids[:_WARM_UP_TOKENS]
-    read(job.model, ids, None)
-    read(job.model, ids, job.choice.to_run)
+def _print(report: dict[str, Any], label: str, dense_reasons: str, verbose: bool) -> None:
+    def times(before: float, after: float) -> tuple[str, str, str]:
+        return f"{before:.3f} s", f"{after:.3f} s", f"{before / after:.2f}x"
 
-
-def _print(outcome: Outcome, console: Console, verbose: bool) -> None:
-    job, facts = outcome.job, outcome.job.describe()
-    console.print(
-        f"{facts['model']}\n{facts['prompt_tokens']} prompt tokens, {facts['device']}, {facts['dtype']}, "
-        f"{facts['threads']} threads, torch {facts['torch']}",
-        markup=False,
-    )  # fmt: skip
+    console, dense, sparse, near = output(), report["dense"], report["sparse"], report["agreement"]
+    head = "{model}\n{prompt_tokens} prompt tokens, {device}, {dtype}, {threads} threads, torch {torch}; policy {spec}"
+    console.print(head.format(**report), markup=False, soft_wrap=True)
     if verbose:
-        console.print(_layer_table(outcome))
-    console.print(_summary_table(outcome))
-    if not any(call.sparse for call in outcome.sparse.calls):
-        reasons = ", ".join(sorted({call.reason for call in outcome.sparse.calls}))
-        console.print(f"No layer ran sparse ({reasons}).")
-    near = outcome.agreement
+        layers = Table("layer", "density", "dense", label, "ratio", "how")
+        for layer in sparse["layers"]:
+            how = "sparse" if layer["sparse"] else f"dense: {layer['reason']}"
+            both = times(layer["dense_seconds"], layer["seconds"])
+            layers.add_row(str(layer["layer"]), f"{layer['density']:.3f}", *both, how)
+        console.print(layers)
+    table = Table("", "dense", label, "ratio")
+    table.add_row("time to first token", *times(dense["time_to_first_token_seconds"], sparse["time_to_first_token_seconds"]))
+    table.add_row("in attention", *times(dense["attention_seconds"], sparse["attention_seconds"]))
+    table.add_row("kept density", "1.000", f"{sparse['density']:.3f}", "")
+    table.add_row("answer", Text(dense["answer"]), Text(sparse["answer"]), "")
+    if report["planted"] is not None:
+        table.add_row(f"planted {report['planted']} found", *("yes" if one["found"] else "no" for one in (dense, sparse)), "")
+    console.print(table)
+    if not any(layer["sparse"] for layer in sparse["layers"]):
+        console.print(f"No layer ran sparse ({dense_reasons}).")
     console.print(
-        f"Agreement over the last {near.positions} positions: likeliest token the same in {near.top1:.1%}, "
-        f"KL(dense, {job.choice.name}) {near.kl:.4f} nats",
+        f"Agreement over the last {near['positions']} positions: likeliest token the same in {near['top1']:.1%}, "
+        f"KL(dense, {label}) {near['kl']:.4f} nats"
     )
-
-
-def _summary_table(outcome: Outcome) -> Table:
-    dense, sparse = outcome.dense, outcome.sparse
-    table = Table("", "dense", outcome.job.choice.name, "ratio")
-    table.add_row(*_times("time to first token", dense.seconds, sparse.seconds))
-    table.add_row(*_times("of it attention", sum(dense.attention_seconds), sum(sparse.attention_seconds)))
-    table.add_row("kept density", "1.000", f"{sparse.density:.3f}", "")
-    table.add_row("answer", Text(outcome.answer(dense)), Text(outcome.answer(sparse)), "")
-    if outcome.job.prompt.answer is not None:
-        found = ("yes" if outcome.found(reading) else "no" for reading in (dense, sparse))
-        table.add_row(f"planted {outcome.job.prompt.answer} found", *found, "")
-    return table
-
-
-def _layer_table(outcome: Outcome) -> Table:
-    table = Table("layer", "density", "dense", outcome.job.choice.name, "ratio", "how")
-    dense, sparse = outcome.dense.attention_seconds, outcome.sparse.attention_seconds
-    for call, before, after in zip(outcome.sparse.calls, dense, sparse, strict=True):
-        _, *times = _times("", before, after)
-        table.add_row(str(call.layer), f"{call.density:.3f}", *times, "sparse" if call.sparse else f"dense: {call.reason}")
-    return table
-
-
-def _times(name: str, dense: float, sparse: float) -> tuple[str, str, str, str]:
-    return name, f"{dense:.3f} s", f"{sparse:.3f} s", f"{dense / sparse:.2f}x"

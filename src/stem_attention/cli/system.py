@@ -1,33 +1,35 @@
-"""What the command runs on: versions, devices, the terminal."""
+"""Know the terminal and the machine: consoles, JSON on stdout, versions, devices."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-_FILE_WIDTH = 160
-
-PACKAGES = ("stem-attention", "torch", "triton", "transformers", "gguf", "accelerate", "matplotlib", "typer", "rich")
-
 
 def output() -> Console:
-    """The console for results. Files and pipes get wide lines, so that no table is squeezed."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+    """Open the console for results, as wide as the terminal; pipes and files get 80 columns, or what COLUMNS says."""
+    return Console(highlight=False)
 
 
 def progress_console() -> Console:
-    """The console for progress: stderr as it is now, whatever is redirected later."""
+    """Open the console for progress: stderr as it is now, whatever is redirected later."""
     return Console(file=sys.stderr, highlight=False)
 
 
+def print_json(value: Any) -> None:
+    """Print one line of JSON; numbers that JSON cannot hold (NaN, infinities) become null."""
+    print(json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None)))
+
+
 def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Look up the installed version of a distribution; None when it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -35,20 +37,23 @@ def version(package: str) -> str | None:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """Read the processor's name as the system gives it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def devices() -> list[tuple[torch.device, str]]:
-    """Every device that torch can use, and its name."""
-    found = [(torch.device("cpu"), f"{cpu_model()}, {torch.get_num_threads()} threads")]
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        module = torch.get_device_module(accelerator)
+def accelerator() -> torch.device | None:
+    """Find the kind of accelerator that torch can use here; None without one."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def devices() -> dict[torch.device, str]:
+    """List every device that torch can use, with its name."""
+    found = {torch.device("cpu"): f"{cpu_model()}, {torch.get_num_threads()} threads"}
+    if kind := accelerator():
+        name_of = getattr(torch.get_device_module(kind), "get_device_name", lambda index: kind.type)
         for index in range(torch.accelerator.device_count()):
-            name = module.get_device_name(index) if hasattr(module, "get_device_name") else accelerator.type
-            found.append((torch.device(accelerator.type, index), str(name)))
+            found[torch.device(kind.type, index)] = str(name_of(index))
     return found

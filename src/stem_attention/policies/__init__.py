@@ -1,19 +1,21 @@
-"""Which key blocks to keep: Stem and the policies it is compared with."""
+"""Which key blocks to keep: the policies, and how they are spelt."""
 
 from stem_attention.policies.base import Policy
-from stem_attention.policies.bigbird import BigBird
-from stem_attention.policies.dense import Dense
 from stem_attention.policies.flashprefill import FlashPrefillTopK
-from stem_attention.policies.longformer import Longformer
 from stem_attention.policies.mass import Mass
-from stem_attention.policies.of_config import policy_of
 from stem_attention.policies.oracle import Oracle
+from stem_attention.policies.patterns import BigBird, Dense, Longformer, SinkWindow, Strided
 from stem_attention.policies.ranked import Ranked
-from stem_attention.policies.registry import make_policy, policy_names
-from stem_attention.policies.sink_window import SinkWindow
+from stem_attention.policies.spec import (
+    PolicySpec,
+    UnreachableDensityError,
+    parse_spec,
+    policy_from_dict,
+    policy_from_json,
+    policy_names,
+    read_policy,
+)
 from stem_attention.policies.stem import Stem
-from stem_attention.policies.strided import Strided
-from stem_attention.policies.uniform import UniformTopK
 from stem_attention.policies.xattention import XAttention, XAttentionTopK
 
 __all__ = [
@@ -24,14 +26,17 @@ __all__ = [
     "Mass",
     "Oracle",
     "Policy",
+    "PolicySpec",
     "Ranked",
     "SinkWindow",
     "Stem",
     "Strided",
-    "UniformTopK",
+    "UnreachableDensityError",
     "XAttention",
     "XAttentionTopK",
-    "make_policy",
+    "parse_spec",
+    "policy_from_dict",
+    "policy_from_json",
     "policy_names",
-    "policy_of",
+    "read_policy",
 ]

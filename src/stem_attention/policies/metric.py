@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _TINY = 1e-6  # keeps the z-score variant's logarithm and division finite, as in the public code
 
@@ -20,56 +21,50 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def group_sums(x: Tensor, start: int, block_size: int, stride: int) -> Tensor:
-    """Sum the tokens of every block into ``stride`` groups of equal ``position % stride``.
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """Products are taken in fp64 where it is cheap, on a CPU.
 
-    Args:
-        x: ``(batch, length, heads, dim)``, token ``i`` at absolute position ``start + i``.
-        start: Absolute position of the first token; it need not lie on a block border.
-        block_size: Tokens per block.
-        stride: Groups per block.
-
-    Returns:
-        ``(batch, heads, blocks, stride, dim)`` in fp32 (fp64 for fp64 input). Absent tokens add nothing.
+    A product's rounding depends on its shape, and a chunk of a prompt has another shape than the whole. In fp64 a chunk
+    scores as the whole does, and scores that are equal stay equal.
     """
-    length = x.shape[1]
-    head = min(-start % block_size, length)
-    whole = (length - head) // block_size * block_size
-    pieces = [x[:, :head], x[:, head : head + whole], x[:, head + whole :]]
+    return torch.float64 if x.device.type == "cpu" else accumulator_dtype(x)
+
+
+def grouped_product(queries: Tensor, keys: Tensor) -> Tensor:
+    """Multiply ``(batch, q_heads, rows, dim)`` by each head's keys, ``(batch, kv_heads, columns, dim)``, to rows x columns."""
+    grouped = torch.unflatten(queries, 1, (keys.shape[1], -1))
+    return torch.unflatten(grouped.flatten(2, 3) @ keys.mT, 2, grouped.shape[2:4]).flatten(1, 2)
+
+
+def group_sums(x: Tensor, start: int, block_size: int, stride: int) -> Tensor:
+    """Sum the tokens of every block into ``stride`` groups of equal ``position % stride``; absent tokens add nothing.
+
+    ``x`` is ``(batch, length, heads, dim)``, its first token at position ``start``, on a block border or not. Returns
+    ``(batch, heads, blocks, stride, dim)`` in fp32 (fp64 for fp64 input).
+    """
+    head = min(-start % block_size, x.shape[1])
+    whole = (x.shape[1] - head) // block_size * block_size
+    sums = []
     # Only the two border blocks are ever padded; the body is summed in place through a view.
-    pieces[0] = _pad(pieces[0], start % block_size, block_size) if head else pieces[0]
-    pieces[2] = _pad(pieces[2], 0, block_size)
-    sums = [
-        torch.unflatten(piece, 1, (-1, block_size // stride, stride)).sum(2, dtype=accumulator_dtype(x))
-        for piece in pieces
-        if piece.shape[1]
-    ]
+    for piece, before in ((x[:, :head], start % block_size), (x[:, head : head + whole], 0), (x[:, head + whole :], 0)):
+        if length := piece.shape[1]:
+            after = -(before + length) % block_size
+            padded = pad(piece, (0, 0, 0, 0, before, after)) if before or after else piece
+            groups = torch.unflatten(padded, 1, (-1, block_size // stride, stride))
+            sums.append(groups.sum(2, dtype=accumulator_dtype(x)))
     return torch.cat(sums, 1).permute(0, 3, 1, 2, 4)
-
-
-def _pad(piece: Tensor, before: int, block_size: int) -> Tensor:
-    after = -(before + piece.shape[1]) % block_size
-    return torch.nn.functional.pad(piece, (0, 0, 0, 0, before, after)) if piece.shape[1] else piece
 
 
 def block_max(x: Tensor, size: int) -> Tensor:
     """Largest value of each run of ``size`` along the last dimension; the last run may be shorter."""
-    whole = x.shape[-1] // size * size
-    body = torch.unflatten(x[..., :whole], -1, (-1, size)).amax(-1)
-    return torch.cat([body, x[..., whole:].amax(-1, keepdim=True)], -1) if whole < x.shape[-1] else body
+    return torch.unflatten(pad(x, (0, -x.shape[-1] % size), value=-torch.inf), -1, (-1, size)).amax(-1)
 
 
 def magnitude(v: Tensor, kind: str, block_size: int, stride: int) -> Tensor:
-    """The value term of every key block.
+    """Work out the value term of every key block, as :class:`stem_attention.Stem` describes each ``kind``.
 
-    Args:
-        v: ``(batch, kv_len, kv_heads, dim)``.
-        kind: ``"log"``, ``"zscore"`` or ``"none"``, see :class:`stem_attention.StemConfig`.
-        block_size: Tokens per block.
-        stride: Tokens per sub-block of the z-score variant.
-
-    Returns:
-        ``(batch, kv_heads, key_blocks)`` in fp32 (fp64 for fp64 input), never negative.
+    ``v`` is ``(batch, kv_len, kv_heads, dim)``; the z-score variant cuts blocks into sub-blocks of ``stride`` tokens. Returns
+    ``(batch, kv_heads, key_blocks)`` in fp32 (fp64 for fp64 input), never negative.
     """
     norm = torch.linalg.vector_norm(v, dim=-1, dtype=accumulator_dtype(v)).transpose(1, 2)
     if kind == "none":
@@ -81,19 +76,12 @@ def magnitude(v: Tensor, kind: str, block_size: int, stride: int) -> Tensor:
 
 
 def zscore_magnitude(peaks: Tensor, whole: int, per_block: int) -> Tensor:
-    """The public code's value term from the largest norm of every sub-block.
+    """Work out the public code's value term ``(..., blocks)`` from the largest norms ``(..., sub_blocks)``.
 
-    Args:
-        peaks: ``(..., sub_blocks)``.
-        whole: Sub-blocks that are complete; a cut-off one stays out of the statistics.
-        per_block: Sub-blocks per block.
-
-    Returns:
-        ``(..., blocks)``.
+    Of the sub-blocks, ``per_block`` a block, the first ``whole`` are complete; a cut-off one stays out of the statistics.
     """
     log_norm = (peaks + _TINY).log()
     known = log_norm[..., : max(whole, 1)]
     spread = known.std(-1, keepdim=True) if known.shape[-1] > 1 else torch.zeros_like(known)
     z = ((log_norm - known.mean(-1, keepdim=True)) / (spread + _TINY)).clamp(min=0)
-    padded = torch.nn.functional.pad(z, (0, -z.shape[-1] % per_block))
-    return torch.unflatten(padded, -1, (-1, per_block)).mean(-1)
+    return torch.unflatten(pad(z, (0, -z.shape[-1] % per_block)), -1, (-1, per_block)).mean(-1)

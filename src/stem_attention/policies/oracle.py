@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from stem_attention.config import StemConfig
-from stem_attention.policies.metric import accumulator_dtype
+from stem_attention.blocks import BlockGrid
+from stem_attention.policies.metric import accumulator_dtype, grouped_product
 from stem_attention.policies.ranked import Ranked, in_runs
 
 # Weights held at a time, in elements (64 MiB in fp32; while the softmax runs there are two of them).
@@ -19,62 +19,38 @@ _WORKSPACE = 1 << 24
 
 @dataclass(frozen=True)
 class Oracle(Ranked):
-    """Stem's budgets, spent on the heaviest blocks; see :class:`stem_attention.policies.Policy` for the call.
+    """Spend a budget on the heaviest blocks.
 
     A block's score is its softmax mass in exact dense attention, averaged over the query block's rows, head by head: what
-    any cheap score could hope to guess. It is meant as an upper bound in comparisons and never for speed.
-
-    Attributes:
-        config: Budgets, forced blocks and tail; fields that belong to Stem's own score (``stride``, ``beta``,
-            ``magnitude``) mean nothing here.
+    any cheap score could hope to guess. It is meant as an upper bound in comparisons and never for speed. For the fields see
+    :class:`stem_attention.policies.Ranked`.
     """
 
     name: ClassVar[str] = "oracle"
 
-    config: StemConfig = field(default_factory=StemConfig)
-
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, first_row: int, end_row: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        """True masses; see :meth:`Ranked.scores`."""
-        rows = range(first_row, end_row)
-        return in_runs((row, block_mass(q, k, scale, self.config.block_size, row)) for row in rows)
+    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+        grid = BlockGrid.of(q, k, self.block_size)
+        return in_runs((row, block_mass(q, k, scale, self.block_size, row)) for row in range(grid.first_row, grid.end_row))
 
 
 def block_mass(q: Tensor, k: Tensor, scale: float, block_size: int, row: int) -> Tensor:
-    """Share of dense causal attention that one query block gives to each key block, averaged over its rows.
+    """Work out the share of dense causal attention that one query block gives to each key block, averaged over its rows.
 
-    Args:
-        q: ``(batch, q_len, q_heads, dim)``, the last ``q_len`` of the positions.
-        k: ``(batch, kv_len, kv_heads, dim)``.
-        scale: Softmax scale.
-        block_size: Tokens per block.
-        row: Absolute query block; one that ``q`` has rows of.
-
-    Returns:
-        ``(batch, q_heads, row + 1)`` in fp32 (fp64 for fp64 input); sums to 1 over the blocks.
+    ``q`` and ``k`` are as a policy gets them; ``q`` has queries of the absolute block ``row``. Returns
+    ``(batch, q_heads, row + 1)`` in fp32 (fp64 for fp64 input), which sums to 1 over the blocks.
     """
-    (batch, q_len, _, _), (kv_len, kv_heads), dtype = q.shape, k.shape[1:3], accumulator_dtype(q)
-    start = kv_len - q_len
-    low, high = max(row * block_size, start), min((row + 1) * block_size, kv_len)
-    queries = torch.unflatten(q[:, low - start : high - start].to(dtype) * scale, 2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    group = queries.shape[2]
-    room = max(1, _WORKSPACE // (batch * (high - low) * high))  # query heads
-    outer, inner = max(1, room // group), min(room, group)
+    grid, dtype, group = BlockGrid.of(q, k, block_size), accumulator_dtype(q), q.shape[2] // k.shape[2]
+    low, high = grid.row_positions(row)
+    queries = (q[:, grid.query_slice(row, row + 1)].to(dtype) * scale).transpose(1, 2)
+    future = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
+    room = max(1, _WORKSPACE // (q.shape[0] * (high - low) * high))  # query heads
+    outer, inner = max(1, room // group), min(room, group)  # of kv heads, and of each one's query heads
     masses = []
-    for g in range(0, kv_heads, outer):
-        keys = k[:, :high, g : g + outer].to(dtype).permute(0, 2, 3, 1)
-        parts = [_group_mass(queries[:, g : g + outer, h : h + inner], keys, low, block_size) for h in range(0, group, inner)]
-        masses.append(torch.cat(parts, 2))
-    return torch.cat(masses, 1).flatten(1, 2)
-
-
-def _group_mass(queries: Tensor, keys: Tensor, low: int, block_size: int) -> Tensor:
-    """Masses ``(batch, kv_heads, heads, blocks)`` of queries ``(batch, kv_heads, heads, rows, dim)`` from position ``low``."""
-    (heads, rows), high = queries.shape[2:4], keys.shape[3]
-    weights = torch.unflatten(queries.flatten(2, 3) @ keys, 2, (heads, rows))
-    future = torch.ones(rows, high - low, dtype=torch.bool, device=keys.device).triu(1)
-    weights[..., low:].masked_fill_(future, -torch.inf)
-    mean = torch.softmax(weights, -1).mean(3)
-    padded = torch.nn.functional.pad(mean, (0, -high % block_size))
-    return torch.unflatten(padded, 3, (-1, block_size)).sum(4)
+    for g in range(0, k.shape[2], outer):
+        keys, end = k[:, :high, g : g + outer].to(dtype).transpose(1, 2), (g + outer) * group
+        for head in range(g * group, end, outer * inner):
+            weights = grouped_product(queries[:, head : min(head + outer * inner, end)], keys)
+            weights[..., low:].masked_fill_(future, -torch.inf)
+            masses.append(torch.softmax(weights, -1).mean(2))
+    mean = torch.nn.functional.pad(torch.cat(masses, 1), (0, -high % block_size))
+    return torch.unflatten(mean, 2, (-1, block_size)).sum(3)

@@ -1,82 +1,212 @@
-"""What policies that rank blocks by a score have in common: Stem's budgets, forced blocks and dense tail."""
+"""Policies that rank blocks: a score says how good a block is, a schedule how many of the best a row keeps.
+
+The schedule is the paper's Token Position-Decay (section 4). It is plain integers on the host: it depends on the prompt's
+length alone, so it costs no device work and is the same for every head, chunk and backend.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from stem_attention.config import StemConfig
+from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.errors import bad_argument
-from stem_attention.policies.base import check_is_config
-from stem_attention.policies.budget import block_count, ranked_budgets, row_budgets
-from stem_attention.policies.choose import choose, merge_forced
+from stem_attention.policies.base import Policy, check_choice, check_integers, check_number
 from stem_attention.selection import PAD, BlockSelection
+
+# Constants of the public code's schedule, in blocks: prompts shorter than the first keep everything, longer ones
+# get the second on top of their ratio.
+_ANGELSLIM_KEEP_ALL_BELOW = 56
+_ANGELSLIM_EXTRA_BLOCKS = 30
+
+# Products such as 0.1 * 1280 land a hair above the integer they mean; ceil must not round that hair up.
+_HAIR = 1e-9
 
 # Choosing costs a dozen small steps whatever the rows, so scores that come row by row are chosen from in runs of these.
 _RUN = 32
 
 
-class Ranked(ABC):
-    """Keeps the best blocks of every row, as many as Stem's schedule allows; subclasses say how good a block is."""
+@dataclass(frozen=True)
+class Ranked(Policy):
+    """Keep the best blocks of every row, as many as the schedule allows; subclasses say how good a block is.
 
-    config: StemConfig
+    Attributes:
+        block_size: Tokens per block (``B``).
+        decay: ``mu``, the share of the first row's budget that is left for the last row. 1 is uniform top-k.
+        schedule: First row's budget against prompt length. ``"smooth"``: the two ratios joined without a jump.
+            ``"step"``: the paper's jump at the knee. ``"angelslim"``: the public code's flat-then-falling schedule.
+        ratio_short: Share of the blocks kept by the first rows of prompts up to ``knee_tokens``.
+        ratio_long: The same for prompts far beyond the knee. At most ``ratio_short``.
+        knee_tokens: Prompt length, in tokens, at which the ratio starts to fall.
+        min_blocks: Smallest first-row budget in blocks. ``None`` means ``sink_blocks + local_blocks``.
+        sink_blocks: Blocks at the start of the prompt that every row keeps.
+        local_blocks: Blocks up to and including the diagonal that every row keeps. At least 1.
+        tail_blocks: Last query blocks of the whole prompt, where the question usually stands, that keep everything.
+        forced: ``"inside"``: sink and local blocks count against the budget. ``"extra"``: they are added to the top-k.
 
-    def __post_init__(self) -> None:
-        check_is_config(self.config)
-        if self.config.keep != "budget":
-            fix = "take StemConfig() or StemConfig.paper(); Mass is the policy of the other rule"
-            raise bad_argument("config", 'one with keep="budget"', f"keep={self.config.keep!r}", fix)
+    Raises:
+        ValueError: A field has the wrong type or lies outside its range; the message names it.
+    """
+
+    block_size: int = 128
+    decay: float = 0.7
+    schedule: str = "smooth"
+    ratio_short: float = 0.2
+    ratio_long: float = 0.1
+    knee_tokens: int = 16384
+    min_blocks: int | None = None
+    sink_blocks: int = 1
+    local_blocks: int = 2
+    tail_blocks: int = 2
+    forced: str = "inside"
+
+    def check(self) -> None:
+        check_integers(self, knee_tokens=1, sink_blocks=0, local_blocks=1, tail_blocks=0)
+        if self.min_blocks is not None:
+            check_integers(self, min_blocks=1)
+        for name in ("decay", "ratio_short", "ratio_long"):
+            check_number(self, name, 0.0, 1.0, above=True)
+        check_choice(self, "schedule", ("smooth", "step", "angelslim"))
+        check_choice(self, "forced", ("inside", "extra"))
+        if self.ratio_long > self.ratio_short:
+            fix = "long prompts keep a smaller share than short ones; raise ratio_short too"
+            raise bad_argument("ratio_long", f"at most ratio_short={self.ratio_short}", self.ratio_long, fix)
 
     @abstractmethod
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, first_row: int, end_row: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Score the query blocks ``first_row`` to ``end_row``, of which there is at least one, in order.
-
-        Args:
-            q: As a policy gets it, ``(batch, q_len, q_heads, dim)``.
-            k: ``(batch, kv_len, kv_heads, dim)``.
-            v: The shape of ``k``.
-            scale: Softmax scale.
-            first_row: Absolute query block of the first query.
-            end_row: One past that of the last query.
+    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+        """Score the query blocks of a call, which has at least one query, in order; ``q``, ``k``, ``v`` as in a policy's call.
 
         Yields:
             The first of a run of query blocks, and ``(batch, q_heads, rows, columns)``: higher is better. ``columns`` are the
             causal key blocks of the run's last row; what a row holds after its diagonal does not count.
         """
 
+    def resized(self, size: int, blocks: int, density: float) -> Self:
+        return replace(self, ratio_short=size / blocks, ratio_long=size / blocks)
+
+    def row_counts(self, num_blocks: int) -> tuple[int, ...] | None:
+        return self.row_limits(num_blocks) if self.forced == "inside" else None
+
+    def row_limits(self, num_blocks: int) -> tuple[int, ...]:
+        """``n(I)`` for every row; with ``forced="extra"`` forced blocks may be among the top-k, and a row keeps fewer."""
+        ranked = self.ranked_counts(num_blocks)
+        if self.forced == "inside":
+            return ranked
+        forced = self.sink_blocks + self.local_blocks
+        limits = (min(row + 1, count + forced) for row, count in enumerate(ranked))
+        return self.once(("limits", num_blocks), lambda: tuple(limits))
+
+    def ranked_counts(self, num_blocks: int) -> tuple[int, ...]:
+        """Count what the choice by score is asked for in every row; ``row + 1`` or more is everything.
+
+        With ``forced="inside"`` that is all a row keeps, with ``"extra"`` the top-k to which forced blocks are then added.
+        """
+
+        def count(row: int) -> int:
+            if row >= num_blocks - self.tail_blocks:
+                return row + 1
+            wanted = self.scored_budget(num_blocks, row)
+            return wanted if self.forced == "extra" else min(row + 1, max(wanted, self.sink_blocks + self.local_blocks))
+
+        return self.once(("ranked", num_blocks), lambda: tuple(map(count, range(num_blocks))))
+
+    def first_row_budget(self, num_blocks: int) -> int:
+        """``k_start``: blocks the first query blocks of a prompt of ``num_blocks`` blocks may keep."""
+        knee_blocks = self.knee_tokens / self.block_size
+        short, long = self.ratio_short * num_blocks, self.ratio_long * num_blocks
+        if self.schedule == "smooth":
+            wanted = math.ceil(min(short, max(long, self.ratio_short * knee_blocks)) - _HAIR)
+        elif self.schedule == "step":
+            wanted = math.ceil((short if num_blocks <= math.ceil(knee_blocks) else long) - _HAIR)
+        elif num_blocks < _ANGELSLIM_KEEP_ALL_BELOW:
+            wanted = num_blocks
+        else:
+            wanted = int(short if num_blocks < knee_blocks else long) + _ANGELSLIM_EXTRA_BLOCKS
+        floor = self.sink_blocks + self.local_blocks if self.min_blocks is None else self.min_blocks
+        return min(max(wanted, floor), num_blocks)
+
+    def scored_budget(self, num_blocks: int, row: int) -> int:
+        """``k(I)``: the decayed budget of query block ``row``, before forced blocks and the causal limit."""
+        k_start = self.first_row_budget(num_blocks)
+        if self.schedule != "angelslim":
+            return math.ceil(k_start - k_start * (1 - self.decay) * row / num_blocks - _HAIR)
+        falling = num_blocks - k_start
+        if row < k_start or falling <= 1:
+            return k_start
+        end = k_start * self.decay
+        return max(1, math.floor(k_start + (end - k_start) * (row - k_start) / (falling - 1) + _HAIR))
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None
     ) -> BlockSelection:
-        config, kv_len, start = self.config, k.shape[1], k.shape[1] - q.shape[1]
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        num_blocks = block_count(kv_len if prompt_len is None else prompt_len, config.block_size)
-        first_row, end_row = start // config.block_size, block_count(kv_len, config.block_size)
-        budgets = row_budgets(config, num_blocks)[first_row:end_row] if q.shape[1] else ()
-        shape = (q.shape[0], q.shape[2], len(budgets), max(budgets, default=0))
+        grid = BlockGrid.of(q, k, self.block_size)
+        num_blocks = block_count(grid.kv_len if prompt_len is None else prompt_len, self.block_size)
+        limits = self.row_limits(num_blocks)[grid.first_row : grid.end_row]
+        shape = (q.shape[0], q.shape[2], grid.rows, max(limits, default=0))
         indices = torch.full(shape, PAD, dtype=torch.int32, device=q.device)
-        for row, scores in self.scores(q, k, v, scale, first_row, end_row) if budgets else ():
-            ids = self._choose(scores, row, num_blocks)
-            indices[:, :, row - first_row : row - first_row + scores.shape[2], : ids.shape[3]] = ids
-        if config.forced == "inside":
-            counts = torch.tensor(budgets, dtype=torch.int32, device=q.device).expand(shape[:3]).contiguous()
+        for row, scores in self.scores(q, k, v, q.shape[3] ** -0.5 if scale is None else scale) if grid.rows else ():
+            ids, first = self._choose(scores, row, num_blocks), row - grid.first_row
+            indices[:, :, first : first + scores.shape[2], : ids.shape[3]] = ids
+        if self.forced == "inside":
+            counts = torch.tensor(limits, dtype=torch.int32, device=q.device).expand(shape[:3]).contiguous()
         else:
             counts = (indices != PAD).sum(-1, dtype=torch.int32)
-        return BlockSelection(indices, counts, config.block_size, q.shape[1], kv_len)
+        return BlockSelection(indices, counts, self.block_size, grid.q_len, grid.kv_len)
 
     def _choose(self, scores: Tensor, row: int, num_blocks: int) -> Tensor:
-        config, rows = self.config, scores.shape[2]
-        budgets = ranked_budgets(config, num_blocks)[row : row + rows]
-        if config.forced == "inside":
-            return choose(scores, row, budgets, config.sink_blocks, config.local_blocks)
+        rows, (sink, local) = slice(row, row + scores.shape[2]), (self.sink_blocks, self.local_blocks)
+        budgets = self.ranked_counts(num_blocks)[rows]
+        if self.forced == "inside":
+            return choose(scores, row, budgets, sink, local)
         free = [min(i + 1, budget) for i, budget in enumerate(budgets, row)]
-        merged = merge_forced(choose(scores, row, free, 0, 0), row, scores.shape[3], config.sink_blocks, config.local_blocks)
-        return merged[..., : max(row_budgets(config, num_blocks)[row : row + rows])]
+        merged = merge_forced(choose(scores, row, free, 0, 0), row, scores.shape[3], sink, local)
+        return merged[..., : max(self.row_limits(num_blocks)[rows])]
+
+
+def choose(scores: Tensor, first_row: int, budgets: Sequence[int], sink: int, local: int) -> Tensor:
+    """Keep forced blocks, then the best of the rest, ties to the smaller id.
+
+    ``scores`` is ``(batch, heads, rows, columns)`` from query block ``first_row`` on, column ``J`` being key block ``J``, with
+    all causal blocks of the last row. NaN ranks above everything, so what dense attention would poison stays visible.
+    Forced are the ``sink`` first blocks and the ``local`` ones up to the diagonal; ``budgets[i]`` blocks are kept in a row, at
+    least these and at most the causal ones. Returns int64 ``(batch, heads, rows, max(budgets))``: ascending, padded with -1.
+    """
+    columns, device = scores.shape[3], scores.device
+    rows = torch.arange(first_row, first_row + len(budgets), device=device)[:, None]
+    forced = _forced_ids(rows, columns, sink, local)
+    wanted = torch.tensor(budgets, device=device)[:, None] - (forced < columns).sum(-1, keepdim=True)
+    # Blocks that may not be chosen here all come after the candidates or before the slice, so that the stable sort
+    # prefers a candidate of score -inf to them.
+    rest = scores[..., sink:].masked_fill(torch.arange(columns, device=device)[sink:] > rows - local, -torch.inf)
+    width = max(budgets, default=0)
+    order = rest.sort(dim=-1, descending=True, stable=True).indices[..., :width] + sink
+    picked = torch.where(torch.arange(order.shape[-1], device=device) < wanted, order, columns)
+    ids = torch.cat([picked, forced.expand(*scores.shape[:3], -1)], -1).sort(-1).values[..., :width]
+    return torch.where(ids < columns, ids, PAD)
+
+
+def merge_forced(ids: Tensor, first_row: int, columns: int, sink: int, local: int) -> Tensor:
+    """Add every row's sink and local blocks to ascending, -1 padded ``ids``; blocks already there count once."""
+    rows = torch.arange(first_row, first_row + ids.shape[2], device=ids.device)[:, None]
+    forced = _forced_ids(rows, columns, sink, local).expand(*ids.shape[:3], -1)
+    merged = torch.cat([torch.where(ids == PAD, columns, ids), forced], -1).sort(-1).values
+    merged[..., 1:][merged[..., 1:] == merged[..., :-1]] = columns
+    unique = merged.sort(-1).values
+    return torch.where(unique < columns, unique, PAD)
+
+
+def _forced_ids(rows: Tensor, columns: int, sink: int, local: int) -> Tensor:
+    """``(rows, sink + local)`` ids of the forced blocks, each once; ``columns`` stands for "none"."""
+    first = torch.arange(sink, device=rows.device).expand(len(rows), -1)
+    last = rows - torch.arange(local - 1, -1, -1, device=rows.device)
+    return torch.cat([torch.where(first <= rows, first, columns), torch.where(last >= sink, last, columns)], -1)
 
 
 def in_runs(rows: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:

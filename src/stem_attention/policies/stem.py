@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from stem_attention.config import StemConfig
-from stem_attention.policies.metric import accumulator_dtype, group_sums, magnitude
+from stem_attention.blocks import BlockGrid
+from stem_attention.policies.base import check_choice, check_divides, check_integers, check_number
+from stem_attention.policies.metric import accumulator_dtype, exact_dtype, group_sums, grouped_product, magnitude
 from stem_attention.policies.ranked import Ranked
 
 # Scores are computed for this many query blocks at a time: few enough to skip most of the blocks after the diagonal
@@ -17,43 +20,80 @@ from stem_attention.policies.ranked import Ranked
 _ROWS_PER_CHUNK = 64
 _CHUNK_ELEMENTS = 1 << 22
 
+# The published method forces four blocks at either end and has no dense tail.
+_PUBLISHED: dict[str, Any] = {"sink_blocks": 4, "local_blocks": 4, "tail_blocks": 0}
+
 
 @dataclass(frozen=True)
 class Stem(Ranked):
-    """The policy of :class:`stem_attention.StemConfig`; see :class:`stem_attention.policies.Policy` for the call."""
+    """Rank blocks by relevance and by what they carry, early rows with the largest budgets (arXiv 2603.06274).
 
-    config: StemConfig = field(default_factory=StemConfig)
-    name: str = "stem"
+    ``Stem()`` smooths the published schedule and adds a dense tail; :meth:`paper` is the method as published.
 
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, first_row: int, end_row: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The block scores of section 3, for runs of query blocks; see :meth:`Ranked.scores`."""
-        config, (batch, q_len, q_heads, _), kv_heads = self.config, q.shape, k.shape[2]
-        size, start = config.block_size, k.shape[1] - q_len
-        k_sums = _exact(group_sums(k, 0, size, config.stride).flatten(3))
-        value = config.beta * magnitude(v, config.magnitude, size, config.stride) if config.beta else None
-        step = max(1, min(_ROWS_PER_CHUNK, _CHUNK_ELEMENTS // max(1, batch * q_heads * end_row)))
-        for row in range(first_row, end_row, step):
-            stop = min(row + step, end_row)
-            low, high = max(row * size, start), min(stop * size, k.shape[1])
-            q_sums = _exact(group_sums(q[:, low - start : high - start], low, size, config.stride).flip(3).flatten(3))
-            grouped = torch.unflatten(q_sums, 1, (kv_heads, -1)).flatten(2, 3)
-            route = (grouped @ k_sums[:, :, :stop].mT).to(accumulator_dtype(q))
-            route = torch.unflatten(route, 2, (q_heads // kv_heads, -1))
-            present = torch.tensor(
-                [min((i + 1) * size, k.shape[1]) - max(i * size, start) for i in range(row, stop)], device=q.device
-            )
-            scores = route * (scale / (present * (size // config.stride)).to(route.dtype))[:, None]
-            if value is not None:
-                scores = scores + value[:, :, None, None, :stop]
-            yield row, scores.flatten(1, 2)
+    Attributes:
+        stride: Stride ``s`` of the antidiagonal pooling of the routing score. It divides ``block_size``.
+        beta: Weight of the value magnitude in the block score. 0 is the score-aware metric of earlier methods.
+        magnitude: ``"log"``: largest ``max(0, ln |v|)`` of the block. ``"zscore"``: the public code's normalised
+            variant; it looks at the whole sequence, so it is *not* chunk-invariant. ``"none"``: no value term.
 
-
-def _exact(sums: Tensor) -> Tensor:
-    """Widen the product's operands where fp64 is cheap.
-
-    The product's rounding depends on its shape, and a chunk of a prompt has another shape than the whole. Accumulated in
-    fp64 and rounded to fp32 afterwards, equal scores stay equal and chunks select what one shot selects.
+    For ``block_size`` and the fields that follow see :class:`stem_attention.policies.Ranked`.
     """
-    return sums.double() if sums.device.type == "cpu" else sums
+
+    name: ClassVar[str] = "stem"
+
+    stride: int = 16
+    beta: float = 0.2
+    magnitude: str = "log"
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """Build the published method: ratio 0.2 up to 16384 tokens and 0.1 beyond, 4 + 4 forced blocks, no dense tail.
+
+        ``changes`` override.
+        """
+        return cls(**{**_PUBLISHED, "schedule": "step", **changes})
+
+    @classmethod
+    def angelslim(cls, **changes: Any) -> Self:
+        """Build what the authors' public code (Tencent AngelSlim) runs. ``changes`` override.
+
+        Its knee lies at 160 blocks of 128 tokens. Its z-score magnitude is not chunk-invariant. The public code also leaves
+        the first two layers of a model dense: that is a host's setting, ``dense_layers=2``.
+        """
+        preset = {"schedule": "angelslim", "magnitude": "zscore", "forced": "extra", "stride": 8, "knee_tokens": 160 * 128}
+        return cls(**{**_PUBLISHED, **preset, **changes})
+
+    @classmethod
+    def uniform(cls, **changes: Any) -> Self:
+        """Build the top-k of earlier methods: every row has the same budget, and values do not count.
+
+        ``changes`` override; ``ratio_short=0.17, ratio_long=0.085`` has about the compute of ``Stem()``, as in the paper's
+        ablation.
+        """
+        return cls(**{"decay": 1.0, "beta": 0.0, "tail_blocks": 0, **changes})
+
+    def check(self) -> None:
+        super().check()
+        check_integers(self, stride=1)
+        check_number(self, "beta")
+        check_choice(self, "magnitude", ("log", "zscore", "none"))
+        check_divides(self, "stride")
+
+    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+        """Score as section 3 of the method says; see :meth:`Ranked.scores`."""
+        size, (batch, _, q_heads, _), grid = self.block_size, q.shape, BlockGrid.of(q, k, self.block_size)
+        k_sums = group_sums(k, 0, size, self.stride).flatten(3).to(exact_dtype(q))
+        value = None
+        if self.beta:
+            value = self.beta * magnitude(v, self.magnitude, size, self.stride)
+            value = value.repeat_interleave(q_heads // k.shape[2], 1)[:, :, None]
+        step = max(1, min(_ROWS_PER_CHUNK, _CHUNK_ELEMENTS // max(1, batch * q_heads * grid.end_row)))
+        for row in range(grid.first_row, grid.end_row, step):
+            stop = min(row + step, grid.end_row)
+            spans = [grid.row_positions(i) for i in range(row, stop)]
+            q_sums = group_sums(q[:, grid.query_slice(row, stop)], spans[0][0], size, self.stride)
+            q_sums = q_sums.flip(3).flatten(3).to(exact_dtype(q))
+            route = grouped_product(q_sums, k_sums[:, :, :stop]).to(accumulator_dtype(q))
+            present = torch.tensor([high - low for low, high in spans], device=q.device)
+            scores = route * (scale / (present * (size // self.stride)).to(route.dtype))[:, None]
+            yield row, scores if value is None else scores + value[..., :stop]

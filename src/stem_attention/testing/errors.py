@@ -6,18 +6,28 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stem_attention.selection import BlockSelection
+from stem_attention.testing.inputs import token_mask
+
 # All but cuDNN, which keeps a plan for every shape it meets: hundreds of megabytes of a long soak's memory.
 _JUDGES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+# The error budget. Rows whose values nearly cancel make the worst row a matter of chance: among 3330 problems two came to
+# 3.0 and 3.1 times torch's error. A row of one or two keys, where torch's error is 0, may be off by the last bit.
+_TIMES_SDPA = 4.0
+_LAST_BITS = 2.0
+_FP64 = 1e-11
+_LSE = 2e-5
+
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """``|out - ref| / |ref|`` (2-norms of the whole tensors, fp64). 0 when both are empty or zero; NaN stays NaN."""
+    """Return ``|out - ref| / |ref|``, 2-norms of the whole tensors in fp64: 0 when both are empty or zero; NaN stays NaN."""
     difference = torch.linalg.vector_norm(out.double() - ref.double()).item()
     return difference / torch.linalg.vector_norm(ref.double()).item() if difference else 0.0
 
 
 def worst_row_error(out: Tensor, ref: Tensor) -> float:
-    """The largest relative error of a row along the last dimension, so that large rows cannot hide small ones."""
+    """Return the largest relative error of a row along the last dimension, so that large rows cannot hide small ones."""
     if ref.numel() == 0:
         return 0.0
     difference = torch.linalg.vector_norm(out.double() - ref.double(), dim=-1)
@@ -26,7 +36,7 @@ def worst_row_error(out: Tensor, ref: Tensor) -> float:
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Masked attention in fp64, nothing clever. Needs ``q_len * kv_len`` numbers per head.
+    """Compute masked attention in fp64, with nothing clever. Needs ``q_len * kv_len`` numbers per head.
 
     Args:
         q: ``(batch, q_len, q_heads, dim)``.
@@ -51,21 +61,56 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float 
 def error_against_sdpa(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None
 ) -> tuple[float, float]:
-    """Worst row errors against fp64 of ``out`` and of torch's ``scaled_dot_product_attention``, on the same inputs.
+    """Return the worst row errors against fp64 of ``out`` and of torch's ``scaled_dot_product_attention``.
 
     Arguments as in :func:`exact_attention`. FlashAttention's own bound is twice the second.
     """
     exact, _ = exact_attention(q, k, v, mask, scale)
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
+    queries = q.transpose(1, 2).contiguous()  # not every kernel of torch takes every stride
     with sdpa_kernel(_JUDGES):
-        sdpa = torch.nn.functional.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask, scale=scale)
+        sdpa = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     return worst_row_error(out, exact), worst_row_error(sdpa.transpose(1, 2), exact)
 
 
-def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(batch, q_heads, length, dim)`` of all three, kv heads repeated: what every attention understands."""
-    group = q.shape[2] // k.shape[2]
-    return (
-        q.transpose(1, 2),
-        k.transpose(1, 2).repeat_interleave(group, 1),
-        v.transpose(1, 2).repeat_interleave(group, 1),
-    )
+def assert_accurate(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float | None = None,
+) -> None:
+    """Assert that a result is attention over a selection, about as exact as torch's own attention.
+
+    The error of the worst row, against fp64, may be four times that of torch's attention in the same precision, and two
+    units in the last place more; of fp64 inputs it may be 1e-11. The log-sum-exp is right to 2e-5 of ``1 + |lse|``.
+
+    Args:
+        out: What a backend returned for the other arguments, of ``q``'s shape and dtype.
+        lse: Its log-sum-exp ``(batch, q_heads, q_len)``, or None.
+        q: ``(batch, q_len, q_heads, dim)``.
+        k: ``(batch, kv_len, kv_heads, dim)``.
+        v: The shape of ``k``.
+        selection: The blocks that were attended to.
+        scale: Softmax scale, ``1 / sqrt(dim)`` unless given.
+
+    Raises:
+        AssertionError: The message says what is off, and by how much.
+    """
+    assert (out.shape, out.dtype) == (q.shape, q.dtype), f"out is {out.dtype} {tuple(out.shape)}"
+    assert out.isfinite().all(), f"{int((~out.isfinite()).sum())} of {out.numel()} numbers of out are not finite"
+    mask = token_mask(selection)
+    exact, exact_lse = exact_attention(q, k, v, mask, scale)
+    if q.dtype == torch.float64:
+        ours, bound = worst_row_error(out, exact), _FP64
+    else:
+        ours, theirs = error_against_sdpa(out, q, k, v, mask, scale)
+        bound = _TIMES_SDPA * theirs + _LAST_BITS * torch.finfo(q.dtype).eps
+    assert ours <= bound, f"the worst row is off by {ours:.2e}, more than {bound:.2e}"
+    if lse is not None:
+        assert lse.shape == exact_lse.shape, f"lse is {tuple(lse.shape)}"
+        off = (lse.double() - exact_lse).abs() / (1 + exact_lse.abs())
+        assert (off <= _LSE).all(), f"lse is off by {off.max().item():.2e} of 1 + |lse|, more than {_LSE:.0e}"

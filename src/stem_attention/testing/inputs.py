@@ -1,10 +1,11 @@
-"""Makers of q, k, v and of selections. The same seed gives the same numbers on every device."""
+"""Make q, k, v and selections. The same seed gives the same numbers on every device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from stem_attention.blocks import BlockGrid
 from stem_attention.errors import bad_argument
 from stem_attention.selection import BlockSelection
 
@@ -29,7 +30,7 @@ def make_qkv(
     seed: int = 0,
     layout: str = "bshd",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Standard normal q, k and v. Their attention is nearly flat; see :func:`structured_qkv` for the opposite.
+    """Draw standard normal q, k and v. Their attention is nearly flat; see :func:`structured_qkv` for the opposite.
 
     Args:
         batch: Sequences.
@@ -68,7 +69,7 @@ def structured_qkv(
     seed: int = 0,
     layout: str = "bshd",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v whose attention is far from flat, as in a trained model. Arguments and returns as in :func:`make_qkv`.
+    """Draw q, k and v whose attention is far from flat, as in a trained model; used as :func:`make_qkv`.
 
     The prompt is a row of passages, each about one of a few topics. Keys gather round their topic's direction, queries
     look for a topic, and the norms of the values differ between topics by orders of magnitude.
@@ -102,7 +103,7 @@ def random_selection(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> BlockSelection:
-    """A valid selection whose rows and heads keep different blocks, and different numbers of them.
+    """Draw a valid selection whose rows and heads keep different blocks, and different numbers of them.
 
     Args:
         batch: Sequences.
@@ -115,22 +116,20 @@ def random_selection(
         seed: Of the random numbers.
     """
     draw = torch.Generator().manual_seed(seed)
-    first = (kv_len - q_len) // block_size
-    columns = -(-kv_len // block_size)
-    rows = torch.arange(first, columns if q_len else first)[:, None]
+    grid = BlockGrid(q_len, kv_len, block_size)
+    rows, block = torch.arange(grid.first_row, grid.end_row)[:, None], torch.arange(grid.key_blocks)
     share = 2 * density * torch.rand((batch, q_heads, 1, 1), generator=draw)
-    mask = torch.rand((batch, q_heads, len(rows), columns), generator=draw) < share
-    block = torch.arange(columns)
+    mask = torch.rand((batch, q_heads, grid.rows, grid.key_blocks), generator=draw) < share
     mask = (mask | (block == rows)) & (block <= rows)
     return BlockSelection.from_mask(mask.to(device), block_size=block_size, q_len=q_len, kv_len=kv_len)
 
 
 def token_mask(selection: BlockSelection) -> Tensor:
-    """Bool ``(batch, q_heads, q_len, kv_len)``, True where a query attends to a key: causal, and of a kept block."""
-    device = selection.indices.device
-    keys = torch.arange(selection.kv_len, device=device)
-    queries = keys[selection.kv_len - selection.q_len :]
-    rows = queries // selection.block_size - selection.first_row
+    """Return bool ``(batch, q_heads, q_len, kv_len)``, True where a query attends to a key: causal, and of a kept block."""
+    grid = selection.grid
+    keys = torch.arange(grid.kv_len, device=selection.indices.device)
+    queries = keys[grid.start :]
+    rows = queries // grid.block_size - grid.first_row
     kept = selection.to_mask()[:, :, rows][..., keys // selection.block_size]
     return kept & (keys <= queries[:, None])
 

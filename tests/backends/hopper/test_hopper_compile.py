@@ -16,8 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from stem_attention.backends.hopper import BLOCK_SIZES, HEAD_DIMS, attention, consumer, producer
-from stem_attention.backends.hopper.launch import LAUNCHES
-from stem_attention.backends.ragged import Ragged
+from stem_attention.backends.hopper.attention import LAUNCHES
+from stem_attention.backends.triton.layout import Layout
+from stem_attention.backends.triton.program import Launches
+from stem_attention.call import Call, PackedBatch
+from stem_attention.policies import Dense
 
 SHARED_PER_MULTIPROCESSOR = 228 << 10  # of which each program reserves 1 KB
 
@@ -60,18 +63,18 @@ def compiled(
             return lambda *args, **named: results.append(kernel.warmup(*args, grid=grid, **named))
 
     monkeypatch.setattr(attention, "attention_kernel", Launcher())
+    batch, table = None, torch.zeros(1, 4, dtype=torch.int32) if page else None
     q, k = torch.zeros(1, 300, 8, dim, dtype=dtype), torch.zeros(1, 300, 2, dim, dtype=dtype)
-    indices = torch.zeros(1, 8, -(-300 // block_size), 3, dtype=torch.int32)
-    table = None
-    borders = Ragged(*torch.zeros(2, 2, dtype=torch.int32), 300, 300) if ragged or page else None
-    if borders:
-        q, k = q[0], k[0]
+    if ragged or page:
+        q, k, batch = q[0], k[0], PackedBatch.plan([300], [300], page_table=table, device=q.device)
     if page:
-        k, table = torch.zeros(8, page, 2, dim, dtype=dtype), torch.zeros(1, 4, dtype=torch.int32)
+        k = torch.zeros(8, page, 2, dim, dtype=dtype)
+    call = Call(q, k, k, Dense(block_size), 0.1, 300, batch, return_lse=lse)
+    indices = torch.zeros(1, 8, -(-300 // block_size), 3, dtype=torch.int32)
+    launches = Launches()
     attention.attend(
-        q, k, k, indices, indices[..., 0].contiguous(), block_size, 0.1, return_lse=lse, heavy=2, ragged=borders,
-        page_table=table,
-    )  # fmt: skip
+        call, Layout.of(call, block_size, launches), indices, indices[..., 0].contiguous(), block_size, 2, launches
+    )
     return results[0]
 
 

@@ -7,7 +7,9 @@ from stem_attention.backends import Request, explain_request
 from stem_attention.backends.hopper import HopperBackend
 from stem_attention.backends.hopper.attention import can_copy
 from stem_attention.backends.hopper.schedule import keys_of, place_of, task_of
-from stem_attention.backends.ragged import describable
+from stem_attention.backends.triton.layout import describable
+from stem_attention.call import Call, PackedBatch
+from stem_attention.policies import Dense
 
 
 class Numbers(list):
@@ -118,24 +120,29 @@ def test_the_backend_says_what_it_cannot_do(changed, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     asked = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128, "block_size": 128}
-    assert HopperBackend().supports(Request(**asked)) is None
-    assert reason in HopperBackend().supports(Request(**{**asked, **changed}))
+    assert HopperBackend().why_not(Request(**asked)) is None
+    assert reason in HopperBackend().why_not(Request(**{**asked, **changed}))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_other_cards_are_told_so(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert "9.0" in HopperBackend().supports(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
+    assert "9.0" in HopperBackend().why_not(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
+
+
+def takes(q, k, v, page_table=None):
+    batch = None if page_table is None else PackedBatch.plan([64], [64], page_table=page_table, device=q.device)
+    return can_copy(Call(q, k, v, Dense(64), 0.1, 64, batch))
 
 
 def test_what_the_copy_engine_takes():
-    q = torch.zeros(1, 64, 4, 64, dtype=torch.bfloat16)
-    assert can_copy(q, q, q, paged=False)
-    assert can_copy(q.transpose(1, 2), q, q, paged=True)
-    assert not can_copy(q, torch.zeros(9, 48, 2, 64, dtype=torch.bfloat16), q, paged=True)
-    assert not can_copy(q, torch.zeros(1, 64, 4, 67, dtype=torch.bfloat16)[..., :64], q, paged=False)
-    assert not can_copy(q, q, torch.zeros(1, 64, 4, 72, dtype=torch.bfloat16)[..., 1:65], paged=False)
+    q, table = torch.zeros(1, 64, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.int32)
+    assert takes(q, q, q)
+    assert takes(q.transpose(1, 2), q, q, table)
+    assert not takes(q, torch.zeros(9, 48, 2, 64, dtype=torch.bfloat16), q, table)
+    assert not takes(q, torch.zeros(1, 64, 4, 67, dtype=torch.bfloat16)[..., :64], q)
+    assert not takes(q, q, torch.zeros(1, 64, 4, 72, dtype=torch.bfloat16)[..., 1:65])
 
 
 def test_neither_kernel_describes_expanded_tensors_to_the_copy_engine():
@@ -144,7 +151,7 @@ def test_neither_kernel_describes_expanded_tensors_to_the_copy_engine():
     shared = q[:1].expand(2, -1, -1, -1)
     assert describable(q)
     assert not describable(shared)
-    assert not can_copy(q, shared, q, paged=False)
+    assert not takes(q, shared, q)
 
 
 def test_explain_says_which_calls_run_portably_after_all(monkeypatch):

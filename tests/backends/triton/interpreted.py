@@ -13,41 +13,67 @@ import pytest
 import torch
 from torch import Tensor
 
-from stem_attention import BlockSelection, StemConfig
-from stem_attention.backends.ragged import Ragged
+from stem_attention import BlockSelection, Mass, Policy, Stem
 from stem_attention.backends.reference import ReferenceBackend
-from stem_attention.backends.triton import select as selecting
-from stem_attention.backends.triton.attention import attend
-from stem_attention.backends.triton.choose import choose
-from stem_attention.backends.triton.select import select
-from stem_attention.policies.choose import choose as eager_choose
+from stem_attention.backends.triton import TritonBackend, attention
+from stem_attention.backends.triton import stem as by_score
+from stem_attention.backends.triton.layout import Layout
+from stem_attention.backends.triton.program import Launches
+from stem_attention.call import Call, PackedBatch
+from stem_attention.policies.ranked import choose as eager_choose
 from stem_attention.testing import make_qkv, random_selection, worst_row_error
 
+from .choosing import choose
+
 REFERENCE = ReferenceBackend()
-SMALL = StemConfig(
-    block_size=16, stride=4, ratio_short=0.3, sink_blocks=1, local_blocks=2, min_blocks=3, tail_blocks=1, dense_below=0
-)
+SMALL = Stem(block_size=16, stride=4, ratio_short=0.3, sink_blocks=1, local_blocks=2, min_blocks=3, tail_blocks=1)
 
 
-def selected(q: Tensor, k: Tensor, v: Tensor, config: StemConfig, prompt_len: int | None = None) -> BlockSelection:
-    length = k.shape[1] if prompt_len is None else prompt_len
-    indices, counts = select(q, k, v, config, q.shape[3] ** -0.5, (length,))
-    selection = BlockSelection(indices, counts, config.block_size, q.shape[1], k.shape[1])
+def select(
+    q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int = 0, *, batch: PackedBatch | None = None,
+    implicit: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Indices and counts as the kernels write them."""
+    call = Call(q, k, v, policy, q.shape[-1] ** -0.5, prompt_len, batch)
+    selector = TritonBackend().selector(policy)
+    assert selector is not None
+    launches = Launches()
+    return selector(call, Layout.of(call, policy.block_size, launches), 0, implicit, launches)
+
+
+def selected(q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None) -> BlockSelection:
+    indices, counts = select(q, k, v, policy, k.shape[1] if prompt_len is None else prompt_len)
+    selection = BlockSelection(indices, counts, policy.block_size, q.shape[1], k.shape[1])
     selection.validate()
     return selection
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, **options: int) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, selection.indices, selection.counts, selection.block_size, q.shape[3] ** -0.5, **options)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, *, batch: PackedBatch | None = None,
+    return_lse: bool = True, heavy: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = Call(q, k, v, Stem(block_size=block_size, stride=1), q.shape[-1] ** -0.5, batch=batch, return_lse=return_lse)
+    launches = Launches()
+    return attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, heavy, launches)
+
+
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: bool = True, heavy: int = 0
+) -> tuple[Tensor, Tensor]:
+    return attend(q, k, v, selection.indices, selection.counts, selection.block_size, return_lse=return_lse, heavy=heavy)
 
 
 def keeps_what_the_reference_keeps(
-    q: Tensor, k: Tensor, v: Tensor, config: StemConfig, prompt_len: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None
 ) -> BlockSelection:
-    got = selected(q, k, v, config, prompt_len)
-    expected = REFERENCE.select(q, k, v, config, q.shape[3] ** -0.5, k.shape[1] if prompt_len is None else prompt_len)
-    assert torch.equal(got.to_mask(), expected.to_mask())
+    got = selected(q, k, v, policy, prompt_len)
+    call = Call(q, k, v, policy, q.shape[3] ** -0.5, k.shape[1] if prompt_len is None else prompt_len)
+    assert torch.equal(got.to_mask(), REFERENCE.select(call).to_mask())
     return got
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> tuple[Tensor, Tensor]:
+    return REFERENCE.attend(Call(q, k, v, Stem(), q.shape[3] ** -0.5, return_lse=True), selection)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +84,7 @@ def keeps_what_the_reference_keeps(
         (replace(SMALL, magnitude="none"), 1, 45, 160, (3, 1), 24),
         (replace(SMALL, block_size=32, stride=8, beta=0.0), 1, 77, 200, (2, 2), 24),
         (replace(SMALL, forced="extra", tail_blocks=0), 1, 161, 161, (1, 1), 16),
-        (StemConfig.angelslim(block_size=16), 1, 930, 930, (1, 1), 16),
+        (Stem.angelslim(block_size=16), 1, 930, 930, (1, 1), 16),
     ],
     ids=["log", "zscore-extra", "none", "block-32", "extra", "angelslim"],
 )
@@ -67,9 +93,7 @@ def test_selection_is_the_references(config, batch, q_len, kv_len, heads, dim):
     assert selection.density() < 1
 
 
-BY_MASS = StemConfig.mass(
-    block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1, dense_below=0
-)
+BY_MASS = Mass(block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1)
 
 
 def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,24 +142,8 @@ def test_each_head_keeps_what_its_own_share_keeps():
 def test_a_packed_batch_keeps_by_mass_what_each_sequence_keeps(page, config):
     lengths = [(40, 90), (0, 20), (161, 161), (3, 50)]
     single = [peaked(1, q_len, kv_len, 2, 1, 16) for q_len, kv_len in lengths]
-    q, k, v = (torch.cat(x, 1)[0] for x in zip(*single, strict=True))
-    starts = [[0, *accumulate(x)] for x in zip(*lengths, strict=True)]
-    ragged = Ragged(*(torch.tensor(x, dtype=torch.int32) for x in starts), *(max(x) for x in zip(*lengths, strict=True)))
-    table = None
-    if page:
-        needed = [-(-kv_len // page) for _, kv_len in lengths]
-        order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)).to(torch.int32)
-        table = torch.full((len(needed), max(needed)), 1 << 30, dtype=torch.int32)
-        cache = torch.full((sum(needed), page, 1, 16), math.nan)
-        for i, (low, first) in enumerate(zip(starts[1], [0, *accumulate(needed)], strict=False)):
-            if i < len(needed):
-                table[i, : needed[i]] = order[first : first + needed[i]]
-                padded = torch.full((needed[i] * page, 1, 16), math.nan)
-                padded[: lengths[i][1]] = k[low : low + lengths[i][1]]
-                cache[table[i, : needed[i]].long()] = padded.unflatten(0, (-1, page))
-        k = v = cache
-    prompts = [kv_len for _, kv_len in lengths]
-    indices, counts = select(q, k, v, config, 0.25, prompts, ragged=ragged, page_table=table)
+    q, k, v, batch = packed(single, page)
+    indices, counts = select(q, k, v, config, batch=batch)
     for i, (one_q, one_k, one_v) in enumerate(single):
         if lengths[i][0]:
             alone = selected(one_q, one_k, one_v, config)
@@ -194,7 +202,7 @@ def test_infinite_scores_are_ranked():
 def test_a_small_workspace_changes_no_block(monkeypatch):
     q, k, v = make_qkv(1, 150, 201, 2, 1, 16)
     whole = selected(q, k, v, SMALL)
-    monkeypatch.setattr(selecting, "_WORKSPACE_BYTES", 4 * 2 * (4 * 16 + 16) * 4)  # some four rows
+    monkeypatch.setattr(by_score, "_WORKSPACE_BYTES", 4 * 2 * (4 * 16 + 16) * 4)  # some four rows
     chunked = selected(q, k, v, SMALL)
     assert torch.equal(chunked.indices, whole.indices)
     assert torch.equal(chunked.counts, whole.counts)
@@ -220,7 +228,7 @@ def test_attention_over_any_lists(batch, q_len, kv_len, heads, dim, block_size, 
     q, k, v = make_qkv(batch, q_len, kv_len, *heads, dim, dtype)
     selection = random_selection(batch, heads[0], q_len, kv_len, block_size)
     out, lse = attended(q, k, v, selection)
-    expected, expected_lse = REFERENCE.attend(q.double(), k.double(), v.double(), selection, dim**-0.5)
+    expected, expected_lse = exact(q.double(), k.double(), v.double(), selection)
     assert worst_row_error(out, expected) < (1e-5 if dtype == torch.float32 else 4e-3)
     torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
 
@@ -261,52 +269,54 @@ def test_the_order_of_rows_changes_nothing(heavy):
 def test_rows_that_keep_everything_need_no_list(config, q_len, kv_len, prompt_len):
     q, k, v = make_qkv(1, q_len, kv_len, 2, 1, 16)
     explicit = selected(q, k, v, config, prompt_len)
-    indices, counts = select(q, k, v, config, 0.25, (prompt_len,), implicit=True)
+    indices, counts = select(q, k, v, config, prompt_len, implicit=True)
     assert torch.equal(counts, explicit.counts)
-    out, _ = attend(q, k, v, indices, counts, config.block_size, 0.25)
+    out, _ = attend(q, k, v, indices, counts, config.block_size)
     assert torch.equal(out, attended(q, k, v, explicit)[0])
 
 
 LENGTHS = ((20, 20), (1, 77), (0, 30), (33, 101), (16, 16))
 
 
-def packed(dim: int = 16) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor, Tensor, Ragged]:
-    """Sequences of :data:`LENGTHS`, one by one and packed."""
-    single = [make_qkv(1, a, b, 2, 1, dim, seed=i) for i, (a, b) in enumerate(LENGTHS)]
+Problem = tuple[Tensor, Tensor, Tensor]
+
+
+def packed(single: list[Problem], page: int = 0, still_to_come: int = 0) -> tuple[Tensor, Tensor, Tensor, PackedBatch]:
+    """Sequences packed; with pages, shuffled ones, NaN wherever no key lies."""
     q, k, v = (torch.cat(x, 1)[0] for x in zip(*single, strict=True))
-    borders = [[0, *accumulate(x)] for x in zip(*LENGTHS, strict=True)]
-    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in borders)
-    return single, q, k, v, Ragged(cu_q, cu_k, max(a for a, _ in LENGTHS), max(b for _, b in LENGTHS))
+    q_lens, kv_lens = ([x[i].shape[1] for x in single] for i in (0, 1))
+    table = None
+    if page:
+        needed = [-(-length // page) for length in kv_lens]
+        free = torch.randperm(sum(needed) + 5, generator=torch.Generator().manual_seed(0)).tolist()
+        table = torch.full((len(needed), max(needed)), 1 << 30, dtype=torch.int32)
+        for i, count in enumerate(needed):
+            table[i, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
+        k, v = (_scattered([x[i][0] for x in single], table, page, sum(needed) + 5) for i in (1, 2))
+    prompts = [length + still_to_come for length in kv_lens]
+    return q, k, v, PackedBatch.plan(q_lens, kv_lens, prompt_lens=prompts, page_table=table, device=q.device)
 
 
-def paged(x: Tensor, ragged: Ragged, page: int) -> tuple[Tensor, Tensor]:
-    """A cache of shuffled pages, NaN wherever no key lies, and its table."""
-    borders = ragged.cu_k.tolist()
-    lengths = [b - a for a, b in pairwise(borders)]
-    needed = [-(-length // page) for length in lengths]
-    free = torch.randperm(sum(needed) + 5, generator=torch.Generator().manual_seed(0)).tolist()
-    cache = torch.full((sum(needed) + 5, page, *x.shape[1:]), math.nan, dtype=x.dtype)
-    table = torch.zeros((len(lengths), max(needed)), dtype=torch.int32)
-    for i, length in enumerate(lengths):
-        for j in range(needed[i]):
-            table[i, j] = free.pop()
-            run = x[borders[i] + j * page : min(borders[i] + (j + 1) * page, borders[i] + length)]
+def _scattered(rows: list[Tensor], table: Tensor, page: int, pages: int) -> Tensor:
+    cache = torch.full((pages, page, *rows[0].shape[1:]), math.nan, dtype=rows[0].dtype)
+    for i, row in enumerate(rows):
+        for j, run in enumerate(row.split(page)):
             cache[int(table[i, j]), : len(run)] = run
-    return cache, table
+    return cache
+
+
+def some() -> list[Problem]:
+    return [make_qkv(1, a, b, 2, 1, 16, seed=i) for i, (a, b) in enumerate(LENGTHS)]
 
 
 @pytest.mark.parametrize(("page", "forced"), [(0, "inside"), (1, "inside"), (16, "inside"), (16, "extra")])
 def test_a_packed_batch_gives_what_each_sequence_gives(page, forced):
     config = replace(SMALL, forced=forced)
-    single, q, k, v, ragged = packed()
-    table = None
-    if page:
-        k, table = paged(k, ragged, page)
-        v, _ = paged(v, ragged, page)
-    prompts = tuple(b for _, b in LENGTHS)
-    indices, counts = select(q, k, v, config, 0.25, prompts, ragged=ragged, page_table=table)
-    out, lse = attend(q, k, v, indices, counts, 16, 0.25, ragged=ragged, page_table=table)
-    for i, (low, high) in enumerate(pairwise(ragged.cu_q.tolist())):
+    single = some()
+    q, k, v, batch = packed(single, page)
+    indices, counts = select(q, k, v, config, batch=batch)
+    out, lse = attend(q, k, v, indices, counts, 16, batch=batch)
+    for i, (low, high) in enumerate(pairwise(batch.q_starts)):
         if low == high:
             assert not counts[i].any()
             continue
@@ -317,29 +327,26 @@ def test_a_packed_batch_gives_what_each_sequence_gives(page, forced):
             count = int(alone.counts[0, h, row])
             assert torch.equal(indices[i, h, row, :count], alone.indices[0, h, row, :count])
             assert (indices[i, h, row, count:] == -1).all()
-        expected, expected_lse = REFERENCE.attend(*single[i], alone, 0.25)
+        expected, expected_lse = exact(*single[i], alone)
         torch.testing.assert_close(out[low:high], expected[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(lse[:, low:high], expected_lse[0], atol=1e-5, rtol=1e-5)
 
 
 def test_pages_and_neighbours_change_no_bit():
-    single, q, k, v, ragged = packed()
-    prompts = tuple(b + 40 for _, b in LENGTHS)  # chunks: more of every prompt is still to come
+    single = some()
 
-    def run(k, v, ragged, prompts, q=q, table=None):
-        indices, counts = select(q, k, v, SMALL, 0.25, prompts, implicit=True, ragged=ragged, page_table=table)
-        return attend(q, k, v, indices, counts, 16, 0.25, ragged=ragged, page_table=table)
+    def run(problems: list[Problem], page: int = 0) -> tuple[Tensor, Tensor]:
+        q, k, v, batch = packed(problems, page, still_to_come=40)  # chunks: more of every prompt is still to come
+        indices, counts = select(q, k, v, SMALL, batch=batch, implicit=True)
+        return attend(q, k, v, indices, counts, 16, batch=batch)
 
-    out, lse = run(k, v, ragged, prompts)
+    out, lse = run(single)
     for page in (1, 16, 64):
-        (cache_k, table), (cache_v, _) = paged(k, ragged, page), paged(v, ragged, page)
-        assert all(map(torch.equal, run(cache_k, cache_v, ragged, prompts, table=table), (out, lse)))
-    for i, (low, high) in enumerate(pairwise(ragged.cu_q.tolist())):
+        assert all(map(torch.equal, run(single, page), (out, lse)))
+    starts = [0, *accumulate(a for a, _ in LENGTHS)]
+    for i, (low, high) in enumerate(pairwise(starts)):
         if low < high:
-            alone_q, alone_k, alone_v = (x[0] for x in single[i])
-            own = (torch.tensor([0, len(x)], dtype=torch.int32) for x in (alone_q, alone_k))
-            alone = run(alone_k, alone_v, Ragged(*own, *LENGTHS[i]), prompts[i : i + 1], q=alone_q)
-            assert all(map(torch.equal, alone, (out[low:high], lse[:, low:high])))
+            assert all(map(torch.equal, run(single[i : i + 1]), (out[low:high], lse[:, low:high])))
 
 
 def test_unselected_blocks_are_not_read():
@@ -359,6 +366,6 @@ def test_a_malformed_selection_reads_nothing_outside():
     q, k, v = make_qkv(1, 64, 64, 1, 1, 16)
     selection = random_selection(1, 1, 64, 64, 16)
     wild = torch.full_like(selection.indices, 1 << 20)
-    out, _ = attend(q, k, v, wild, selection.counts, 16, 0.25)
+    out, _ = attend(q, k, v, wild, selection.counts, 16)
     assert out.isfinite().all()
-    attend(q, k, v, -wild, torch.full_like(selection.counts, 1 << 20), 16, 0.25)
+    attend(q, k, v, -wild, torch.full_like(selection.counts, 1 << 20), 16)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stem_attention import StemConfig
-from stem_attention.backends.ragged import Ragged
-from stem_attention.backends.triton import attention, choose, masses, routes, select
-from stem_attention.backends.triton.launch import Launch, launch_for, mass_launch_for, score_launch_for
+from stem_attention import Mass, Policy, Stem
+from stem_attention.backends.triton import TritonBackend, attention, mass, stem
+from stem_attention.backends.triton.launch import Launch
+from stem_attention.backends.triton.layout import Layout
+from stem_attention.backends.triton.program import Launches
+from stem_attention.call import Call, PackedBatch
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -61,43 +62,37 @@ class Compiled:
     assembly: str
 
 
-class _Recorder:
-    """Stands where a kernel is launched."""
+class Recorder(Launches):
+    """Stands where kernels are started."""
 
-    def __init__(self, kernel: Any, launches: list[Recorded]) -> None:
-        self.kernel, self.launches = kernel, launches
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: list[Recorded] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self._record
-
-    def _record(self, *args: Any, **named: Any) -> None:
+    def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
         options = {name: named.pop(name) for name in _OPTIONS if name in named}
-        arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | named
-        self.launches.append(Recorded(self.kernel, {name: arguments[name] for name in self.kernel.arg_names}, options))
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | named
+        self.recorded.append(Recorded(kernel, {name: arguments[name] for name in kernel.arg_names}, options))
 
 
 def record_selection(
-    target: str, *, config: StemConfig | None = None, length: int = 131071, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
+    target: str, *, policy: Policy | None = None, length: int = 131071, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
     ragged: bool = False, page: int = 0, implicit: bool = True,
 ) -> dict[str, Recorded]:  # fmt: skip
     """Launches of a selection on a card, the last of each kernel by its name."""
-    launches: list[Recorded] = []
+    launches = Recorder()
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
-        for module, name in (
-            (routes, "pool_keys"), (routes, "pool_queries"), (routes, "score_kernel"), (choose, "choose_kernel"),
-            (masses, "pool_key_means"), (masses, "pool_query_means"), (masses, "keep_kernel"),
-        ):  # fmt: skip
-            patch.setattr(module, name, _Recorder(getattr(module, name), launches))
-        patch.setattr(routes, "score_launch", lambda _: score_launch_for(target))
-        patch.setattr(masses, "mass_launch", lambda _: mass_launch_for(target))
+        patch.setattr(stem, "architecture", lambda _: target)
+        patch.setattr(mass, "architecture", lambda _: target)
         patch.setattr(torch.version, "hip", None if target.startswith("sm") else "7.0")
-        for table in ("_budget_table", "_prompt_table"):
-            patch.setattr(select, table, lambda *_: torch.empty((1, 9), dtype=torch.int32, device="cuda"))
-        patch.setattr(masses, "_head_shares", lambda *_: torch.empty((1, 8), dtype=torch.float32, device="cuda"))
-        q, k, borders, table = _inputs(length, dim, dtype, "cuda", ragged, page)
-        chosen = StemConfig() if config is None else config
-        select.select(q, k, k, chosen, 0.1, (length,), implicit=implicit, ragged=borders, page_table=table)
-    return {launch.kernel.fn.__name__: launch for launch in launches}
+        patch.setattr(stem, "_budget_table", lambda *_: torch.empty((1, 9), dtype=torch.int32, device="cuda"))
+        patch.setattr(mass, "to_device", lambda *_: torch.empty(1, dtype=torch.int32, device="cuda"))
+        patch.setattr(mass, "_head_shares", lambda *_: torch.empty((1, 8), dtype=torch.float32, device="cuda"))
+        call = _call(Mass() if policy is None else policy, length, dim, dtype, "cuda", ragged, page)
+        selector = TritonBackend().selector(call.policy)
+        assert selector is not None
+        selector(call, Layout.of(call, call.policy.block_size, launches), 0, implicit, launches)
+    return {launch.kernel.fn.__name__: launch for launch in launches.recorded}
 
 
 def record_attention(
@@ -106,40 +101,33 @@ def record_attention(
 ) -> Recorded:  # fmt: skip
     """The launch of attention on a card, with the choice that the library makes for it unless another is given."""
 
-    def choose(_: torch.device, *asked: Any) -> Launch:
-        return launch_for(target, *asked) if launch is None else launch
-
-    launches: list[Recorded] = []
+    launches = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "attention_kernel", _Recorder(attention.attention_kernel, launches))
-        patch.setattr(attention, "attention_launch", choose)
-        patch.setattr(attention, "has_tma", lambda _: target.startswith("sm") and int(target[2:]) >= 90)
-        q, k, borders, table = _inputs(300, dim, dtype, "cpu", ragged, page)
-        rows = -(-300 // block_size)
-        indices = torch.zeros((1, q.shape[-2], rows, 3), dtype=torch.int32)
-        attention.attend(
-            q, k, k, indices, indices[..., 0].contiguous(), block_size, 0.1, return_lse=lse, heavy=2, ragged=borders,
-            page_table=table,
-        )  # fmt: skip
-    return launches[0]
+        patch.setattr(attention, "architecture", lambda _: target)
+        if launch is not None:
+            patch.setattr(attention, "attention_launch", lambda *_, **__: launch)
+        call = replace(_call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, page), return_lse=lse)
+        indices = torch.zeros((1, 8, -(-300 // block_size), 3), dtype=torch.int32)
+        counts = indices[..., 0].contiguous()
+        attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, 2, launches)
+    return launches.recorded[0]
 
 
-def _inputs(
-    length: int, dim: int, dtype: torch.dtype, device: str, ragged: bool, page: int
-) -> tuple[Tensor, Tensor, Ragged | None, Tensor | None]:
-    """Queries and keys of 8 and 2 heads; borders and page table where asked for. A fake tensor cannot be indexed."""
+def _call(policy: Policy, length: int, dim: int, dtype: torch.dtype, device: str, ragged: bool, page: int) -> Call:
+    """A call of 8 query and 2 key/value heads, packed or paged where asked for."""
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind, device=device)
 
     if not ragged and not page:
-        return empty(1, length, 8, dim), empty(1, length, 2, dim), None, None
+        k = empty(1, length, 2, dim)
+        return Call(empty(1, length, 8, dim), k, k, policy, 0.1, length)
+    pages = length // page + 1 if page else 0
+    table = empty(1, pages, kind=torch.int32) if page else None
     borders = empty(2, kind=torch.int32)
-    packing = Ragged(borders, borders, length, length)
-    if not page:
-        return empty(length, 8, dim), empty(length, 2, dim), packing, None
-    pages = length // page + 1
-    return empty(length, 8, dim), empty(pages, page, 2, dim), packing, empty(1, pages, kind=torch.int32)
+    batch = PackedBatch((0, length), (0, length), (length,), borders, borders, table)
+    k = empty(pages, page, 2, dim) if page else empty(length, 2, dim)
+    return Call(empty(length, 8, dim), k, k, policy, 0.1, batch=batch)
 
 
 def _type(value: Any) -> str:

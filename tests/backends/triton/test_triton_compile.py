@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stem_attention import StemConfig
-from stem_attention.backends.triton.launch import launch_for
+from stem_attention import Mass, Stem
+from stem_attention.backends.triton.launch import attention_launch
 
 from .offline import SHARED_LIMIT, TARGETS, Compiled, Recorded, compile_for, record_attention, record_selection
 
@@ -41,7 +41,7 @@ def fits(target: str, launch: Recorded) -> Compiled:
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention(target, dim, block_size):
     compiled = fits(target, record_attention(target, dim=dim, block_size=block_size))
-    tma = launch_for(target, dim, block_size).tma
+    tma = attention_launch(target, dim, block_size).tma
     assert ("cp.async.bulk.tensor" in compiled.assembly) == tma
     matrix_unit = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "sm120": "mma.sync"}
     assert matrix_unit.get(target, "v_mfma_f32") in compiled.assembly
@@ -65,9 +65,9 @@ def test_attention_in_packed_batches_and_caches(target, variant):
     fits(target, record_attention(target, **VARIANTS[variant]))
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if launch_for(name, 128, 128).tma])
+@pytest.mark.parametrize("target", [name for name in TARGETS if attention_launch(name, 128, 128).tma])
 def test_attention_through_pointers_where_strides_forbid_descriptors(target):
-    choice = replace(launch_for(target, 128, 128), tma=False)
+    choice = replace(attention_launch(target, 128, 128), tma=False)
     compiled = compile_for(target, record_attention(target, launch=choice))
     assert "cp.async.bulk.tensor" not in compiled.assembly
     assert compiled.shared <= SHARED_LIMIT[target]
@@ -77,9 +77,9 @@ SELECTIONS = {
     "default": {},
     "short": {"length": 4000, "implicit": False},
     "million": {"length": 1 << 20},
-    "million-block-64": {"length": 1 << 20, "config": StemConfig(block_size=64)},
-    "angelslim": {"config": StemConfig.paper(stride=8, forced="extra"), "dtype": FP16, "length": 20001},
-    "block-64-dim-80": {"config": StemConfig(block_size=64), "dim": 80},
+    "million-block-64": {"length": 1 << 20, "policy": Stem(block_size=64)},
+    "angelslim": {"policy": Stem.paper(stride=8, forced="extra"), "dtype": FP16, "length": 20001},
+    "block-64-dim-80": {"policy": Stem(block_size=64), "dim": 80},
     "dim-256": {"dim": 256, "length": 9999},
     "ragged": {"ragged": True, "length": 9999},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
@@ -90,33 +90,33 @@ SELECTIONS = {
 @pytest.mark.parametrize("inputs", SELECTIONS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection(target, inputs):
-    launches = record_selection(target, **SELECTIONS[inputs])
+    launches = record_selection(target, **{"policy": Stem(), **SELECTIONS[inputs]})
     assert set(launches) == {"pool_keys", "pool_queries", "score_kernel", "choose_kernel"}
     for launch in launches.values():
         fits(target, launch)
 
 
-FACTORS = StemConfig.mass(head_factors=[[0.5, 1, 2, 4, 0.25, 1, 3, 8]])
+FACTORS = Mass(head_factors=[[0.5, 1, 2, 4, 0.25, 1, 3, 8]])
 MASSES = {
     "default": {},
     "short": {"length": 4000, "implicit": False},
     "million": {"length": 1 << 20},
-    "block-128-pools-of-8": {"config": StemConfig.mass(block_size=128, query_pool=8, key_pool=8), "dtype": FP16},
-    "pools-of-a-block-dim-80": {"config": StemConfig.mass(query_pool=64, key_pool=64), "dim": 80},
+    "block-128-pools-of-8": {"policy": Mass(block_size=128, query_pool=8, key_pool=8), "dtype": FP16},
+    "pools-of-a-block-dim-80": {"policy": Mass(query_pool=64, key_pool=64), "dim": 80},
     "dim-256": {"dim": 256, "length": 9999},
-    "means-alone": {"config": StemConfig.mass(spread=0.0)},
+    "means-alone": {"policy": Mass(spread=0.0)},
     "ragged-dim-64": {"ragged": True, "length": 9999, "dim": 64},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
-    "factors": {"config": FACTORS},
-    "factors-page-16-dim-256": {"config": FACTORS, "page": 16, "dim": 256},
+    "factors": {"policy": FACTORS},
+    "factors-page-16-dim-256": {"policy": FACTORS, "page": 16, "dim": 256},
 }
 
 
 @pytest.mark.parametrize("inputs", MASSES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection_by_mass(target, inputs):
-    launches = record_selection(target, **{"config": StemConfig.mass(), **MASSES[inputs]})
+    launches = record_selection(target, **{"policy": Mass(), **MASSES[inputs]})
     assert set(launches) == {"pool_key_means", "pool_query_means", "keep_kernel"}
     assert (launches["keep_kernel"].arguments["head_shares"] is not None) == ("factors" in inputs)
     for launch in launches.values():
@@ -125,4 +125,4 @@ def test_selection_by_mass(target, inputs):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_norms_of_the_z_score(target):
-    fits(target, record_selection(target)["pool_keys"].changed(NORMS=8))
+    fits(target, record_selection(target, policy=Stem())["pool_keys"].changed(NORMS=8))

@@ -8,7 +8,7 @@ import torch
 
 from stem_attention.backends import Request
 from stem_attention.backends.triton import BLOCK_SIZES, HEAD_DIMS, TritonBackend
-from stem_attention.backends.triton.launch import architecture, has_tma, launch_for, score_launch_for
+from stem_attention.backends.triton.launch import architecture, attention_launch, has_tma, tile_launch
 
 TABLE = json.loads(files("stem_attention.backends.triton").joinpath("launch.json").read_text())["attention"]
 CARDS = [*TABLE, "sm86", "sm89", "sm103", "sm121", "sm200", "gfx90a", "gfx1100", "unknown"]
@@ -19,7 +19,7 @@ CARDS = [*TABLE, "sm86", "sm89", "sm103", "sm121", "sm200", "gfx90a", "gfx1100",
 @pytest.mark.parametrize("card", CARDS)
 def test_every_card_has_a_choice_for_whatever_the_backend_supports(card, block_size, descriptors):
     for dim in HEAD_DIMS:
-        choice = launch_for(card, dim, block_size, descriptors)
+        choice = attention_launch(card, dim, block_size, descriptors)
         assert block_size % choice.tile == 0
         assert choice.warps in (1, 2, 4, 8, 16)
         assert choice.stages >= 1
@@ -28,7 +28,7 @@ def test_every_card_has_a_choice_for_whatever_the_backend_supports(card, block_s
 def test_a_measured_card_gets_its_own_choice():
     for card, entries in TABLE.items():
         for entry in entries:
-            choice = launch_for(card, entry["max_head_dim"], entry["block_size"], entry["tma"])
+            choice = attention_launch(card, entry["max_head_dim"], entry["block_size"], entry["tma"])
             assert (choice.tile, choice.warps, choice.stages, choice.tma) == tuple(
                 entry[name] for name in ("tile", "warps", "stages", "tma")
             )
@@ -39,29 +39,31 @@ def test_a_newer_card_gets_the_newest_choice_that_is_not_newer_than_it():
     for number in (80, 86, 89, 90, 100, 103, 120, 121, 999):
         older = [n for n in measured if n <= number]
         nearest = f"sm{older[-1]}" if older else "default"
-        assert launch_for(f"sm{number}", 128, 128) == launch_for(nearest, 128, 128)
+        assert attention_launch(f"sm{number}", 128, 128) == attention_launch(nearest, 128, 128)
 
 
 @pytest.mark.parametrize("card", ["sm80", "sm89", "gfx942", "gfx1100", "unknown"])
 def test_cards_without_a_copy_engine_are_not_told_to_use_it(card):
-    assert not any(launch_for(card, dim, size).tma for dim in HEAD_DIMS for size in BLOCK_SIZES)
+    assert not any(attention_launch(card, dim, size).tma for dim in HEAD_DIMS for size in BLOCK_SIZES)
 
 
 def test_the_cpu_is_no_card():
     assert architecture(torch.device("cpu")) == "cpu"
-    assert not has_tma(torch.device("cpu"))
+    assert not has_tma("cpu")
 
 
 def test_the_backend_says_that_it_needs_a_gpu():
-    assert "needs a GPU" in TritonBackend().supports(Request(torch.device("cpu"), torch.bfloat16, 128, 128))
+    assert "needs a GPU" in TritonBackend().why_not(Request(torch.device("cpu"), torch.bfloat16, 128, 128))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_backend_says_that_torch_sees_none():
-    assert "sees no GPU" in TritonBackend().supports(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
+    assert "sees no GPU" in TritonBackend().why_not(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
 
 
+@pytest.mark.parametrize("kernel", ["score", "mass"])
 @pytest.mark.parametrize("card", [*CARDS, "cpu"])
-def test_every_card_has_a_choice_for_the_scores(card):
-    choice = score_launch_for(card)
+def test_every_card_has_a_choice_for_selection(card, kernel):
+    choice = tile_launch(kernel, card)
     assert all(n & (n - 1) == 0 for n in (choice.rows, choice.columns, choice.inner, choice.warps))
+    assert (choice.inner > 0) == (kernel == "score")

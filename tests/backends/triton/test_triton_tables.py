@@ -2,9 +2,10 @@
 
 import torch
 
-from stem_attention import StemConfig
-from stem_attention.backends.triton.masses import _head_shares
+from stem_attention import Mass
+from stem_attention.backends.triton.mass import _head_shares
 from stem_attention.backends.triton.tables import device_table, kept_per_stream
+from stem_attention.policies import policy_from_json
 
 CPU = torch.device("cpu")
 
@@ -48,9 +49,9 @@ def test_tables_that_were_long_not_used_are_forgotten():
 
 
 def test_head_shares_are_kept_by_what_they_hold():
-    config = StemConfig.mass(share=3.0, head_factors=[[0.5, 2]])
-    table = _head_shares(CPU, config, 2)
+    policy = Mass(share=3.0, head_factors=[[0.5, 2]])
+    table = _head_shares(CPU, policy, 2)
     assert table.dtype == torch.float32
     assert table.tolist() == [[1.5, 6.0]]
-    assert _head_shares(CPU, StemConfig.from_json(config.to_json()), 2) is table
-    assert _head_shares(CPU, StemConfig.mass(share=3.0, head_factors=[[0.5, 4]]), 2).tolist() == [[1.5, 12.0]]
+    assert _head_shares(CPU, policy_from_json(policy.to_json()), 2) is table
+    assert _head_shares(CPU, Mass(share=3.0, head_factors=[[0.5, 4]]), 2).tolist() == [[1.5, 12.0]]

@@ -64,8 +64,10 @@ def engine() -> Iterator[Engines]:
     def start(model: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
         import vllm
 
+        from stem_attention.integrations.vllm import NAME
+
         if settings is not None:
-            options |= {"attention_backend": "CUSTOM", "additional_config": {"stem_attention": settings}}
+            options |= {"attention_backend": NAME, "additional_config": {"stem_attention": settings}}
         defaults = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 4, "max_num_batched_tokens": 4096}
         quiet = {"enforce_eager": True, "skip_tokenizer_init": True, "disable_log_stats": True}
         started.append(vllm.LLM(str(model), **defaults | quiet | {"enable_prefix_caching": False} | options))
@@ -74,6 +76,17 @@ def engine() -> Iterator[Engines]:
     yield start
     started.clear()
     gc.collect()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every sparse call of the plug-in in this process, one a layer and step."""
+    from stem_attention.integrations.vllm import host
+
+    seen: list[Any] = []
+    run = host.run
+    monkeypatch.setattr(host, "run", lambda call: run(seen.append(call) or call))
+    return seen
 
 
 @pytest.fixture(autouse=True)

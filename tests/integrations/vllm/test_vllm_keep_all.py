@@ -1,4 +1,4 @@
-"""A config that keeps everything gives vLLM's own tokens, however the prompts arrive."""
+"""A policy that keeps everything gives vLLM's own tokens, however the prompts arrive."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from stem_attention.integrations import vllm_host
+from stem_attention.integrations.serving import rows as serving_rows
 from stem_attention.integrations.vllm import counters, reset_counters
+from stem_attention.integrations.vllm import host as vllm_host
 
-KEEP_ALL = {"block_size": 64, "dense_below": 0, "ratio_short": 1.0, "ratio_long": 1.0, "decay": 1.0, "min_query_len": 32}
+KEEP_ALL = {"policy": "stem:block_size=64,ratio_short=1,ratio_long=1,decay=1", "dense_below": 0, "min_query_len": 32}
 LENGTHS = (700, 37, 1001, 300, 129)
 
 Tokens = Callable[..., list[list[int]]]
@@ -88,19 +89,34 @@ def test_a_cached_prefix_is_read_from_the_cache(
     assert counters()["sparse_tokens"] - before >= 2 * 90
 
 
+def test_a_preempted_request_reads_its_answer_again(llama: Path, engine: Any, prompts: Tokens, generate: Tokens) -> None:
+    asked = prompts(700, 600, 500)
+    expected = generate(engine(llama), asked, tokens=200)
+    llm = engine(llama, KEEP_ALL, block_size=128, num_gpu_blocks_override=17, max_model_len=1024)
+    assert generate(llm, asked, tokens=200) == expected
+    assert counters()["sparse_tokens"] > sum(map(len, asked)) + 500, "some prompt was read twice"
+
+
+def test_a_mixture_of_experts(models: Callable[..., Path], engine: Any, prompts: Tokens, generate: Tokens) -> None:
+    model = models("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
+    expected = generate(engine(model), prompts(700, 300))
+    assert generate(engine(model, KEEP_ALL, max_num_batched_tokens=222), prompts(700, 300)) == expected
+    assert counters()["sparse_tokens"] > 900
+
+
 def test_rows_out_of_order_are_gathered(
     llama: Path, expected: Any, engine: Any, prompts: Tokens, generate: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are neighbours nearly always; a rule that leaves every other request to the host scatters them."""
-    judge = vllm_host.Row.dense_reason
+    judge = serving_rows.Row.dense_reason
 
     def scattered(row: Any, *limits: int) -> str | None:
         return "scattered" if row.prompt_len in (700, 1001, 129) else judge(row, *limits)
 
-    monkeypatch.setattr(vllm_host.Row, "dense_reason", scattered)
+    monkeypatch.setattr(serving_rows.Row, "dense_reason", scattered)
     indices: list[type] = []
-    of = vllm_host.SparseRows.of
-    monkeypatch.setattr(vllm_host.SparseRows, "of", lambda *args: indices.append(type((rows := of(*args)).tokens)) or rows)
+    of = serving_rows.SparseRows.of
+    monkeypatch.setattr(serving_rows.SparseRows, "of", lambda *args: indices.append(type((rows := of(*args)).tokens)) or rows)
     llm = engine(llama, KEEP_ALL, max_num_seqs=5)
     assert generate(llm, prompts(*LENGTHS)) == expected
     assert counters()["dense_rows"]["scattered"] >= 3

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +16,14 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from stem_attention import StemConfig, stem_attention
-from stem_attention.integrations.serving_rows import Row, SparseRows
-from stem_attention.integrations.serving_settings import Settings
-from stem_attention.integrations.vllm_flash import StemFlashBackend
-from stem_attention.integrations.vllm_host import Plan
-from stem_attention.integrations.vllm_triton import StemTritonBackend
+from stem_attention import Stem, stem_attention
+from stem_attention.integrations.serving.rows import Row, SparseRows
+from stem_attention.integrations.vllm import plugin
+from stem_attention.integrations.vllm.flash import StemFlashBackend
+from stem_attention.integrations.vllm.host import Plan
+from stem_attention.integrations.vllm.triton import StemTritonBackend
 
 BACKENDS = [StemFlashBackend, StemTritonBackend]
 HEADS, KV_HEADS, DIM, PAGE = 4, 2, 32, 16
@@ -43,7 +47,7 @@ def paged(keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, layout:
 def test_a_chunk_is_read_from_scrambled_pages(backend: Any, layout: str) -> None:
     torch.manual_seed(0)
     q_len, kv_len, prompt_len = 150, 500, 700
-    config = StemConfig(block_size=32, stride=8, dense_below=0, tail_blocks=1)
+    policy = Stem(block_size=32, stride=8, tail_blocks=1)
     query = torch.randn(7 + q_len + 5, HEADS, DIM)  # other rows' tokens before it, padding behind
     keys, values = torch.randn(2, kv_len, KV_HEADS, DIM)
     pages = torch.randperm(64)[:32]
@@ -52,11 +56,12 @@ def test_a_chunk_is_read_from_scrambled_pages(backend: Any, layout: str) -> None
     table = torch.stack([torch.zeros_like(pages), pages]).int()
     with set_current_vllm_config(VllmConfig()):
         impl = backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, None, "auto")
-    impl.settings = Settings(config)
+    impl.policy = policy
     output = torch.zeros_like(query)
     step = SimpleNamespace(stem_plan=Plan(SparseRows.of(rows, [1], table), None))
     impl.forward(None, query, None, None, cache, step, output)
-    expected = stem_attention(query[None, 7 : 7 + q_len], keys[None], values[None], config=config, prompt_len=prompt_len)
+    own = query[None, 7 : 7 + q_len]
+    expected = stem_attention(own, keys[None], values[None], policy=policy, dense_below=0, prompt_len=prompt_len)
     assert torch.equal(output[7 : 7 + q_len], expected[0])
     assert not output[:7].any()
     assert not output[7 + q_len :].any()
@@ -66,8 +71,33 @@ def test_a_chunk_is_read_from_scrambled_pages(backend: Any, layout: str) -> None
 def test_what_vllm_reads_off_the_backend(backend: Any) -> None:
     builder = backend.get_builder_cls()
     support = builder.get_cudagraph_support(VllmConfig(), None)
-    assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert support is AttentionCGSupport.UNIFORM_BATCH
     assert not builder.supports_update_block_table
-    assert backend.get_name() in AttentionBackendEnum.__members__
+    assert backend.get_name() == plugin.NAME
+    assert backend.get_preferred_block_size(16) == 64, "pages that the kernels like, where the user has not chosen"
+    assert backend.get_preferred_block_size(128) == 128
+    assert backend.supports_block_size(16), "and the user may choose others"
     assert not backend.forward_includes_kv_cache_update, "the cache holds the chunk before attention runs"
     assert not backend.is_sparse()
+    assert not backend.supports_device_cpu_query_lens_mismatch()
+
+
+def test_another_plug_in_keeps_its_place_beside_ours() -> None:
+    if plugin.NAME == "CUSTOM":
+        pytest.skip("this vLLM has one place for all plug-ins")
+    register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")
+    try:
+        plugin.register()
+        plugin.register()
+        assert AttentionBackendEnum.CUSTOM.get_path() == "another.plugin.Backend"
+        assert AttentionBackendEnum[plugin.NAME].get_path().endswith(".StemCPUBackend")
+    finally:
+        AttentionBackendEnum.CUSTOM.clear_override()
+
+
+def test_our_name_is_known_to_a_process_that_reads_the_config_before_it_loads_plug_ins() -> None:
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).name)"
+    member = pickle.dumps(plugin.own_backend())
+    run = subprocess.run([sys.executable, "-c", code], input=member, capture_output=True, check=True, timeout=120)
+    assert run.stdout.decode().split()[-1] == plugin.NAME
+    assert copy.deepcopy(plugin.own_backend()) is plugin.own_backend()

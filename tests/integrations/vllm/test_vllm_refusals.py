@@ -12,14 +12,14 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from stem_attention import UnsupportedError
 from stem_attention.integrations import vllm as plugin
-from stem_attention.integrations import vllm_host, vllm_runner
-from stem_attention.integrations.serving_settings import ENVIRONMENT
+from stem_attention.integrations.serving.settings import ENVIRONMENT
+from stem_attention.integrations.vllm import layers
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decay": 2}, "--additional-config stem_attention: decay: expected"),
+        ({"policy": "stem:decay=2"}, "--additional-config stem_attention: decay: expected"),
         ({"backend": "cuda"}, "backend: expected one of auto"),
     ],
     ids=["value", "backend"],
@@ -30,13 +30,13 @@ def test_bad_settings(settings: Any, message: str, llama: Path, engine: Any) -> 
 
 
 def test_a_bad_environment_stops_vllm_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, '{"decay": 2}')
-    with pytest.raises(ValueError, match="^STEM_ATTENTION_CONFIG: decay: expected"):
+    monkeypatch.setenv(ENVIRONMENT, "stem:decay=2")
+    with pytest.raises(ValueError, match="^STEM_ATTENTION_SETTINGS: decay: expected"):
         plugin.register()
 
 
 def test_two_places_that_speak(llama: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, "{}")
+    monkeypatch.setenv(ENVIRONMENT, "paper")
     with pytest.raises(ValueError, match="keep one of the two"):
         engine(llama, {})
 
@@ -56,18 +56,7 @@ def test_a_model_of_sliding_windows_alone(models: Callable[..., Path], engine: A
         engine(models("MistralConfig", sliding_window=128), {})
 
 
-def test_an_unknown_vllm(llama: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    monkeypatch.setattr(vllm_host, "watch_runners", lambda: None)
-
-    announced = GPUModelRunner.initialize_kv_cache
-    monkeypatch.setattr(GPUModelRunner, "initialize_kv_cache", getattr(announced, "__wrapped__", announced))
-    with pytest.raises(UnsupportedError, match=r"does not know this vLLM \(.*\): the model runner did not announce itself"):
+def test_a_vllm_whose_metadata_lacks_what_is_needed(llama: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "fields", lambda cls: [])
+    with pytest.raises(UnsupportedError, match=r"does not know this vLLM \(.*\): its attention metadata has no is_prefilling"):
         engine(llama, {})
-
-
-def test_metadata_without_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_runner, "_metadata_fields", lambda: {"seq_lens"})
-    with pytest.raises(UnsupportedError, match="its attention metadata has no is_prefilling and no seq_lens_cpu_upper_bound"):
-        vllm_runner.watch_runners()

@@ -11,11 +11,9 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from stem_attention.evaluation.embedded import EMBEDDED_INSTALL, embedded_gguf
-from stem_attention.evaluation.models import find_model, load_model
-from stem_attention.evaluation.needle import numbers
-from stem_attention.evaluation.prompts import Prompt, planted_prompt
 from stem_attention.integrations.vllm import counters
+from stem_attention.models.load import EMBEDDED_INSTALL, embedded_gguf, find_model, load_model
+from stem_attention.models.prompts import Prompt, planted_prompt
 
 pytestmark = [
     pytest.mark.model,
@@ -46,16 +44,16 @@ def test_a_needle_is_found_in_a_prompt_read_sparsely_in_chunks(
     smollm2: tuple[Path, Any], needle: Prompt, engine: Any, generate: Tokens
 ) -> None:
     path, tokenizer = smollm2
-    llm = engine(path, {"dense_below": 0}, dtype="bfloat16", max_num_batched_tokens=1000)
+    llm = engine(path, {"policy": "stem", "dense_below": 0}, dtype="bfloat16", max_num_batched_tokens=1000)
     (tokens,) = generate(llm, [list(needle.ids)], tokens=16)
-    assert needle.answers[0] in numbers(tokenizer.decode(tokens)), tokenizer.decode(tokens)
+    assert needle.answers[0] in tokenizer.decode(tokens), tokenizer.decode(tokens)
     count = counters()
     assert count["sparse_rows"] == 3
     assert count["density"] < 0.65
 
 
 def test_keep_all_gives_the_hosts_tokens(smollm2: tuple[Path, Any], needle: Prompt, engine: Any, generate: Tokens) -> None:
-    keep_all = {"dense_below": 0, "ratio_short": 1.0, "ratio_long": 1.0, "decay": 1.0, "min_query_len": 32}
+    keep_all = {"policy": "stem:ratio_short=1,ratio_long=1,decay=1", "dense_below": 0, "min_query_len": 32}
     asked = [list(needle.ids)[-800:], list(needle.ids)[-333:]]
     expected = generate(engine(smollm2[0]), asked)
     assert generate(engine(smollm2[0], keep_all, max_num_batched_tokens=301), asked) == expected

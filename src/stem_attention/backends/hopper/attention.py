@@ -1,8 +1,10 @@
-"""Launch of the Hopper attention kernel."""
+"""Launch of the Hopper attention kernel: its choices of tiles, ring depths and programs per multiprocessor, and its start."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,68 +12,96 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stem_attention.backends.hopper.kernel import attention_kernel
-from stem_attention.backends.hopper.launch import LAUNCHES, Launch, multiprocessors
-from stem_attention.backends.ragged import Ragged, describable, empty_results
+from stem_attention.backends.triton.attention import lse_strides, positive_scale
+from stem_attention.backends.triton.layout import Layout, describable
+from stem_attention.backends.triton.program import Launches
+from stem_attention.backends.triton.tables import kept_per_stream
+from stem_attention.call import Call
 
 _LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
 
 
-def can_copy(q: Tensor, k: Tensor, v: Tensor, *, paged: bool) -> bool:
-    """Whether the copy engine takes these tensors: 16-byte aligned, and pages of whole boxes of 64 keys."""
-    return all(describable(x) for x in (q, k, v)) and (not paged or k.shape[1] % 64 == 0)
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel runs."""
+
+    tile: int  # keys per step: a block, half of one or two of them
+    key_slots: int  # of the ring of keys, of ``tile`` keys each
+    value_slots: int
+    programs: int = 1  # that share a multiprocessor
+    queries_in_registers: bool = False  # moved there from shared memory once per task
+
+    def entry_registers(self, block_size: int) -> int:
+        """Registers of a thread at entry, so that ``programs`` fit."""
+        # A warpgroup for every 64 rows, and one of which a warp copies.
+        return 65536 // (128 * (block_size // 64 + 1) * self.programs) // 8 * 8
+
+
+# By block size and head dimension, measured on an H200.
+LAUNCHES = {
+    (128, 64): Launch(tile=128, key_slots=4, value_slots=4),
+    (128, 128): Launch(tile=128, key_slots=2, value_slots=2),
+    (128, 256): Launch(tile=64, key_slots=2, value_slots=2),
+    (64, 64): Launch(tile=64, key_slots=4, value_slots=4, programs=3, queries_in_registers=True),
+    (64, 128): Launch(tile=128, key_slots=1, value_slots=2, programs=2, queries_in_registers=True),
+    (64, 256): Launch(tile=64, key_slots=3, value_slots=3),
+}
+
+
+def can_copy(call: Call) -> bool:
+    """Tell whether the copy engine takes a call's tensors: 16-byte aligned, and pages of whole boxes of 64 keys."""
+    return all(describable(x) for x in (call.q, call.k, call.v)) and (not call.paged or call.k.shape[1] % 64 == 0)
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_size: int,
-    scale: float,
-    *,
-    return_lse: bool = True,
-    heavy: int = 0,
-    ragged: Ragged | None = None,
-    page_table: Tensor | None = None,
-    launch: Launch | None = None,
+    call: Call, layout: Layout, indices: Tensor, counts: Tensor, block_size: int, heavy: int, launches: Launches
 ) -> tuple[Tensor, Tensor]:
-    """Attention over given blocks, for tensors that :func:`can_copy` accepts.
+    """Compute attention over given blocks, for calls that :func:`can_copy` accepts.
 
-    Arguments and results are those of :func:`stem_attention.backends.triton.attention.attend`; ``launch`` says how to run, the
-    library's choice unless given.
+    Arguments and results are those of :func:`stem_attention.backends.triton.attention.attend`.
     """
-    heads, dim = q.shape[-2:]
-    page = k.shape[1] if page_table is not None else 0
-    choice = LAUNCHES[block_size, dim] if launch is None else launch
-    out, lse, lse_strides = empty_results(q, ragged is not None, return_lse)
-    q4, o4 = (q, out) if ragged is None else (q[None], out[None])
-    k4, v4 = (k, v) if ragged is None or page else (k[None], v[None])
-    batch, _, rows, width = indices.shape
-    if rows == 0 or q.numel() == 0:
+    q, scale = positive_scale(call.q, call.scale)
+    out, lse = call.empty_results()
+    if layout.rows == 0:
         return out, lse
+    q4, o4 = (q[None], out[None]) if layout.packed else (q, out)
+    k4, v4 = (x[None] if x.dim() == 3 else x for x in (call.k, call.v))
+    batch, heads, dim, rows, page = layout.batch, layout.heads, layout.dim, layout.rows, layout.page
+    choice = LAUNCHES[block_size, dim]
     heavy = min(heavy, rows)
     # Heads of a group read the same keys: as many rows of each as run at once.
-    group = heads // k.shape[-2]
     resident = multiprocessors(q.device) * choice.programs
-    band = max(1, min(resident // group, rows - heavy))
+    band = max(1, min(resident // layout.group, rows - heavy))
     tickets = batch * heads * (heavy + -(-(rows - heavy) // band) * band)
     # Boxes of 64 keys fit into every page, and two blocks of 64 lie apart.
     box = choice.tile if page % choice.tile == 0 and choice.tile <= block_size else 64
-    queue = torch.zeros(1, dtype=torch.int32, device=q.device)
+    queue = _queue(q.device)
+    launches.keep(queue)
     columns = dim if box == choice.tile else 64
     options = {} if choice.programs == 1 else {"maxnreg": choice.entry_registers(block_size)}
-    attention_kernel[(min(tickets, resident),)](
+    launches.start(
+        attention_kernel, (min(tickets, resident),),
         _tiles(q4, 64, dim), _tiles(k4, box, columns), _tiles(v4, box, columns), _tiles(o4, 64, dim), out, lse,
-        indices, counts, ragged.cu_q if ragged else None, ragged.cu_k if ragged else None, page_table, queue,
-        *o4.stride()[1:3], *lse_strides, page_table.stride(0) if page_table is not None else 0, k4.shape[0],
-        0 if ragged else q.shape[1], 0 if ragged else k.shape[1], batch, heads, rows, heavy, band, width, tickets,
-        group, scale * math.log2(math.e),
+        indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3], *lse_strides(call, lse),
+        layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band, indices.shape[3],
+        tickets, layout.group, scale * math.log2(math.e),
         WGS=block_size // 64, BN=choice.tile, D=dim, KS=choice.key_slots, VS=choice.value_slots, PAGE=page,
-        RAGGED=ragged is not None, LSE=return_lse, BOX=box, QREG=choice.queries_in_registers,
+        RAGGED=layout.packed, LSE=call.return_lse, BOX=box, QREG=choice.queries_in_registers,
         num_warps=4, **options,
     )  # fmt: skip
     return out, lse
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU. Meta tensors are launched nowhere: any number will do."""
+    return 1 if device.type == "meta" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@kept_per_stream
+def _queue(device: torch.device) -> Tensor:
+    """int32 ``(1,)``: 0 when a kernel begins, and again when it has ended."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -3,11 +3,7 @@
 Tile: a query block of 128 (two warpgroups) or 64 (one) against ``BN`` keys, of one block or two. Pipeline: the producer
 fetches queries once per task and keys and values into rings of ``KS`` and ``VS`` slots by the copy engine; consumers issue the
 scores of a tile together with the weighted values of the tile before, and their softmax runs beside the latter. Two warpgroups
-take turns in issuing. Persistent programs take tasks from a queue, long rows first.
-
-One H200, bf16, heads 32/8/128: 659, 682 and 643 TFLOP/s of kept work at 16K, 32K and 128K with blocks of 128 (densities 0.30,
-0.20, 0.16), 596, 604 and 565 with blocks of 64; cuDNN's dense attention reached 658, 679 and 561 in the same run.
-docs/kernels.md has the rest.
+take turns in issuing. Persistent programs take tasks from a queue, long rows first. docs/kernels.md has the speeds.
 """
 
 from __future__ import annotations

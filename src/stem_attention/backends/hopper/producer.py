@@ -90,7 +90,10 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
             if KEYS_AHEAD:
                 _copy_rows(v_tiles, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len, pages,
                            VS, B, BN, D, PAGE, RAGGED, BOX)  # fmt: skip
-        ticket = gl.atomic_add(queue, 1) + gl.num_programs(0)
+        taken = gl.atomic_add(queue, 1)
+        if taken == tickets - 1:  # as many are taken as there are: nobody asks again, and the next launch finds a new queue
+            gl.store(queue, 0)
+        ticket = taken + gl.num_programs(0)
         slot = served % 2
         mbarrier.wait(ticket_bars.index(2 + slot), ((served // 2) & 1) ^ 1)
         ticket_s.index(slot).store(gl.full([1], ticket, gl.int32, ticket_layout))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from stem_attention.backends.base import Backend, Request
 from stem_attention.backends.reference.attention import attend
 from stem_attention.backends.reference.mass import select_by_mass
-from stem_attention.backends.reference.select import select
-from stem_attention.config import StemConfig
+from stem_attention.backends.reference.select import select_by_score
+from stem_attention.call import Call
+from stem_attention.policies.base import Policy
+from stem_attention.policies.mass import Mass
+from stem_attention.policies.stem import Stem
 from stem_attention.selection import BlockSelection
 
 
@@ -17,19 +22,26 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
-    def supports(self, request: Request) -> str | None:
+    def why_not(self, request: Request) -> str | None:
         """It runs everything that torch runs."""
         return None
 
-    def select(self, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, scale: float, prompt_len: int) -> BlockSelection:
-        """Choose blocks by scoring every antidiagonal of every block pair, or by estimating every pool's attention."""
-        if config.keep == "mass":
-            return select_by_mass(q, k, config, scale, prompt_len)
-        return select(q, k, v, config, scale, prompt_len)
+    def chooser(self, policy: Policy) -> Callable[..., object]:
+        """Name the twins written as their pages say."""
+        twins: dict[type[Policy], Callable[..., object]] = {Mass: select_by_mass, Stem: select_by_score}
+        return twins.get(type(policy)) or super().chooser(policy)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Masked softmax, one query block at a time."""
-        out, lse = attend(q, k, v, selection, scale)
-        return out, lse if return_lse else lse.new_empty(0)
+    def select(self, call: Call) -> BlockSelection:
+        """Score every antidiagonal of every block pair, or estimate every pool's attention; other policies as they are."""
+        policy = call.policy
+        # A subclass may choose as it likes: it is asked itself.
+        if type(policy) is Mass:
+            return select_by_mass(call.q, call.k, policy, call.scale, call.prompt_len)
+        if type(policy) is Stem:
+            return select_by_score(call.q, call.k, call.v, policy, call.scale, call.prompt_len)
+        return policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len)
+
+    def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
+        """Take a masked softmax, one query block at a time."""
+        out, lse = attend(call.q, call.k, call.v, selection, call.scale)
+        return out, lse if call.return_lse else lse.new_empty(0)

@@ -1,4 +1,4 @@
-"""``keep="mass"``, as written in docs/mass.md and independent of the fast path: one pool, one row, one head at a time."""
+"""Keep by mass, as written in docs/mass.md and independent of the fast path: one pool, one row, one head at a time."""
 
 from __future__ import annotations
 
@@ -7,68 +7,63 @@ import math
 import torch
 from torch import Tensor
 
-from stem_attention.config import StemConfig
+from stem_attention.policies.mass import Mass
 from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 
-def select_by_mass(q: Tensor, k: Tensor, config: StemConfig, scale: float, prompt_len: int) -> BlockSelection:
+def select_by_mass(q: Tensor, k: Tensor, policy: Mass, scale: float, prompt_len: int) -> BlockSelection:
     """Choose blocks row by row. fp64 inputs are estimated in fp64, all others in fp32."""
     batch, q_len, q_heads, _ = q.shape
-    kv_len, group, size = k.shape[1], q.shape[2] // k.shape[2], config.block_size
+    kv_len, group, size = k.shape[1], q.shape[2] // k.shape[2], policy.block_size
     rows = range((kv_len - q_len) // size, math.ceil(kv_len / size)) if q_len else range(0)
     lists = [
-        [[keep_row(q[b, :, h], k[b, :, h // group], h, row, config, scale, prompt_len) for row in rows] for h in range(q_heads)]
+        [[keep_row(q[b, :, h], k[b, :, h // group], h, row, policy, scale, prompt_len) for row in rows] for h in range(q_heads)]
         for b in range(batch)
     ]
     return BlockSelection.from_lists(lists, block_size=size, q_len=q_len, kv_len=kv_len, device=q.device)
 
 
-def keep_row(q: Tensor, k: Tensor, head: int, row: int, config: StemConfig, scale: float, prompt_len: int) -> list[int]:
-    """The ids that one query block of a head keeps."""
-    num_blocks = math.ceil(prompt_len / config.block_size)
-    if row >= num_blocks - config.tail_blocks:
+def keep_row(q: Tensor, k: Tensor, head: int, row: int, policy: Mass, scale: float, prompt_len: int) -> list[int]:
+    """List the ids that one query block of a head keeps."""
+    num_blocks = math.ceil(prompt_len / policy.block_size)
+    if row >= num_blocks - policy.tail_blocks:
         return list(range(row + 1))
-    forced = [j < config.sink_blocks or j > row - config.local_blocks for j in range(row + 1)]
-    kept = (~(row_masses(q, k, row, config, scale) < config.head_share(head) / num_blocks)).tolist()
+    forced = [j < policy.sink_blocks or j > row - policy.local_blocks for j in range(row + 1)]
+    kept = (~(row_masses(q, k, row, policy, scale) < policy.head_share(head) / num_blocks)).tolist()
     return [j for j in range(row + 1) if forced[j] or kept[j]]
 
 
-def row_masses(q: Tensor, k: Tensor, row: int, config: StemConfig, scale: float) -> Tensor:
-    """What a query block of one head gives to each of its ``row + 1`` key blocks: the most of any pool of its queries.
+def row_masses(q: Tensor, k: Tensor, row: int, policy: Mass, scale: float) -> Tensor:
+    """Estimate what a query block of one head gives to each of its ``row + 1`` key blocks: the most of any pool of its queries.
 
-    Args:
-        q: ``(q_len, dim)``, the last of the positions.
-        k: ``(kv_len, dim)``.
-        row: Absolute query block.
-        config: Pools and block size.
-        scale: Softmax scale.
+    ``q (q_len, dim)`` are the last of the positions of ``k (kv_len, dim)``, and ``row`` counts blocks from position 0.
     """
-    size, start = config.block_size, len(k) - len(q)
+    size, start = policy.block_size, len(k) - len(q)
     keys = k[: (row + 1) * size]
-    pools = [x.to(accumulator_dtype(x)) for x in torch.split(keys, config.key_pool)]
+    pools = [x.to(accumulator_dtype(x)) for x in torch.split(keys, policy.key_pool)]
     means, counts = torch.stack([x.mean(0).to(k.dtype) for x in pools]), [len(x) for x in pools]
     variances = torch.stack([x.var(0, correction=0) for x in pools])
     most = torch.zeros(row + 1, dtype=accumulator_dtype(q), device=q.device)
-    for first in range(row * size, (row + 1) * size, config.query_pool):
-        low, high = max(first, start), min(first + config.query_pool, len(k))
+    for first in range(row * size, (row + 1) * size, policy.query_pool):
+        low, high = max(first, start), min(first + policy.query_pool, len(k))
         if low < high:
             query = q[low - start : high - start].to(most.dtype).mean(0).to(q.dtype)
-            most = torch.maximum(most, estimated_attention(query, means, variances, counts, high - 1, config, scale))
+            most = torch.maximum(most, estimated_attention(query, means, variances, counts, high - 1, policy, scale))
     return most
 
 
 def estimated_attention(
-    query: Tensor, means: Tensor, variances: Tensor, counts: list[int], last: int, config: StemConfig, scale: float
+    query: Tensor, means: Tensor, variances: Tensor, counts: list[int], last: int, policy: Mass, scale: float
 ) -> Tensor:
-    """Share that each key block may have in the attention of a pooled query whose last position is ``last``.
+    """Estimate the share that each key block may have in the attention of a pooled query whose last position is ``last``.
 
     A pool of keys counts as many times as it has keys; pools that begin after ``last`` lie in the query's future. The whole
     is what the means say; a block's part of it is what it would be with scores ``spread`` standard deviations above them.
     """
     dtype = accumulator_dtype(query)
     logits = scale * (means.to(dtype) @ query.to(dtype)) + torch.tensor(counts, dtype=dtype, device=query.device).log()
-    logits[last // config.key_pool + 1 :] = -math.inf
+    logits[last // policy.key_pool + 1 :] = -math.inf
     above = scale * (variances @ query.to(dtype).square()).sqrt()
-    weights = (logits + config.spread * above.abs() - logits.logsumexp(0)).exp()
-    return torch.stack([part.sum() for part in torch.split(weights, config.block_size // config.key_pool)])
+    weights = (logits + policy.spread * above.abs() - logits.logsumexp(0)).exp()
+    return torch.stack([part.sum() for part in torch.split(weights, policy.block_size // policy.key_pool)])

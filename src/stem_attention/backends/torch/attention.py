@@ -1,29 +1,32 @@
-"""Block-sparse attention by gathering: one batched product per query block over just the blocks it keeps.
+"""Block-sparse attention by gathering: a product per query block and head over just the blocks that it keeps.
 
-The query heads of one kv head share a copy of its keys and values, laid out block by block, so that a kept block is one
-contiguous run to gather. Neighbouring heads that keep equally many blocks of a row go through one batched product. Rows in
-which every head keeps everything (the first rows, the dense tail) are left to torch's fused attention.
+Keys and values are laid out block by block, so that a kept block is one contiguous run to gather. On a CPU a few query blocks
+of one kv head's query heads are a unit of work for one thread, and every product inside runs on that thread alone: products
+that share the cores among them wait for the slowest core each time, which on a busy machine costs several times their work.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import chain, groupby
+from itertools import groupby, product
 
 import torch
 from torch import Tensor
 
-from stem_attention.backends.dense import dense_attention
+from stem_attention.backends.torch.workers import run_all
+from stem_attention.blocks import block_count
 from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 # Scores that one product may hold, in elements (16 MiB in fp32); a single head's row may need more.
 _WORKSPACE = 1 << 22
+# Query blocks of a unit. Bits do not depend on it: a row of a head is always a product of its own.
+_ROWS_PER_UNIT = 4
 
 
 class _Scratch:
-    """Buffers that all rows share. A fresh one for every row costs more in page faults than the products themselves."""
+    """Buffers that all rows of a unit share. A fresh one for every row costs more in page faults than the products."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
@@ -40,108 +43,68 @@ class _Scratch:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``, ``lse`` empty unless asked for; fp64 inputs are computed in fp64, all others in fp32."""
-    dtype = accumulator_dtype(q)
-    (batch, q_len, q_heads, _), kv_heads, size = q.shape, k.shape[2], selection.block_size
+    dtype, (batch, q_len, q_heads, _), size, grid = accumulator_dtype(q), q.shape, selection.block_size, selection.grid
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, q_heads, q_len) if return_lse else 0, dtype=torch.float32, device=q.device)
-    together = torch.get_num_threads() if q.device.type == "cpu" else q_heads
+    keys, values = (_blocks(x, size, dtype) for x in (k, v))  # [batch, kv_heads, blocks, block_size, dim]
+    counts, group = selection.counts.tolist(), q_heads // k.shape[2]
     future = torch.ones((size, size), dtype=torch.bool, device=q.device).triu(1)
-    scratch = _Scratch(q.new_empty(0, dtype=dtype))
-    group = q_heads // kv_heads
-    counts = torch.unflatten(selection.counts, 1, (kv_heads, group)).tolist()
-    for b in range(batch):
-        whole = [not return_lse and done for done in _whole_rows(counts[b], selection)]  # fused attention keeps the lse
-        entry = slice(b, b + 1)  # one by one: a row's bits never depend on what else is in the batch
-        _attend_whole(q[entry], k[entry], v[entry], out[entry], selection, whole, scale)
-        left = [row for row, done in enumerate(whole) if not done]
-        if not left:
-            continue
-        for g in range(kv_heads):
-            keys, values = (_blocks(x[b, :, g], size, dtype) for x in (k, v))
-            for row in left:
-                low, high = _positions(selection, row)
-                hidden = future[low % size :][: high - low]
-                low, high = low - selection.kv_len + q_len, high - selection.kv_len + q_len
-                for heads, count in _equal_heads(counts[b][g], row, g * group, size, together):
-                    rows = q[b, low:high, heads].transpose(0, 1).to(dtype) * scale
-                    ids = selection.indices[b, heads, row, :count]
-                    whole_row = count == selection.first_row + row + 1
-                    result, norm = _attend_row(rows, keys, values, ids, whole_row, hidden, scratch, return_lse)
-                    out[b, low:high, heads] = result.transpose(0, 1)
-                    if norm is not None:
-                        lse[b, heads, low:high] = norm
+    together = 1 if q.device.type == "cpu" else group
+
+    def attend_rows(unit: tuple[range, int, int]) -> None:
+        """Fill the rows of the query heads of one kv head."""
+        (rows, b, g), scratch = unit, _Scratch(keys)
+        for row in rows:
+            low, high = grid.row_positions(grid.first_row + row)
+            queries, hidden = slice(low - grid.start, high - grid.start), future[low % size :][: high - low]
+            for heads, count in _equal_heads(counts[b], row, g * group, group, size, together):
+                scaled = q[b, queries, heads].transpose(0, 1).to(dtype) * scale
+                ids, everything = selection.indices[b, heads, row, :count], count == grid.first_row + row + 1
+                result, norm = _attend_row(scaled, keys[b, g], values[b, g], ids, everything, hidden, scratch, return_lse)
+                out[b, queries, heads] = result.transpose(0, 1)
+                if norm is not None:
+                    lse[b, heads, queries] = norm
+
+    runs = [range(first, min(first + _ROWS_PER_UNIT, grid.rows)) for first in range(0, grid.rows, _ROWS_PER_UNIT)]
+    # The last rows have the most to do: they begin first, so that no thread is left with one of them at the end.
+    run_all(attend_rows, list(product(reversed(runs), range(batch), range(k.shape[2]))), q.device)
     return out, lse
 
 
-def _whole_rows(counts: list[list[list[int]]], selection: BlockSelection) -> list[bool]:
-    """Rows in which every head of one batch entry, ``counts[kv_head][head][row]``, keeps every causal block."""
-    heads = list(chain.from_iterable(counts))
-    return [all(head[row] > selection.first_row + row for head in heads) for row in range(selection.rows)]
-
-
-def _attend_whole(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, selection: BlockSelection, whole: list[bool], scale: float
-) -> None:
-    """Fill the rows of ``out`` that keep everything, neighbouring ones together."""
-    dtype = accumulator_dtype(q)
-    start = selection.kv_len - selection.q_len
-    for is_whole, run in groupby(range(selection.rows), key=whole.__getitem__):
-        rows = list(run) if is_whole else []
-        if not rows:
-            continue
-        low, high = _positions(selection, rows[0])[0], _positions(selection, rows[-1])[1]
-        # Queries that do not begin at the first key need a mask, which is to stay small.
-        step = high - low if low == 0 else max(selection.block_size, 2 * _WORKSPACE // high)
-        for first in range(low, high, step):
-            end = min(first + step, high)
-            queries = slice(first - start, end - start)
-            out[:, queries] = dense_attention(q[:, queries].to(dtype), k[:, :end].to(dtype), v[:, :end].to(dtype), scale)
-
-
 def _blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Copy ``(length, dim)`` into whole blocks ``(blocks, size, dim)``; the missing end of the last one is zero."""
-    blocks = torch.empty((-(-x.shape[0] // size), size, x.shape[1]), dtype=dtype, device=x.device)
-    flat = blocks.view(-1, x.shape[1])
-    flat[: x.shape[0]] = x
-    flat[x.shape[0] :] = 0
+    """Copy ``(batch, length, heads, dim)`` into whole blocks ``(batch, heads, blocks, size, dim)``, zeros behind the end."""
+    batch, length, heads, dim = x.shape
+    blocks = torch.empty((batch, heads, block_count(length, size), size, dim), dtype=dtype, device=x.device)
+    flat = blocks.flatten(2, 3)
+    flat[:, :, :length] = x.transpose(1, 2)
+    flat[:, :, length:] = 0
     return blocks
 
 
-def _positions(selection: BlockSelection, row: int) -> tuple[int, int]:
-    """Absolute positions ``[low, high)`` of the queries of a row."""
-    first = (selection.first_row + row) * selection.block_size
-    return max(first, selection.kv_len - selection.q_len), min(first + selection.block_size, selection.kv_len)
+def _equal_heads(
+    counts: list[list[int]], row: int, first: int, group: int, size: int, together: int
+) -> Iterator[tuple[slice, int]]:
+    """Split the ``group`` query heads of one kv head, numbered from ``first``, into runs that keep equally many blocks.
 
-
-def _equal_heads(counts: list[list[int]], row: int, first: int, size: int, together: int) -> Iterator[tuple[slice, int]]:
-    """Split the query heads of one kv head, numbered from ``first``, into runs that keep equally many blocks.
-
-    A run has at most ``together`` heads, one a thread. Scores are written, normalised and read again: then they stay in
-    its cache (one thread, N = 32K, D = 64: 63 GFLOP/s with one head at a time, 49 with four).
+    A run has at most ``together`` heads. Scores are written, normalised and read again: on a CPU those of one head stay in its
+    cache (one thread, N = 32K, D = 64: 63 GFLOP/s with one head at a time, 49 with four).
     """
-    for count, run in groupby(range(len(counts)), key=lambda head: counts[head][row]):
+    for count, run in groupby(range(first, first + group), key=lambda head: counts[head][row]):
         members = list(run)
         end, step = members[-1] + 1, max(1, min(together, _WORKSPACE // (count * size * size)))
         for head in range(members[0], end, step):
-            yield slice(first + head, first + min(head + step, end)), count
+            yield slice(head, min(head + step, end)), count
 
 
 def _attend_row(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    ids: Tensor,
-    whole_row: bool,
-    hidden: Tensor,
-    scratch: _Scratch,
-    return_lse: bool,
+    q: Tensor, keys: Tensor, values: Tensor, ids: Tensor, everything: bool, hidden: Tensor, scratch: _Scratch, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the scaled queries ``(heads, rows, dim)`` of one block over the blocks ``ids (heads, n)``.
 
     ``hidden (rows, size)`` marks the keys of the diagonal block that come after each query.
     """
     (heads, count), (_, size, dim) = ids.shape, keys.shape
-    if whole_row:  # everything is kept: no need to gather
+    if everything:  # no need to gather
         kept_k, kept_v = (x[:count].view(1, count * size, dim).expand(heads, -1, -1) for x in (keys, values))
     else:
         kept_k, kept_v = (

@@ -1,4 +1,4 @@
-"""Launch choices: what was measured to be fastest, as data, with the nearest match for what was not measured."""
+"""Launch choices by architecture: what was measured to be fastest, as data, and the nearest match for what was not."""
 
 from __future__ import annotations
 
@@ -23,34 +23,27 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class ScoreLaunch:
-    """Tile of the score kernel in query blocks and key blocks, its inner step, warps and pipeline stages."""
+class TileLaunch:
+    """Tile of a selection kernel, warps and pipeline stages.
 
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class MassLaunch:
-    """Tile of the mass kernel in query pools and key pools, warps and pipeline stages."""
+    A tile of scores counts query blocks and key blocks, and has an inner step; a tile of masses counts query and key pools.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    inner: int = 0
 
 
 @cache
-def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(files(__package__).joinpath("launch.json").read_text())
+def _table(kernel: str) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(files(__package__).joinpath("launch.json").read_text())[kernel]
     return table
 
 
 def architecture(device: torch.device) -> str:
-    """``"sm90"`` and the like, a ``gfx`` name on AMD, ``"cpu"`` under Triton's interpreter.
+    """Name a device's architecture: ``"sm90"`` and the like, a ``gfx`` name on AMD, ``"cpu"`` under Triton's interpreter.
 
     Meta tensors stand for those of the card that :func:`stem_attention.backends.triton.offline.offline` compiles for.
     """
@@ -67,9 +60,8 @@ def _architecture(device: torch.device) -> str:
     return f"sm{properties.major}{properties.minor}"
 
 
-def has_tma(device: torch.device) -> bool:
-    """Whether the card has the bulk tensor copy engine (Hopper and later)."""
-    name = architecture(device)
+def has_tma(name: str) -> bool:
+    """Tell whether an architecture has the bulk tensor copy engine (Hopper and later)."""
     return name.startswith("sm") and int(name[2:]) >= 90
 
 
@@ -83,13 +75,10 @@ def _nearest(table: dict[str, Any], name: str) -> Any:
 
 
 @cache
-def launch_for(name: str, head_dim: int, block_size: int, descriptors: bool = True) -> Launch:
-    """The attention kernel's choice on the nearest measured architecture, with tensor descriptors or where none will do."""
-    entries = [
-        entry
-        for entry in _nearest(_table()["attention"], name)
-        if block_size % entry["tile"] == 0 and head_dim <= entry["max_head_dim"]
-    ]
+def attention_launch(name: str, head_dim: int, block_size: int, descriptors: bool = True) -> Launch:
+    """Choose for the attention kernel on an architecture, with tensor descriptors or where none will do."""
+    nearest = _nearest(_table("attention"), name)
+    entries = [entry for entry in nearest if block_size % entry["tile"] == 0 and head_dim <= entry["max_head_dim"]]
     exact = [entry for entry in entries if entry["block_size"] == block_size] or entries
     usable = [entry for entry in exact if entry["tma"] == descriptors] or exact
     best = min(usable, key=lambda entry: entry["max_head_dim"])
@@ -97,27 +86,6 @@ def launch_for(name: str, head_dim: int, block_size: int, descriptors: bool = Tr
 
 
 @cache
-def score_launch_for(name: str) -> ScoreLaunch:
-    """The score kernel's choice on the nearest measured architecture."""
-    return ScoreLaunch(**_nearest(_table()["score"], name))
-
-
-def attention_launch(device: torch.device, head_dim: int, block_size: int, descriptors: bool) -> Launch:
-    """Launch choice for a device, head dimension and block size; see :func:`launch_for`."""
-    return launch_for(architecture(device), head_dim, block_size, descriptors)
-
-
-def score_launch(device: torch.device) -> ScoreLaunch:
-    """Launch choice of the score kernel for a device."""
-    return score_launch_for(architecture(device))
-
-
-@cache
-def mass_launch_for(name: str) -> MassLaunch:
-    """The mass kernel's choice on the nearest measured architecture."""
-    return MassLaunch(**_nearest(_table()["mass"], name))
-
-
-def mass_launch(device: torch.device) -> MassLaunch:
-    """Launch choice of the mass kernel for a device."""
-    return mass_launch_for(architecture(device))
+def tile_launch(kernel: str, name: str) -> TileLaunch:
+    """Choose for the ``"score"`` or the ``"mass"`` kernel on an architecture."""
+    return TileLaunch(**_nearest(_table(kernel), name))

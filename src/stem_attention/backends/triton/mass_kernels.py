@@ -141,7 +141,7 @@ def _list_noticed(
     return count + tl.sum(keep, 1)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows", "total_rows", "blocks", "width"])
+@triton.jit(do_not_specialize=["prompts", "q_len", "kv_len", "first_row", "rows", "total_rows", "blocks", "width"])
 def keep_kernel(
     q_means, k_means, k_variances, indices, counts, prompts, cu_q, cu_k, q_len, kv_len, first_row, rows, total_rows, blocks,
     width, share, head_shares, scale, spread, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, G: tl.constexpr,
@@ -150,7 +150,7 @@ def keep_kernel(
 ):  # fmt: skip
     """Write ids and counts of rows ``first_row`` to ``first_row + rows`` (of each sequence's rows).
 
-    ``prompts[z]``: blocks of the whole prompt, 0 for one that keeps everything; ONE_LENGTH: the first stands for all.
+    ``prompts[z]``: blocks of the whole prompt, 0 for one that keeps everything; ONE_LENGTH: the number itself, for all.
     ``head_shares[head]``, unless None, stands for ``share``.
     ``scale`` is the softmax scale times log2(e), ``spread`` its size times the config's; without SPREAD that is 0. IMPLICIT:
     rows known to keep everything get a count and no list, and lists end without padding.
@@ -168,7 +168,7 @@ def keep_kernel(
     row = row0 + tl.arange(0, tile_rows)
     block = block0 + tl.arange(0, tile_rows)
     exists = (row < rows) & (block * B < kv_len) & (q_len > 0)
-    prompt = tl.load(prompts if ONE_LENGTH else prompts + z)
+    prompt = prompts if ONE_LENGTH else tl.load(prompts + z)
     whole = block >= prompt - TAIL
     heads = tl.num_programs(1)
     at = z.to(tl.int64) * heads + head

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes.util import find_library
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,14 +28,7 @@ _ANY_AMOUNT = 1 << 30
 
 @dataclass(frozen=True)
 class Compilation:
-    """One kernel.
-
-    Attributes:
-        kernel: Its name.
-        key: What Triton's cache on disk knows it by.
-        cached: Whether it was there already.
-        seconds: What it took.
-    """
+    """One kernel, by name and by what Triton's cache on disk knows it by; ``cached`` where it was there already."""
 
     kernel: str
     key: str
@@ -43,52 +37,39 @@ class Compilation:
 
 
 def cache_directory() -> str:
-    """Where Triton keeps compiled kernels."""
+    """Return where Triton keeps compiled kernels."""
     return str(knobs.cache.dir)
 
 
-class _Card:
-    """Stands for the driver of a card: says what it is, and starts nothing."""
+def _card(target: GPUTarget) -> SimpleNamespace:
+    """Stand for the driver of a card: say what it is, and start nothing."""
+    device = object()  # Triton keeps kernels in memory by device: a real card never meets these
+    return SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: device,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("meta"),
+        launcher_cls=_launcher,
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": _ANY_AMOUNT},
+            load_binary=lambda *_: (1, 1, 0, 0, _ANY_AMOUNT),  # module, function, registers, spills, threads
+        ),
+    )
 
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-        self.utils = self
 
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> _Card:
-        return self  # Triton keeps kernels in memory by device: a real card never meets these
-
-    def get_current_stream(self, device: _Card) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def get_device_properties(self, device: _Card) -> dict[str, int]:
-        return {"max_shared_mem": _ANY_AMOUNT}
-
-    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
-        return 1, 1, 0, 0, _ANY_AMOUNT  # module, function, registers, spills, threads
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        # The C stub that hands a kernel its arguments is kept in the cache too, but it links to NVIDIA's driver.
-        if knobs.nvidia.libcuda_path or find_library("cuda"):
-            CudaLauncher(source, metadata)
-        return lambda *_: None
+def _launcher(source: Any, metadata: Any) -> Callable[..., None]:
+    # The C stub that hands a kernel its arguments is kept in the cache too, but it links to NVIDIA's driver.
+    if knobs.nvidia.libcuda_path or find_library("cuda"):
+        CudaLauncher(source, metadata)
+    return lambda *_: None
 
 
 @contextmanager
 def offline(architecture: str, on_kernel: Callable[[Compilation], None]) -> Iterator[None]:
-    """Inside, launches on meta tensors compile for a card and start nothing.
+    """Make launches on meta tensors compile for a card, ``"sm90"`` and the like, and start nothing.
 
-    Args:
-        architecture: ``"sm90"`` and the like.
-        on_kernel: Called for every kernel when it is compiled or found in the cache.
-
-    Raises:
-        ValueError: It is no NVIDIA architecture of compute capability 8.0 or later.
+    ``on_kernel`` hears of every kernel when it is compiled or found in the cache. A card that is not of NVIDIA, or of a compute
+    capability below 8.0, is a ValueError.
     """
     number = re.fullmatch(r"sm(\d+)", architecture)
     if number is None or int(number[1]) < 80:
@@ -97,7 +78,7 @@ def offline(architecture: str, on_kernel: Callable[[Compilation], None]) -> Iter
     def listen(*, src: Any, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: Any) -> None:
         on_kernel(Compilation(src.name, metadata["hash"], cache_hit, times.total / 1e6))
 
-    driver.set_active(_Card(GPUTarget("cuda", int(number[1]), 32)))
+    driver.set_active(_card(GPUTarget("cuda", int(number[1]), 32)))
     try:
         with knobs.compilation.scope():
             knobs.compilation.listener = listen

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stem_attention.call import to_device
+
 # Tables by layer of the largest models, and for some lengths beside.
 _KEPT = 256
 
 
 def device_table(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``(rows, longest)``, shorter rows padded with 0."""
+    """Make ``(rows, longest)``, shorter rows padded with 0."""
     longest = max(map(len, rows))
-    padded = [[*row, *[0] * (longest - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return to_device([[*row, *[0] * (longest - len(row))] for row in rows], dtype, device)
 
 
 def kept_per_stream(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -32,10 +33,11 @@ def kept_per_stream(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(make)
     def table(device: torch.device, *args: Any) -> Tensor:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # A captured copy runs at replay: the table belongs to the graph, and nobody else may read it.
+        if device.type != "cuda":
+            return kept(0, device, *args)
+        # A captured copy runs at replay: the table belongs to the graph, and nobody else may read it.
+        if torch.cuda.is_current_stream_capturing():
             return make(device, *args)
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        return kept(stream, device, *args)
+        return kept(torch.cuda.current_stream(device).cuda_stream, device, *args)
 
     return table

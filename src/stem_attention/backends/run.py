@@ -1,0 +1,62 @@
+"""Run a call: on the device of its tensors, in their precision, by the backend that serves it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from stem_attention.backends.base import Backend, Request, check_chosen
+from stem_attention.backends.dense import without_autocast
+from stem_attention.backends.registry import get_backend
+from stem_attention.call import Call
+from stem_attention.selection import BlockSelection
+
+
+def run(call: Call) -> tuple[Tensor, Tensor]:
+    """Select and attend. Hosts call this eagerly; the torch operators end here.
+
+    Returns:
+        ``out`` like ``call.q``, and ``lse``, fp32 ``(batch, q_heads, q_len)`` or packed ``(q_heads, total_q)``, empty unless
+        wanted.
+    """
+    if call.q.numel() == 0:
+        return call.empty_results()
+    with _device_of(call.q), without_autocast(call.q.device):
+        return backend_of(call).runner(call)(call)
+
+
+def select(call: Call) -> BlockSelection:
+    """Choose the blocks of a call that is not packed, whatever its length."""
+    with _device_of(call.q), without_autocast(call.q.device):
+        return check_chosen(call, backend_of(call).select(call))
+
+
+def attend(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
+    """Compute attention over given blocks. Returns as :func:`run`."""
+    if call.q.numel() == 0:
+        return call.empty_results()
+    with _device_of(call.q), without_autocast(call.q.device):
+        return backend_of(call).attend(call, selection)
+
+
+def backend_of(call: Call) -> Backend:
+    """Return the backend that serves a call; UnsupportedError where none can, or the one asked for cannot."""
+    q = call.q
+    return _serving(q.device, q.dtype, q.shape[-1], call.policy.block_size, call.backend)
+
+
+@cache
+def _serving(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int, name: str) -> Backend:
+    return get_backend(Request(device, dtype, head_dim, block_size), name)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of a tensor the current one; costs nothing where it is, as nearly always.
+
+    Kernels start on the current device. They may even reach another one's memory from there, but unordered with its own work.
+    """
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(x.device)

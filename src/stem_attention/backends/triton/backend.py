@@ -1,0 +1,164 @@
+"""The Triton backend: selection on the device, and attention right behind it, without waiting for either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from stem_attention.backends.base import Backend, Request, qualified
+from stem_attention.backends.triton.layout import Layout
+from stem_attention.backends.triton.pieces import pieces
+from stem_attention.backends.triton.program import Launches, Program, form_of
+from stem_attention.call import Call
+from stem_attention.errors import UnsupportedError
+from stem_attention.policies.base import Policy
+from stem_attention.policies.mass import Mass
+from stem_attention.policies.stem import Stem
+from stem_attention.selection import BlockSelection
+
+HEAD_DIMS = range(16, 257, 8)
+BLOCK_SIZES = (64, 128)
+
+_MOST_SEQUENCES = 65535  # of the second and third dimension of a grid
+_MOST_PROGRAMS = 1024
+
+Selector: TypeAlias = Callable[[Call, Layout, int, bool, Launches], tuple[Tensor, Tensor]]
+"""Takes a call, its layout, the prompt length under which sequences keep everything, whether rows that keep everything go
+without a list, and what starts kernels; returns int32 indices ``(batch, q_heads, rows, width)`` and counts."""
+
+AttentionKernel: TypeAlias = Callable[[Call, Layout, Tensor, Tensor, int, int, Launches], tuple[Tensor, Tensor]]
+"""Takes a call, its layout, indices, counts, the block size, the rows at the end that are much longer than the rest, and what
+starts kernels; returns ``(out, lse)``."""
+
+
+class TritonBackend(Backend):
+    """Selection and attention in portable Triton. Triton itself is imported at the first call."""
+
+    name = "triton"
+    # H200: at 8192 tokens the whole call beats cuDNN 1.56x (32/8/128), 1.56x (28/4/128), 1.74x (32/8/64), 1.03x (8/4/256).
+    crossover = 8192
+    head_dims: Collection[int] = HEAD_DIMS
+    head_dims_said = "a multiple of 8 between 16 and 256"
+
+    def __init__(self) -> None:
+        self._programs: dict[tuple[Any, ...], Program] = {}
+
+    def why_not(self, request: Request) -> str | None:
+        """It takes bf16 and fp16, some head dimensions, blocks of 64 and 128, and cards by :meth:`card_obstacle`."""
+        if find_spec("triton") is None:
+            return "triton is not installed: pip install 'stem-attention[gpu]'"
+        if request.device.type != "cuda":
+            return f"it needs a GPU, not {request.device.type}"
+        if not torch.cuda.is_available():
+            return "torch sees no GPU"
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes bfloat16 and float16, not {request.dtype}"
+        if (obstacle := self.card_obstacle(request.device)) is not None:
+            return obstacle
+        if request.head_dim not in self.head_dims:
+            return f"head_dim must be {self.head_dims_said}, not {request.head_dim}"
+        if request.block_size not in BLOCK_SIZES:
+            return f"block_size must be 64 or 128, not {request.block_size}"
+        return None
+
+    def card_obstacle(self, device: torch.device) -> str | None:
+        """Say why a GPU will not do; None when it will: cards since Ampere, or with ROCm."""
+        fits = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        return None if fits else "it needs compute capability 8.0 (Ampere) or newer"
+
+    def kernel(self, call: Call) -> AttentionKernel:
+        """Return what attends: here the portable kernel."""
+        from stem_attention.backends.triton.attention import attend
+
+        return attend
+
+    def selector(self, policy: Policy) -> Selector | None:
+        """Return the fast selection for a policy, or None where its own code selects, a sequence at a time."""
+        if type(policy) is Mass:  # a subclass may choose as it likes
+            from stem_attention.backends.triton.mass import select_by_mass
+
+            return select_by_mass
+        if type(policy) is Stem:
+            from stem_attention.backends.triton.stem import select_by_score
+
+            return select_by_score
+        return None
+
+    def path(self, policy: Policy) -> tuple[str, ...]:
+        """Name the two launches behind :meth:`fused`, and their kernels; see :meth:`Backend.path`."""
+        select = self.selector(policy)
+        attends = f"{type(self).__module__.removesuffix('.backend')}.attention.attend"
+        if select is None:
+            computes = f"{qualified(type(policy).__call__)} and {attends}"
+            return qualified(self.forward), f"{qualified(self.select)} and {qualified(self.attend)}", computes
+        return qualified(self.fused), f"{qualified(select)} and {attends}", "kernels"
+
+    def select(self, call: Call) -> BlockSelection:
+        """Choose blocks on the device."""
+        selector, size, launches = self.selector(call.policy), call.policy.block_size, Launches()
+        if selector is None:
+            return super().select(call)
+        _check_grid(call)
+        indices, counts = selector(call, Layout.of(call, size, launches), 0, False, launches)
+        return BlockSelection(indices, counts, size, call.q.shape[1], call.k.shape[1])
+
+    def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
+        """Run the attention kernel."""
+        _check_grid(call)
+        # Kernels read lists one after the other: those of an expanded or sliced selection do not lie so.
+        indices, counts, size = selection.indices.contiguous(), selection.counts.contiguous(), selection.block_size
+        launches = Launches()
+        return self.kernel(call)(call, Layout.of(call, size, launches), indices, counts, size, 0, launches)
+
+    def runner(self, call: Call) -> Callable[[Call], tuple[Tensor, Tensor]]:
+        """Return :meth:`fused` where kernels select, and the prompt is not too short; else :meth:`forward`."""
+        policy, packed = call.policy, call.batch is not None
+        # The z-score's statistics are taken per sequence: a packed batch runs one at a time.
+        fused = type(policy) is Mass or (type(policy) is Stem and not (packed and policy.magnitude == "zscore"))
+        return self.fused if fused and (packed or not self.runs_dense(call)) else self.forward
+
+    def fused(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Select and attend back to back, a packed batch in one launch of each kernel. Returns as :meth:`forward`."""
+        limit = self.dense_limit(call.dense_below)
+        programs = self._programs if call.batch is None else call.batch.once("programs", dict)
+        # A graph of CUDA would go on reading tables that a program may give away.
+        repeatable = call.q.is_cuda and not torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream().cuda_stream if repeatable else 0
+        form = (id(self), limit, stream, *form_of(call)) if repeatable else ()
+        program = programs.get(form)
+        if program is not None:
+            return program.run(call, stream)
+        _check_grid(call)
+        selector = self.selector(call.policy)
+        assert selector is not None  # or this would not be the runner
+        parts, size, attend = pieces(call), call.policy.block_size, self.kernel(call)
+        whole = call.empty_results() if len(parts) > 1 else None
+        for part, queries in parts:
+            launches = Launches()
+            layout = Layout.of(part, size, launches)
+            # Rows that keep everything never get a list, so that two dense tail rows do not widen all others.
+            indices, counts = selector(part, layout, limit, True, launches)
+            # The tail's rows are the prompt's last: a chunk before the end has none.
+            has_tail = part.batch is not None or part.prompt_len == part.k.shape[1]
+            out, lse = attend(part, layout, indices, counts, size, call.policy.tail_blocks if has_tail else 0, launches)
+            if whole is not None:
+                whole[0][queries] = out
+                if call.return_lse:
+                    whole[1][(slice(None), *queries)] = lse
+        if whole is not None:
+            return whole
+        if repeatable and (program := launches.program(call, out, lse)) is not None:
+            if len(programs) >= _MOST_PROGRAMS:
+                programs.clear()
+            programs[form] = program
+        return out, lse
+
+
+def _check_grid(call: Call) -> None:
+    sequences = call.q.shape[0] if call.batch is None else call.batch.sequences
+    if sequences > _MOST_SEQUENCES:
+        raise UnsupportedError(f"a GPU's grid takes {_MOST_SEQUENCES} sequences, not {sequences}; split the batch")

@@ -1,0 +1,1 @@
+"""Head factors for one model."""

@@ -1,0 +1,1 @@
+"""Shared by the servers: settings, the rows of a step, counters."""

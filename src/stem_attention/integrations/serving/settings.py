@@ -1,0 +1,124 @@
+"""Settings of a server's plug-in: read once, from the environment or from what the server hands on, and checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from stem_attention.api import explain
+from stem_attention.backends import Explanation
+from stem_attention.checks import check_backend
+from stem_attention.errors import UnsupportedError, bad_argument
+from stem_attention.policies import Mass, Policy, policy_from_dict, read_policy
+
+ENVIRONMENT = "STEM_ATTENTION_SETTINGS"
+ADDITIONAL_CONFIG = "stem_attention"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Wishes of the user of a plug-in.
+
+    Attributes:
+        policy: What to keep, for the whole model.
+        dense_below: Prompts of fewer tokens are left to the server; None: as many as the backend needs to gain.
+        dense_layers: First layers of the model that are left to the server.
+        min_query_len: Fewest tokens of a prompt in one step that are worth a sparse call.
+        backend: As in :func:`stem_attention.stem_attention`.
+        source: Where the settings came from, for the log.
+    """
+
+    policy: Policy = field(default_factory=Mass)
+    dense_below: int | None = None
+    dense_layers: int = 0
+    min_query_len: int = 256
+    backend: str = "auto"
+    source: str = "the defaults"
+
+    def __post_init__(self) -> None:
+        for name, least, fix in (
+            ("dense_below", 0, "0 reads every prompt sparsely; leave it out for the measured length"),
+            ("dense_layers", 0, "it counts from the first layer"),
+            ("min_query_len", 2, "1 is a decode step"),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "dense_below":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise bad_argument(name, f"an integer >= {least}", repr(value), fix)
+        check_backend(self.backend)
+
+    def __str__(self) -> str:
+        """Describe them for a log; of ``head_factors``, which are thousands of numbers, say how many there are."""
+        policy = self.policy.to_dict()
+        factors = policy.pop("head_factors", None)
+        count = f" with head_factors of {len(factors)} x {len(factors[0])}" if factors else ""
+        return f"settings from {self.source}: {json.dumps(policy)}{count}"
+
+    def explain(self, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Explanation:
+        """Say which backend serves a model, and from which length on.
+
+        Raises:
+            UnsupportedError: None does; the message gives each one's reason.
+        """
+        asked = {"policy": self.policy, "dense_below": self.dense_below, "backend": self.backend}
+        explanation = explain(device=device, dtype=dtype, head_dim=head_dim, **asked)  # type: ignore[arg-type]
+        if explanation.chosen is None:
+            raise UnsupportedError(f"Stem cannot run this model.\n{explanation}")
+        return explanation
+
+
+def read_settings(additional_config: object = None) -> Settings:
+    """Read the settings of this process.
+
+    They are a JSON object with the fields of :class:`Settings`, ``policy`` being a spec such as ``"mass:share=8"`` or an object
+    such as ``{"policy": "mass", "share": 8}``, or such a spec alone. They stand under ``"stem_attention"`` in
+    ``additional_config`` or in the environment variable ``STEM_ATTENTION_SETTINGS``.
+
+    Args:
+        additional_config: vLLM's ``additional_config``; anything but a mapping says nothing about Stem.
+
+    Raises:
+        ValueError: Both places speak, or the JSON or a field is bad; the message names the place and the field.
+    """
+    given = additional_config.get(ADDITIONAL_CONFIG) if isinstance(additional_config, Mapping) else None
+    text = os.environ.get(ENVIRONMENT, "").strip()
+    if text and given is not None:
+        expected = f"nothing while --additional-config has {ADDITIONAL_CONFIG!r}"
+        raise bad_argument(ENVIRONMENT, expected, text, "keep one of the two")
+    if given is not None:
+        return _settings(f"--additional-config {ADDITIONAL_CONFIG}", given)
+    return _settings(ENVIRONMENT, _parsed(text)) if text else Settings()
+
+
+def _parsed(text: str) -> object:
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise bad_argument(ENVIRONMENT, "a JSON object", f"invalid JSON ({error})", "fix the JSON") from None
+
+
+def _settings(source: str, given: object) -> Settings:
+    if isinstance(given, str):
+        given = {"policy": given}
+    if not isinstance(given, Mapping):
+        raise bad_argument(source, "a JSON object or a policy's spec", repr(given), 'write it as {"policy": "mass:share=8"}')
+    options: dict[str, Any] = dict(given)
+    names = [field.name for field in fields(Settings) if field.name != "source"]
+    unknown = [str(name) for name in options if name not in names]
+    try:
+        if unknown:
+            fix = 'a policy\'s own fields go into it: {"policy": {"policy": "mass", "share": 8}} or {"policy": "mass:share=8"}'
+            raise bad_argument("settings", f"names among {', '.join(names)}", ", ".join(unknown), fix)
+        policy = options.pop("policy", None)
+        chosen = policy_from_dict(policy) if isinstance(policy, Mapping) else read_policy(policy)
+        return Settings(chosen, source=source, **options)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None

@@ -1,0 +1,24 @@
+"""Run models of Hugging Face transformers with Stem. Importing this makes ``attn_implementation="stem"`` known.
+
+Prefill is sparse, also continued and chunked prefill over a cache and left-padded batches, whose rows are computed as if
+they came alone. Everything else goes to the host's own dense attention: decode, short queries and prompts, the first
+``dense_layers``, windows that hide keys, layers without causality, soft caps, sinks, biases, packed sequences, masks with
+holes, dropout, and classes that support eager attention alone.
+
+A graph of ``torch.compile`` cannot read padding: in it a prefill is sparse over a dynamic cache and without an
+``attention_mask``, or under a mask without padding that was built outside. With ``use_cache=False``, where the host looks for
+packed sequences, it is dense.
+"""
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from stem_attention.integrations.transformers.attention import MIN_QUERY_LEN, attention_forward
+from stem_attention.integrations.transformers.mask import stem_mask
+from stem_attention.integrations.transformers.model import NAME, check_model, register, set_policy, watch_loading
+from stem_attention.integrations.transformers.settings import LayerCall, use_policy
+
+__all__ = ["MIN_QUERY_LEN", "LayerCall", "attention_forward", "check_model", "register", "set_policy", "use_policy"]
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, stem_mask)
+watch_loading()

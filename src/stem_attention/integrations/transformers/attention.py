@@ -1,0 +1,132 @@
+"""The attention function of "stem": sparse where a policy can choose, dense as the host would be everywhere else."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stem_attention.api import block_sparse_attention, select_blocks, stem_attention
+from stem_attention.backends import Request, get_backend
+from stem_attention.errors import UnsupportedError
+from stem_attention.integrations.transformers.dense import HostCall, Output, host_attention, needs_eager
+from stem_attention.integrations.transformers.settings import LayerCall, Now, settings_now
+from stem_attention.policies import Policy
+
+MIN_QUERY_LEN = 32
+"""Fewest query tokens of a sparse call: shorter ones, such as the verification of drafted tokens, belong to decoding."""
+
+
+def attention_forward(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Output:
+    """Run one layer. transformers calls this; it names and passes the arguments.
+
+    ``query`` is ``(batch, q_heads, q_len, dim)``, rotated, ``key`` and ``value`` are ``(batch, kv_heads, length, dim)``, the
+    cache included. The mask is :func:`stem_mask`'s or the caller's own in 4D; ``kwargs`` are what else the model passes.
+
+    Returns:
+        ``(batch, q_len, q_heads, dim)``, zero in rows that are padding on the sparse path; and the weights, where the model's
+        eager attention ran, else None.
+
+    Raises:
+        UnsupportedError: A gradient is needed on the sparse path, or the layer needs what neither side offers.
+        Exception: What a policy or the sparse path raises, its message with the layer and the shapes.
+    """
+    call = HostCall(module, query, key, value, attention_mask, kwargs)
+    now = settings_now(getattr(module, "config", None))
+    reason = _obstacle(call, now)
+    if torch.compiler.is_compiling():  # whether the prompt is too short is then for the operator to see
+        return host_attention(call) if reason else (_sparse(call, now, now.dense_below), None)
+    if reason is None:
+        try:
+            limit = now.dense_below
+            if limit is None:
+                limit = get_backend(Request.of(query, now.policy.block_size)).dense_limit(None)
+            if (call.kv_len if now.prompt_len is None else now.prompt_len) >= limit:
+                return _sparse(call, now, limit), None
+        except Exception as error:  # its type stays, so that hosts can catch it
+            shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, {query.dtype}"
+            error.args = (f"{error} [in layer {call.layer}, {type(module).__name__}: {shapes}]",)
+            raise
+        reason = "short prompt"
+    if now.observer is None:
+        return host_attention(call)
+    start = perf_counter()
+    output = host_attention(call)
+    now.observer(LayerCall(call.layer, call.q_len, call.kv_len, False, reason, None, perf_counter() - start))
+    return output
+
+
+def _obstacle(call: HostCall, now: Now) -> str | None:
+    """Say why a call is dense whatever its length, if it is: first what lies in the layer, then what lies in the call."""
+    extra, causal, window = call.extra, call.causal, call.extra.get("sliding_window")
+    if extra.get("indices") is not None or extra.get("block_indices") is not None:
+        raise UnsupportedError(f"{type(call.module).__name__} selects keys itself; load it with another attn_implementation")
+    if window is not None and call.kv_len > window if causal is None else causal.window is not None:
+        return "sliding window"
+    if (reason := needs_eager(call)) is not None:
+        return reason
+    if not call.is_causal and causal is None:
+        return "not causal"
+    if extra.get("position_bias") is not None:
+        return "position bias"
+    if call.value.shape[3] != call.key.shape[3]:
+        return "value dimension differs from key dimension"
+    if call.q_len < MIN_QUERY_LEN:
+        return "decode" if call.q_len == 1 else "short query"
+    if call.kv_len < call.q_len:
+        return "fewer keys than queries"
+    if call.mask is not None and causal is None:
+        return "custom mask"
+    if causal is not None and causal.padding is not None:
+        if torch.compiler.is_compiling():
+            return "padding, which a compiled graph cannot read"
+        if causal.spans is None:
+            return "padding inside the text"
+    if 0 <= call.layer < now.dense_layers:
+        return "dense layer"
+    if extra.get("dropout", 0.0) > 0 and not (torch.is_grad_enabled() and call.query.requires_grad):
+        return "dropout"
+    return None
+
+
+def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:
+    """Run every row of the batch on its own tokens, neighbours with equal padding together."""
+    policy, kv_len = now.policy.for_layer(call.layer), call.kv_len
+    q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    spans = None if call.causal is None or call.causal.padding is None else call.causal.spans
+    if spans is None:
+        return _attend(call, now, policy, (q, k[:, :kv_len], v[:, :kv_len]), now.prompt_len, limit)
+    out, first = torch.zeros_like(q), kv_len - call.q_len
+    for (start, end), group in groupby(range(len(spans)), key=spans.__getitem__):
+        if end <= first:
+            continue
+        members = list(group)
+        rows, keys = slice(members[0], members[-1] + 1), slice(start, end)
+        queries = slice(max(start, first) - first, end - first)
+        # A row whose padding has begun is at its end.
+        prompt_len = None if now.prompt_len is None else (now.prompt_len if end == kv_len else end) - start
+        out[rows, queries] = _attend(call, now, policy, (q[rows, queries], k[rows, keys], v[rows, keys]), prompt_len, limit)
+    return out
+
+
+def _attend(
+    call: HostCall, now: Now, policy: Policy, qkv: tuple[Tensor, Tensor, Tensor], prompt_len: int | None, limit: int | None
+) -> Tensor:
+    """Select and attend, below ``limit`` tokens densely; apart if someone wants to see the selection."""
+    q_len, kv_len, scale = qkv[0].shape[1], qkv[1].shape[1], call.extra.get("scaling")
+    if now.observer is None:
+        return stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len)
+    start, selection, reason = perf_counter(), None, "short prompt"
+    if limit is not None and (kv_len if prompt_len is None else prompt_len) < limit:  # a short row of a padded batch
+        out = stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len)
+    else:
+        selection, reason = select_blocks(*qkv, policy=policy, scale=scale, prompt_len=prompt_len), "prefill"
+        out = block_sparse_attention(*qkv, selection, scale=scale)
+    seconds = perf_counter() - start
+    now.observer(LayerCall(call.layer, q_len, kv_len, selection is not None, reason, selection, seconds))
+    return out

@@ -1,0 +1,64 @@
+"""Serve models in vLLM with Stem.
+
+    pip install 'stem-attention[vllm]'
+    vllm serve MODEL --attention-backend STEM
+
+vLLM finds the plug-in by its entry point. Prompts are read sparsely, straight from the paged cache, also in chunks, behind
+cached prefixes and beside requests that already answer. Everything else goes to vLLM's own attention: answers, short prompts
+and chunks, sliding windows, ALiBi, soft caps, sinks, encoders, cross-attention, quantised caches. docs/vllm.md tells more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from stem_attention.integrations.serving.counters import COUNTERS
+from stem_attention.integrations.serving.settings import read_settings
+
+__all__ = ["NAME", "counters", "register", "reset_counters"]
+
+NAME = "STEM" if hasattr(AttentionBackendEnum, "register") else "CUSTOM"
+"""Value of ``--attention-backend``: a name of our own where vLLM takes one (0.32 does, 0.26 does not)."""
+
+
+def register() -> None:
+    """Make ``--attention-backend STEM`` known; vLLM's entry point, called in each of its processes.
+
+    Raises:
+        ValueError: ``STEM_ATTENTION_SETTINGS`` is bad; the message names the field.
+    """
+    read_settings()
+    path = f"{__package__}.flash.StemFlashBackend" if current_platform.is_cuda() else f"{__package__}.triton.StemTritonBackend"
+    if current_platform.is_cpu():  # this platform looks at nothing but its own backend
+        path = f"{__package__}.cpu.StemCPUBackend"
+        register_backend(AttentionBackendEnum.CPU_ATTN, path)
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, path)
+        # vLLM pickles its config for processes that load plug-ins only after they have read it.
+        AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (own_backend, ())
+    elif NAME == "CUSTOM":
+        register_backend(AttentionBackendEnum.CUSTOM, path)
+
+
+def own_backend() -> Any:
+    """Return the member of vLLM's list of backends that stands for Stem, in any process."""
+    if NAME not in AttentionBackendEnum.__members__:
+        register()
+    return AttentionBackendEnum[NAME]
+
+
+def counters(_worker: object = None) -> dict[str, Any]:
+    """Return what the plug-in has done in this process so far, see :class:`..serving.counters.Counters`.
+
+    Args:
+        _worker: Ignored; ``llm.collective_rpc(counters)`` passes it and asks every worker.
+    """
+    return COUNTERS.to_dict()
+
+
+def reset_counters(_worker: object = None) -> None:
+    """Start counting again. Argument as in :func:`counters`."""
+    COUNTERS.reset()

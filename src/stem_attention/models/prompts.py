@@ -1,0 +1,201 @@
+"""Long prompts with planted facts and a question about them, made from seeded templates.
+
+The wording of facts and questions is that of RULER's needle tasks, which the smallest models still answer.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import cycle
+
+from stem_attention.errors import bad_argument
+from stem_attention.models.load import Tokenizer, reason
+
+_OPENING = "{} hidden in the text below. Read it with care, for I will ask you about the {} afterwards."
+_ONE, _SEVERAL = ("A special magic number is", "number"), ("Some special magic numbers are", "numbers")
+
+# One fact; one fact among competing ones; all values of one name; several facts at once.
+KINDS = ("single", "multikey", "multivalue", "multiquery")
+
+_WORDS = {
+    "who": ("the old ferryman", "Marta", "the younger of the two bakers", "Mr. Ellery", "the schoolmistress",
+        "a tired surveyor", "the harbour master", "Tobias", "the widow from the mill", "our neighbour", "the doctor's nephew",
+        "Ingrid", "the apprentice", "a travelling clockmaker", "the postmistress", "Aunt Rosalind", "the lighthouse keeper",
+        "Jonas", "the head gardener", "a boy with a basket", "the town clerk", "Captain Brandt", "the miller", "Clara"),
+    "did": ("walked slowly", "set out", "hurried", "rode", "wandered", "came back", "was sent", "carried a parcel",
+        "took a lamp", "went alone", "followed the cart tracks", "drove the geese", "strolled", "found the way"),
+    "where": ("to the harbour", "across the wet meadow", "past the chapel", "along the canal", "up the hill road",
+        "into the market", "through the orchard", "over the stone bridge", "down to the boathouse", "as far as the quarry",
+        "round the mill pond", "to the railway halt", "beyond the last houses", "towards the forest"),
+    "when": ("early in the morning", "on the first dry day", "after supper", "before the rain came", "late in the autumn",
+        "when the bells had stopped", "on market day", "in the week of the fair", "towards evening", "at the end of winter",
+        "while the others slept", "long before the harvest", "that same afternoon", "on a windy Tuesday"),
+    "thing": ("a crate of pears", "the broken oar", "two letters", "a bundle of dry reeds", "the brass telescope",
+        "a loaf of rye bread", "the church accounts", "a coil of rope", "the missing ledger", "a jar of honey",
+        "a wooden flute", "the spare lantern", "a sack of barley", "an umbrella", "the blue teapot", "a map of the valley"),
+    "said": ("the winter would be a long one", "nobody had repaired the fence", "the river was higher than last year",
+        "the price of wool had fallen again", "there was nothing to worry about", "the new road would change everything",
+        "the clock in the tower was slow", "the children ought to be at school", "it was better to wait until spring",
+        "the boats had gone out too early", "a good roof mattered more than a fine door", "the wells were running low"),
+    "like": ("quiet and grey", "full of small noises", "colder than anyone had expected", "smelling of tar and apples",
+        "almost empty", "bright with washing", "busy as ever", "covered in a thin mist", "strangely familiar",
+        "warm for the season"),
+    "place": ("The square", "The harbour", "The long room at the inn", "The lane behind the bakery", "The schoolhouse",
+        "The orchard", "The waiting room", "The upper village", "The mill yard", "The shore", "The library",
+        "The old town hall"),
+}  # fmt: skip
+
+_TEMPLATES = (
+    "{when}, {who} {did} {where}.",
+    "{who} {did} {where} with {thing}, and {who2} was not told of it.",
+    "{place} was {like} {when}.",
+    "{who} said that {said}, but {who2} did not agree.",
+    "{when} {thing} was left at the door, and nobody knew whether {who} or {who2} had brought it.",
+    "{who} had always believed that {said}.",
+    "It was {who} who first noticed {thing}, lying where {who2} had dropped it {when}.",
+    "{place} was {like}, and {who} {did} {where} to look for {thing}.",
+    "If {who} was right, {said}; if not, there was still {thing} to be sold.",
+    "{who} asked {who2} about {thing}, and was told only that {said}.",
+    "Years later {who} remembered how {who2} {did} {where} {when}.",
+    "{who} mended {thing} {when}, because {said}.",
+    "Nothing much happened until {who} {did} {where}; then {who2} spoke of {thing} for an hour.",
+    "{place}, {like} though it was, pleased {who} more than {thing} ever had.",
+    "\"Surely {said},\" {who} told {who2}, and put down {thing}.",
+    "{who} and {who2} shared {thing} {when} and talked of the days when {said}.",
+)  # fmt: skip
+
+_COLOURS = ("amber", "scarlet", "silver", "cobalt", "emerald", "ivory", "violet", "copper")
+_THINGS = ("lantern", "compass", "orchard", "harbour", "falcon", "violin", "anchor", "meadow")
+
+
+def haystack_sentences(seed: int | str) -> Iterator[str]:
+    """Make up village prose without end, the same for the same ``seed``; verbatim repeats are rare."""
+    rng = random.Random(seed)
+    while True:
+        words = {slot: rng.choice(choices) for slot, choices in _WORDS.items()}
+        words["who2"] = rng.choice([name for name in _WORDS["who"] if name != words["who"]])
+        sentence = rng.choice(_TEMPLATES).format(**words)
+        start = sentence.index(next(letter for letter in sentence if letter.isalpha()))
+        yield sentence[:start] + sentence[start].upper() + sentence[start + 1 :]
+
+
+def file_sentences(text: str, seed: int | str) -> Iterator[str]:
+    """Read the sentences of a text without end, from one that ``seed`` decides on and again from its start after its end."""
+    sentences = _split(text)
+    if not sentences[0]:
+        raise bad_argument("haystack", "a text with sentences", "an empty one", "name another file")
+    first = random.Random(seed).randrange(len(sentences))
+    yield from cycle([*sentences[first:], *sentences[:first]])
+
+
+@lru_cache(maxsize=1)  # every prompt of a grid is cut from the same text, which may be megabytes
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(re.split(r"(?<=[.!?])\s+", " ".join(text.split())))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it; all but its tokens is empty when there is no planted fact."""
+
+    ids: list[int]  # chat template included
+    answers: tuple[str, ...] = ()  # numbers that a right answer contains
+    answer_prefix: str = ""  # start of the reply, already part of the tokens
+    places: tuple[float, ...] = ()  # where each answer stands: 0 at the start of the text, 1 at its end
+
+    @property
+    def answer(self) -> str | None:
+        return self.answers[0] if self.answers else None
+
+
+def chat_ids(tokenizer: Tokenizer, message: str, answer_prefix: str = "", use_template: bool = True) -> list[int]:
+    """Tokenize one user message in the model's chat format (as it is, if the tokenizer has none), then ``answer_prefix``."""
+    if not use_template or not tokenizer.chat_template:
+        text = f"{message}\n{answer_prefix}" if answer_prefix else message
+        return list(tokenizer(text).input_ids)
+    messages = [{"role": "user", "content": message}]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's author
+        fix = "go without it: --no-chat-template, or use_template=False"
+        raise bad_argument("chat template", "one that takes a user message", f"an error ({reason(error)})", fix) from error
+    return list(tokenizer(f"{rendered}{answer_prefix}", add_special_tokens=False).input_ids)
+
+
+@dataclass(frozen=True)
+class Riddle:
+    """Planted facts, and the question about the first ``asked`` of them."""
+
+    facts: tuple[tuple[str, str, float], ...]  # name, number and place
+    asked: int
+
+    @property
+    def question(self) -> tuple[str, str]:
+        """The question and the start of the reply."""
+        *names, last = dict.fromkeys(name for name, *_ in self.facts[: self.asked])
+        what = f"for {', '.join(names)}{' and ' if names else ''}{last} mentioned in the provided text"
+        if self.asked == 1:
+            return f"What is the special magic number {what}?", f"The special magic number {what} is"
+        return f"What are all the special magic numbers {what}?", f"The special magic numbers {what} are"
+
+
+def make_riddle(kind: str, seed: int | str, depth: float, count: int) -> Riddle:
+    """Draw names, numbers and places of facts: of ``count``, or one for the kind ``"single"``.
+
+    The first asked fact stands at ``depth``; the others follow at equal distances and go on at the start of the text.
+    """
+    if kind not in KINDS:
+        raise bad_argument("kind", f"one of {', '.join(KINDS)}", repr(kind), "pick one of these names")
+    if not 0 <= depth <= 1:
+        raise bad_argument("depth", "a number from 0 to 1", depth, "0 plants the fact at the start, 1 at the end")
+    if not 1 <= count <= len(_COLOURS) * len(_THINGS):
+        raise bad_argument("count", f"1 to {len(_COLOURS) * len(_THINGS)}", count, "plant fewer facts")
+    rng, count = random.Random(seed), 1 if kind == "single" else count
+    names, numbers = list[str](), list[str]()
+    while len(numbers) < count:
+        name, number = f"{rng.choice(_COLOURS)}-{rng.choice(_THINGS)}", str(rng.randrange(1_000_000, 10_000_000))
+        if name not in names and number not in numbers:
+            names.append(names[0] if names and kind == "multivalue" else name)
+            numbers.append(number)
+    places = [depth, *((depth + index / count) % 1 for index in range(1, count))]
+    return Riddle(tuple(zip(names, numbers, places, strict=True)), 1 if kind in ("single", "multikey") else count)
+
+
+def planted_prompt(
+    tokenizer: Tokenizer,
+    tokens: int,
+    *,
+    seed: int | str = 0,  # decides the text, the numbers and what they are called
+    depth: float = 0.5,  # of the (first) asked fact: 0 at the start of the text, 1 at its end
+    kind: str = "single",  # one of KINDS
+    count: int = 1,  # facts in all, for every kind but "single"
+    haystack: str | None = None,  # text whose sentences lie around the facts; None for made-up prose
+    use_template: bool = True,  # that of the tokenizer for chats, if it has one
+) -> Prompt:
+    """Make a prompt of at most ``tokens`` tokens (and close to it) that hides numbers and asks for one or all of them."""
+    riddle = make_riddle(kind, seed, depth, count)
+    opening = _OPENING.format(*(_ONE if len(riddle.facts) == 1 else _SEVERAL))
+    question, prefix = riddle.question
+
+    def build(sentences: list[str]) -> list[int]:
+        planted = list(sentences)
+        for name, number, place in sorted(riddle.facts, key=lambda fact: fact[2], reverse=True):
+            planted.insert(round(place * len(sentences)), f"One of the special magic numbers for {name} is: {number}.")
+        return chat_ids(tokenizer, f"{opening}\n{' '.join(planted)}\n{question}", prefix, use_template)
+
+    least = len(build([]))
+    if least > tokens:
+        raise bad_argument("tokens", f"at least {least} for the question alone", tokens, "ask for a longer prompt")
+    sentences, used = [], least
+    for sentence in haystack_sentences(seed) if haystack is None else file_sentences(haystack, seed):
+        used += len(tokenizer(f" {sentence}", add_special_tokens=False).input_ids)
+        if used > tokens:
+            break
+        sentences.append(sentence)
+    while len(ids := build(sentences)) > tokens:  # tokens merge differently inside the whole text
+        sentences.pop()
+    _, numbers, places = zip(*riddle.facts[: riddle.asked], strict=True)
+    return Prompt(ids, numbers, prefix, places)

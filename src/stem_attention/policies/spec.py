@@ -1,0 +1,275 @@
+"""Policies as text: ``mass:share=8`` on the command line, a JSON object in files and in what hosts store.
+
+    NAME[:FIELD=VALUE,...][@DENSITY]
+
+``NAME`` is a preset or a policy of the library, the path of a JSON file that holds one, or ``module:Class`` for a policy of
+one's own. ``@DENSITY`` tunes the policy's size for one prompt length, to a number or to the density of another policy:
+``sink-window@0.18``, ``uniform@stem``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stem_attention.blocks import block_count
+from stem_attention.checks import check_flag
+from stem_attention.errors import bad_argument
+from stem_attention.policies.base import Policy, check_policy, is_number
+from stem_attention.policies.flashprefill import FlashPrefillTopK
+from stem_attention.policies.mass import Mass
+from stem_attention.policies.oracle import Oracle
+from stem_attention.policies.patterns import BigBird, Dense, Longformer, SinkWindow, Strided
+from stem_attention.policies.stem import Stem
+from stem_attention.policies.xattention import XAttention, XAttentionTopK
+
+TOLERANCE = 0.05
+"""How far a tuned density may lie from its target, relative to it."""
+
+_CLASSES: tuple[type[Policy], ...] = (
+    Mass, Stem, Dense, SinkWindow, Strided, Longformer, BigBird, XAttention, XAttentionTopK, FlashPrefillTopK, Oracle
+)  # fmt: skip
+_PRESETS: dict[str, Callable[..., Policy]] = {"paper": Stem.paper, "angelslim": Stem.angelslim, "uniform": Stem.uniform}
+_NAMED: dict[str, Callable[..., Policy]] = {**{cls.name: cls for cls in _CLASSES}, **_PRESETS}
+_DEFAULT = Mass()
+
+
+class UnreachableDensityError(ValueError):
+    """No size of a policy has the density asked for at that length: forced blocks are too many, or blocks too coarse."""
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy as it was asked for.
+
+    Attributes:
+        text: The spec.
+        policy: The policy, its size not yet tuned.
+        density: What the size is tuned to: a density, or a policy whose density is to be met; None leaves it as it is.
+    """
+
+    text: str
+    policy: Policy
+    density: float | PolicySpec | None = None
+
+    def at(self, tokens: int) -> Policy:
+        """Return the policy for a prompt of ``tokens`` tokens.
+
+        Raises:
+            UnreachableDensityError: No size comes within 5 % of the density asked for.
+        """
+        return self.policy if self.density is None else _tuned(self, tokens)
+
+
+def policy_names() -> tuple[str, ...]:
+    """List the names of presets and policies that a spec may begin with."""
+    return tuple(_NAMED)
+
+
+def parse_spec(text: str) -> PolicySpec:
+    """Read ``NAME[:FIELD=VALUE,...][@DENSITY]``.
+
+    Raises:
+        ValueError: The spec is not of that form, or names something that there is not; the message says what there is.
+    """
+    if not isinstance(text, str):
+        raise bad_argument("policy", "a spec such as mass:share=8", type(text).__name__, "pass a string")
+    policy, given, at, density = _untuned(text.strip())
+    if not at:
+        return PolicySpec(text.strip(), policy)
+    value = _value(density)
+    if is_number(value) and not 0 < value <= 1:
+        raise bad_argument("policy", "a density > 0 and <= 1 after the @", density, "0.2 keeps a fifth of the causal blocks")
+    target = float(value) if is_number(value) else parse_spec(density)
+    small, large = (policy.resized(*size).to_dict() for size in ((1, 64, 1.0), (32, 64, 0.1)))
+    both = [name for name in given if small[name] != large[name]]
+    if both:
+        raise bad_argument("policy", "settings that leave the size open", ", ".join(both), "give the size or the density")
+    return PolicySpec(text.strip(), policy, target)
+
+
+def read_policy(value: Policy | str | None = None) -> Policy:
+    """Return the policy that an argument means: itself, a spec's, or ``Mass()`` for None.
+
+    Raises:
+        ValueError: It is neither a policy nor a spec, or the spec asks for a density, which takes a prompt's length; or
+            torch.compile meets a spec, which is to be read before.
+    """
+    if value is None:
+        return _DEFAULT
+    if not isinstance(value, str):
+        return check_policy(value)
+    if torch.compiler.is_dynamo_compiling():  # which traces no parser
+        fix = "read it before: policy = stem_attention.policies.read_policy(spec)"
+        raise bad_argument("policy", "a policy inside torch.compile", f"the spec {value!r}", fix)
+    return _sized(value) if ".json" in value else _read_name(value)  # a file may change, a name does not
+
+
+def policy_from_dict(fields: Mapping[str, Any], *, trusted: bool = True) -> Policy:
+    """Build a policy from :meth:`Policy.to_dict`'s output; absent fields take their defaults.
+
+    Args:
+        fields: The policy's name under ``"policy"``, and its fields.
+        trusted: Whether a ``module:Class`` may be imported. Of a file from somebody else, pass False: then the class must
+            have been imported already.
+
+    Raises:
+        ValueError: ``fields`` is no mapping, does not name a policy, names an unknown field, or holds a bad value.
+    """
+    check_flag("trusted", trusted)
+    fix = 'write it as {"policy": "mass", "share": 8}'
+    if not isinstance(fields, Mapping):
+        raise bad_argument("policy", "a mapping with the policy's name and fields", type(fields).__name__, fix)
+    name, given = fields.get("policy"), {key: value for key, value in fields.items() if key != "policy"}
+    if not isinstance(name, str):
+        raise bad_argument("policy", 'a name under the key "policy"', repr(name), fix)
+    return _build(name, given, trusted)
+
+
+def policy_from_json(text: str) -> Policy:
+    """Read :meth:`Policy.to_json`'s output.
+
+    Raises:
+        ValueError: ``text`` is not a JSON object that describes a policy.
+    """
+    expected = "a JSON object of a policy's name and fields"
+    if not isinstance(text, str):
+        raise bad_argument("policy", expected, type(text).__name__, "pass a string")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of too many digits
+        raise bad_argument("policy", expected, f"invalid JSON ({error})", "fix the JSON") from None
+    return policy_from_dict(fields)
+
+
+def _sized(text: str) -> Policy:
+    spec = parse_spec(text)
+    if spec.density is not None:
+        fix = "give the size instead; run, inspect, bench and eval, which know the prompt's length, tune it"
+        raise bad_argument("policy", "a spec without @DENSITY", repr(text), fix)
+    return spec.policy
+
+
+_read_name = lru_cache(maxsize=256)(_sized)
+
+
+def _untuned(text: str) -> tuple[Policy, dict[str, Any], str, str]:
+    """The policy of a spec, its settings, and what stands at and after the ``@``."""
+    found = re.match(r"(.+\.json)(?=$|[:@])", text)  # a path may hold : and @
+    file = found.group() if found and re.split("[:@]", text)[0].strip() not in _NAMED else ""
+    listed, at, density = text.removeprefix(file).partition("@")
+    name, _, listed = listed.strip().partition(":")
+    if file:
+        given = _settings(listed)
+        return policy_from_dict({**_file(file), **given}), given, at, density
+    if name not in _NAMED and listed and "=" not in listed.partition(":")[0]:  # ``:`` parts a class from its module too
+        cls, _, listed = listed.partition(":")
+        name = f"{name}:{cls}"
+    given = _settings(listed)
+    return _build(name, given), given, at, density
+
+
+def _build(name: str, given: Mapping[str, Any], trusted: bool = True) -> Policy:
+    make = _imported(name, trusted) if ":" in name else _NAMED.get(name)
+    if make is None:
+        fix = _meant(name, _NAMED, "name one of these, a .json file, or module:Class")
+        raise bad_argument("policy", f"one of {', '.join(_NAMED)}", repr(name), fix)
+    cls: Any = getattr(make, "__self__", make)  # a preset is a method of its class
+    known = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else given
+    for field in given:
+        if field not in known:
+            fix = _meant(str(field), known, "remove or correct it")
+            raise bad_argument("policy", f"fields of {name} among {', '.join(known) or 'none'}", repr(field), fix)
+    try:
+        return check_policy(make(**given))
+    except TypeError as error:  # a policy of someone's own may take what it wants
+        raise bad_argument("policy", f"fields that {name} takes", str(error), "remove or correct them") from None
+
+
+def _meant(name: str, known: Iterable[str], otherwise: str) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+def _imported(name: str, trusted: bool) -> Callable[..., Policy]:
+    module, _, path = name.partition(":")
+    fix = "name a subclass of stem_attention.Policy, not one inside a function, that Python can import from where this runs"
+    if not trusted and module not in sys.modules:
+        own = f"import {module} yourself before, if you trust it: a file of somebody else's must not run Python"
+        raise bad_argument("policy", "a policy of the library, or of a module that is imported", repr(name), own)
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: a relative name
+        raise bad_argument("policy", "module:Class", f"{name!r} ({error})", fix) from None
+    if not isinstance(found, type) or not issubclass(found, Policy):
+        raise bad_argument("policy", "module:Class of a policy", repr(name), fix)
+    return found
+
+
+def _file(path: str) -> dict[str, Any]:
+    fix = "name a JSON file of a policy, such as stem-attention calibrate writes"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise bad_argument("policy", "a readable JSON file", f"{path!r} ({error})", fix) from None
+    if not isinstance(content, dict):
+        raise bad_argument("policy", "one JSON object", f"a {type(content).__name__} in {path!r}", fix)
+    return content
+
+
+def _settings(listed: str) -> dict[str, Any]:
+    settings = {}
+    for part in filter(None, map(str.strip, listed.split(","))):
+        name, equals, text = (piece.strip() for piece in part.partition("="))
+        value = _value(text)
+        if not equals or not name or isinstance(value, (list, dict)):
+            raise bad_argument("policy", "FIELD=VALUE settings after the colon", repr(part), "write it as mass:share=8")
+        settings[name] = value
+    return settings
+
+
+def _value(text: str) -> Any:
+    """JSON, or the text itself, so that names such as ``log`` need no quotes."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@lru_cache(maxsize=1024)  # every case of a length asks again
+def _tuned(spec: PolicySpec, tokens: int) -> Policy:
+    policy, target = spec.policy, spec.density
+    if isinstance(target, PolicySpec):
+        target = target.at(tokens).density(tokens)
+    if target is None or policy.density(tokens) is None:
+        fix = "name a policy with a budget or a window"
+        raise bad_argument("policy", "densities that are known without data", spec.text, fix)
+    blocks = block_count(tokens, policy.block_size)
+
+    def density(size: int) -> float:
+        return policy.resized(size, blocks, target).density(tokens) or 0.0
+
+    # The smallest size that reaches the target, or the one before it.
+    reaches = bisect_left(range(1, blocks), target, key=density) + 1
+    best = min((max(reaches - 1, 1), reaches), key=lambda size: abs(density(size) - target))
+    nearest = density(best)
+    if abs(nearest / target - 1) > TOLERANCE:
+        raise UnreachableDensityError(
+            f"{spec.text}: no density within {TOLERANCE:.0%} of {target:.3f} at {tokens} tokens, the nearest is "
+            f"{nearest:.3f}; ask for another density, a longer prompt or fewer forced blocks"
+        )
+    return policy.resized(best, blocks, target)

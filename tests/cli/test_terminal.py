@@ -1,0 +1,112 @@
+"""Terminals of any encoding and width, an environment without extras, and a command that starts fast."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stem_attention.cli import main
+
+HEAVY = ("transformers", "triton", "matplotlib", "gguf", "accelerate", "safetensors", "tokenizers", "huggingface_hub")
+
+# Finds none of them, runs command lines, and lists each one's exit code and what it printed.
+BARE = f"""
+import importlib.machinery, io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+finder = importlib.machinery.PathFinder
+find = finder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {HEAVY!r} else find(name, path, target)
+finder.find_spec = classmethod(find_spec)
+import stem_attention
+from stem_attention.cli import main
+done = []
+for arguments in json.loads(sys.argv[1]):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    done.append([code, out.getvalue(), err.getvalue()])
+assert not set({HEAVY!r}) & {{name.partition(".")[0] for name in sys.modules}}
+print(json.dumps(done))
+"""
+
+LISTED = f"""
+import sys
+import torch
+before = set(sys.modules)
+from stem_attention.cli import main
+main(["--help"])
+print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} & set({HEAVY!r})), file=sys.stderr)
+"""
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False, timeout=240)
+
+
+def test_base_dependencies_are_enough_for_help_and_doctor_and_for_saying_what_else_needs_more():
+    works = [["--help"], ["-h"], [], ["run", "-h"], ["--version"], ["doctor"]]
+    needs = [["run"], ["inspect"], ["calibrate", "--out", os.devnull], ["compile", "--arch", "sm90"]]
+    done = python(BARE, json.dumps(works + needs))
+    assert done.returncode == 0, done.stderr.decode()
+    results = json.loads(done.stdout)
+    for arguments, (code, out, err) in zip(works, results, strict=False):
+        assert (code, err) == (0, ""), arguments
+        assert out.strip(), arguments
+    assert "missing transformers (run, inspect and calibrate): pip install 'stem-attention[transformers]'" in results[5][1]
+    for arguments, (code, out, err) in zip(needs, results[len(works) :], strict=True):
+        assert (code, out) == (1, ""), arguments
+        (line,) = err.splitlines()
+        assert "is not installed; run: pip install 'stem-attention[" in line
+
+
+def test_help_loads_nothing_heavy():
+    """Torch itself is most of the time that remains."""
+    done = python(LISTED)
+    assert done.returncode == 0
+    assert done.stderr.decode().strip() == ""
+
+
+@pytest.fixture(scope="module")
+def french(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A short run whose answer, of random bytes, few terminals can show."""
+    prompt = tmp_path_factory.mktemp("prompt") / "prompt.txt"
+    prompt.write_text("Où est l'été ? " * 40, encoding="utf-8")
+    return ["--model", str(tiny_llama), "--prompt-file", str(prompt)]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii", "utf-8"])
+def test_terminals_of_any_encoding(encoding, french, monkeypatch):
+    """As Python opens standard output under ``PYTHONUTF8=0``."""
+    pytest.importorskip("transformers")
+
+    def shown(*arguments: str) -> str:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        code = main([*arguments])
+        for stream in streams:
+            stream.flush()
+        out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)  # type: ignore[attr-defined]
+        assert code == 0, err
+        return out
+
+    assert "time to first token" in shown("run", *french, "--dense-below", "0")
+    picture = shown("inspect", *french).splitlines()[1:6]
+    assert "?" not in "".join(picture), "blocks are drawn with what the terminal has"
+    assert any(line.strip() for line in picture)
+    assert json.loads(shown("run", *french, "--json"))["prompt_tokens"] == 40 * len("Où est l'été ? ".encode())
+
+
+@pytest.mark.parametrize("columns", [None, "60", "200"])
+def test_what_is_piped_is_as_wide_as_columns_says(columns, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert main(["doctor"]) == 0
+    tables = [line for line in capsys.readouterr().out.splitlines() if line[0] in "│┃┏┡└┗╇"]
+    assert tables
+    assert max(map(len, tables)) <= int(columns or 80)

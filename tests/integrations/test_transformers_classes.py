@@ -1,0 +1,171 @@
+"""Every class of transformers that builds at toy size sees no future on "stem", and computes what its host does."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stem_attention import UnsupportedError
+
+from . import toys
+from .tiny import KEEP_ALL, SMALL, build, hosts, normal, observed, same, small_llama, tokens, transformers
+
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}
+LATENT = {
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+TWO = {**SMALL, "num_hidden_layers": 2}
+
+
+def test_no_class_sees_the_future_or_differs_from_its_host() -> None:
+    """Sets the last token apart, pads at the left, and compares; dense and refused classes are listed on the page."""
+    rows = toys.rows()
+    assert [row.fault for row in rows if row.fault] == []
+    assert len(rows) >= 200
+    assert sum(row.runs == "sparse" for row in rows) >= 150
+
+
+def test_the_page_lists_the_classes() -> None:
+    pins = (toys.PAGE.parents[1] / "constraints.txt").read_text()
+    if f"\ntransformers=={transformers.__version__};" not in pins:
+        pytest.skip("the page is about the transformers of constraints.txt")
+    assert toys.page() == toys.PAGE.read_text(), "run `python -m tests.integrations.toys`"
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "TrOCRForCausalLM", "GPTJForCausalLM", "LEDForConditionalGeneration"])
+def test_a_class_that_keeps_its_own_attention_is_refused_at_load_by_name(name: str, tmp_path: Path) -> None:
+    """Of GPT-J transformers itself says KeyError: 'stem'; of the others nothing."""
+    model = toys.build(getattr(transformers, name), None)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=f'{name} keeps its own attention: .* load it with attn_implementation="eager"'):
+        type(model).from_pretrained(tmp_path, attn_implementation="stem")
+    with pytest.raises(UnsupportedError, match=f"{name} keeps its own attention"):
+        hosts.set_policy(model)
+
+
+def test_a_model_without_attention_is_refused_by_set_policy() -> None:
+    with pytest.raises(UnsupportedError, match="MambaForCausalLM has no attention layer"):
+        hosts.set_policy(toys.build(transformers.MambaForCausalLM, "stem"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reasons"),
+    [
+        ("GotOcr2ForConditionalGeneration", "vision-text", {"prefill"}),
+        ("BartForConditionalGeneration", "seq2seq", {"prefill", "not causal"}),
+    ],
+)
+def test_what_a_composite_model_is_told_reaches_its_text(name: str, kind: str, reasons: set[str]) -> None:
+    """One has a tower that keeps its own attention; of the other transformers copies the config of the decoder."""
+    model = toys.build(getattr(transformers, name), "stem")
+    if kind == "vision-text":
+        assert (model.config._attn_implementation, model.config.text_config._attn_implementation) == ("eager", "stem")
+    hosts.set_policy(model, KEEP_ALL, dense_below=0)
+    calls: list[Any] = []
+    with hosts.use_policy(observer=calls.append):
+        toys.logits(model, kind)
+    assert {call.reason for call in calls} == reasons
+
+
+def test_a_class_of_ones_own_that_says_nothing_of_sdpa_gets_a_mask() -> None:
+    """Its layers do not say that they are causal, and its config is defined elsewhere."""
+    own = type("OwnConfig", (transformers.LlamaConfig,), {"__module__": "elsewhere", "model_type": "own"})(**SMALL)
+    own_class = type("OwnForCausalLM", (transformers.LlamaForCausalLM,), {"_supports_sdpa": False, "__module__": "elsewhere"})
+    torch.manual_seed(0)
+    model = own_class._from_config(own, attn_implementation="stem").eval()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    ids = tokens()
+    first, calls = observed(model, input_ids=ids)
+    ids[0, -1] = 96 - ids[0, -1]
+    torch.testing.assert_close(observed(model, input_ids=ids)[0][:, :-1], first[:, :-1])
+    assert {call.reason for call in calls} == {"its class supports eager attention alone"}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize(
+    ("config", "reasons"),
+    [
+        (transformers.Gemma2Config(**TWO, sliding_window=24), ["sliding window", "soft-capped scores"]),
+        (transformers.GptOssConfig(**TWO, **GPT_OSS), ["sliding window", "attention sinks"]),
+        (transformers.DeepseekV3Config(**{**TWO, **LATENT}), ["value dimension differs from key dimension"] * 2),
+    ],
+    ids=["gemma2", "gpt-oss", "deepseek-v3"],
+)
+def test_layers_that_stem_cannot_run_equal_eager(config: Any, reasons: list[str], padded: bool) -> None:
+    models = [build(config), build(config, "eager")]
+    mask = torch.ones(2, 100, dtype=torch.long)
+    mask[1, : 30 * padded] = 0
+    caches = [transformers.DynamicCache(config=model.config) for model in models]
+    for start, end in ((0, 60), (60, 99), (99, 100)):
+        inputs = {"input_ids": tokens(2, 100)[:, start:end], "attention_mask": mask[:, :end]}
+        (found, calls), (expected, _) = (
+            observed(model, past_key_values=cache, **inputs) for model, cache in zip(models, caches, strict=True)
+        )
+        same(found, expected, mask[:, start:end])
+        if start == 0:
+            assert [call.reason for call in calls] == reasons
+
+
+def test_attention_weights_come_from_the_eager_function() -> None:
+    stem, eager = small_llama(), small_llama("eager")
+    x, mask = normal(1, 70, SMALL["hidden_size"]), torch.full((1, 1, 70, 70), torch.finfo(torch.float32).min).triu(1)
+    options = {"position_embeddings": stem.model.rotary_emb(x, torch.arange(70)[None]), "output_attentions": True}
+    with torch.no_grad(), hosts.use_policy(KEEP_ALL, dense_below=0):
+        found = stem.model.layers[0].self_attn(x, attention_mask=None, **options)
+        expected = eager.model.layers[0].self_attn(x, attention_mask=mask, **options)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "output_attentions", "indices"])
+def test_a_layer_that_nobody_can_run_is_refused(name: str) -> None:
+    q = torch.zeros(1, 2, 64, 16)
+    message = "Module selects keys itself" if name == "indices" else "Module needs eager attention"
+    with pytest.raises(UnsupportedError, match=message):
+        hosts.attention_forward(torch.nn.Module(), q, q, q, None, **{name: True})
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("not causal", {"is_causal": False}),
+        ("position bias", {"position_bias": torch.zeros(1, 2, 64, 96)}),
+        ("custom mask", {"attention_mask": torch.ones(1, 1, 64, 96, dtype=torch.bool).tril(32)}),
+        ("dropout", {"dropout": 1e-9}),
+    ],
+)
+def test_calls_that_are_dense_over_a_cached_prefix_equal_the_host(reason: str, change: dict[str, Any]) -> None:
+    q, k, v = (normal(1, 2, length, 16, seed=i) for i, length in enumerate((64, 96, 96)))
+    calls: list[Any] = []
+    with hosts.use_policy(KEEP_ALL, dense_below=0, observer=calls.append):
+        out, _ = hosts.attention_forward(torch.nn.Module(), q, k, v, **{"attention_mask": None, **change})
+    allowed = None if reason == "not causal" else torch.ones(64, 96, dtype=torch.bool).tril(32)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    assert [(call.layer, call.sparse, call.reason) for call in calls] == [(-1, False, reason)]
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+def test_a_text_tower_on_stem_beside_a_vision_tower_on_sdpa(image: bool) -> None:
+    """The config of the sweep's toy has a token for images, 120, and pictures of 32 x 32 pixels."""
+    config = toys.toy_config(transformers.Gemma3Config)
+    config.mm_tokens_per_image = 4
+    config.text_config.layer_types = ["full_attention"] * 2
+    stem, host = (
+        toys.seeded(transformers.Gemma3ForConditionalGeneration, deepcopy(config), attention)
+        for attention in ({"text_config": "stem", "vision_config": "sdpa"}, "sdpa")
+    )
+    hosts.set_policy(stem, KEEP_ALL, dense_below=0)
+    ids = tokens(1, 100)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if image:
+        ids[0, 10:14] = config.image_token_id
+        inputs |= {"pixel_values": normal(1, 3, 32, 32), "token_type_ids": (ids == config.image_token_id).long()}
+    calls: list[Any] = []
+    with torch.no_grad(), hosts.use_policy(observer=calls.append):
+        same(stem(**inputs).logits, host(**inputs).logits)
+    assert [call.reason for call in calls] == ["custom mask" if image else "prefill"] * 2
