@@ -26,11 +26,11 @@ class Contender:
 
     @property
     def family(self) -> str:
-        """What its spec begins with: contenders of one family are drawn as one line."""
+        """Describe what its spec begins with: contenders of one family are drawn as one line."""
         return DENSE if self.spec is None else re.split("[:@]", self.spec.text)[0]
 
     def at(self, tokens: int) -> Policy | None:
-        """What to prefill a prompt of ``tokens`` tokens with.
+        """Describe what to prefill a prompt of ``tokens`` tokens with.
 
         Raises:
             UnreachableDensityError: No size of the policy comes near the density asked for.
@@ -38,7 +38,7 @@ class Contender:
         return None if self.spec is None else self.spec.at(tokens)
 
     def is_reachable(self, tokens: int) -> bool:
-        """Whether :meth:`at` can build the contender for that length."""
+        """Tell whether :meth:`at` can build the contender for that length."""
         try:
             self.at(tokens)
         except UnreachableDensityError:

@@ -1,4 +1,4 @@
-"""What attention costs: the time of the choice and of the sparse attention, layer by layer on a model's own activations."""
+"""Measure what attention costs: the time of choice and sparse attention, layer by layer on a model's own activations."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Cost(Windows):
 
 
 def summary(layers: Sequence[LayerCost]) -> Record:
-    """What a record says of all layers."""
+    """Describe what a record says of all layers."""
     parts = {part: [_milliseconds(getattr(layer, part)) for layer in layers] for part in ("selection", "attention", "whole")}
     sums = {f"{part}_ms": round(sum(values), _DIGITS) for part, values in parts.items()}
     peers = sorted({name for layer in layers for name in layer.peers})

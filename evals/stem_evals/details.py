@@ -1,4 +1,4 @@
-"""What is peculiar to a measure: its own tables and pictures, beside the one number by which contenders are compared."""
+"""Details of a measure: its tables and pictures, beside the one number by which contenders are compared."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def needle(records: Sequence[Record]) -> list[Part]:
 
 
 def layers(records: Sequence[Record]) -> list[Part]:
-    """What is kept of the attention's mass, and what comes out, with recall by layer and head as a heat map."""
+    """Describe what is kept of the attention's mass, and what comes out, with recall by layer and head as a heat map."""
     tables, pictures = [], []
     for tokens, mine in pd.DataFrame(records).groupby("tokens"):
         rows, recalls = [], {}

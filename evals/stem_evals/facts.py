@@ -1,4 +1,4 @@
-"""What is needed to repeat a run: code, machine, weights, texts, contenders."""
+"""Describe what is needed to repeat a run: code, machine, weights, texts, contenders."""
 
 from __future__ import annotations
 

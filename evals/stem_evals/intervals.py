@@ -29,7 +29,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
+        """Tell whether the interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
 
 

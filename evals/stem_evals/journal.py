@@ -1,4 +1,4 @@
-"""What a run has found so far, on disk: run.json says what is being measured, records.jsonl has one finished record a line."""
+"""Keep what a run has found so far on disk: run.json says what is measured, records.jsonl has one finished record a line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Journal:
         self._done = {key_of(record) for record in records}
 
     def has(self, measure: str, case: str, contender: str) -> bool:
-        """Whether there is a record of this measure, case and contender."""
+        """Tell whether there is a record of this measure, case and contender."""
         return (measure, case, contender) in self._done
 
     def add(self, record: Record) -> None:
@@ -50,7 +50,7 @@ class Journal:
 
 
 def key_of(record: Record) -> tuple[str, str, str]:
-    """What tells a record from the others of a run."""
+    """Describe what tells a record from the others of a run."""
     return record["measure"], record["case"], record["contender"]
 
 
@@ -137,7 +137,7 @@ def merge_contenders(old: Record, new: Record) -> Record:
 
 
 def _parts(header: Record) -> Iterator[tuple[str, object]]:
-    """What must not change between two runs into the same directory, by name."""
+    """Describe what must not change between two runs into the same directory, by name."""
     for part in ("format", "model", "dtype", "device"):
         yield part, header[part]
     for part in ("texts", "settings"):
@@ -149,7 +149,7 @@ def _parts(header: Record) -> Iterator[tuple[str, object]]:
 
 
 def differences(old: Record, new: Record) -> list[str]:
-    """What two headers say differently about the same things, one text each."""
+    """Describe what two headers say differently about the same things, one text each."""
     before = dict(_parts(old))
     return [f"{name}{_leaf(before[name], value)}" for name, value in _parts(new) if name in before and before[name] != value]
 

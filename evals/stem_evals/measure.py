@@ -1,4 +1,4 @@
-"""What an evaluation consists of: a measure has cases, every contender runs every case, and each run leaves a record."""
+"""An evaluation: a measure has cases, every contender runs every case, and each run leaves a record."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Measure(Protocol):
 
     @property
     def settings(self) -> Record:
-        """What the keys of its cases do not say, as plain JSON types."""
+        """Describe what the keys of its cases do not say, as plain JSON types."""
         ...
 
     def cases(self) -> Sequence[Case]:
@@ -57,7 +57,7 @@ class Measure(Protocol):
 
 
 def of_prefill(reading: Reading) -> Record:
-    """What every record says of its prefill.
+    """Describe what every record says of its prefill.
 
     Returns:
         ``density``: kept share of the causal block pairs, averaged over layers, 1 for a layer that ran dense;

@@ -111,7 +111,7 @@ def gather(journals: Sequence[Journal]) -> list[Chapter]:
 
 
 def chapter_parts(chapter: Chapter) -> list[Part]:
-    """What a model's records come to: all measures together, then what is peculiar to each."""
+    """Describe what a model's records come to: all measures together, then what is peculiar to each."""
     families = {name: contender["family"] for name, contender in chapter.header["contenders"].items()}
     found = columns(chapter.records)
     by_measure: dict[str, list[Record]] = {}

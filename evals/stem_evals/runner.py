@@ -13,7 +13,7 @@ from stem_evals.measure import Case, Measure
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run; see :func:`make_plan`.
+    """Describe what to run; see :func:`make_plan`.
 
     Attributes:
         measures: In this order.

@@ -125,7 +125,7 @@ class Column:
         return self.metric.difference_interval(paired) if paired else None
 
     def ran(self, contender: str) -> str:
-        """What a contender did, in words: dense, sparse, or what else."""
+        """Describe what a contender did, in words: dense, sparse, or what else."""
         layers = self.frame.loc[self.frame["contender"] == contender, "layers"].mean()
         if contender == DENSE:
             return DENSE

@@ -30,7 +30,7 @@ _CONFINED = "block_size=64,sink_blocks=1,local_blocks=1,tail_blocks=0,decay=1,ra
 
 
 def ablation() -> list[Contender]:
-    """What every part of Stem is worth: one change from one base, its default without the dense tail."""
+    """Describe what every part of Stem is worth: one change from one base, its default without the dense tail."""
     base = "stem:tail_blocks=0"
     changes = {f"{field}={value}": f"{base},{field}={value}" for field in _SWEEPS for value in _SWEEPS[field].split()}
     specs = {"base": base, "decay=1 at equal compute": f"{base},decay=1,ratio_short=0.17,ratio_long=0.085", **changes}

@@ -1,4 +1,4 @@
-"""What measures of windows of texts have in common."""
+"""Describe what measures of windows of texts have in common."""
 
 from __future__ import annotations
 

@@ -70,5 +70,5 @@ class BlockGrid:
         return max(first, self.start), min(first + self.block_size, self.kv_len)
 
     def query_slice(self, first_row: int, end_row: int) -> slice:
-        """Where the queries of the absolute blocks ``first_row`` to ``end_row`` lie among the queries."""
+        """Describe where the queries of the absolute blocks ``first_row`` to ``end_row`` lie among the queries."""
         return slice(self.row_positions(first_row)[0] - self.start, self.row_positions(end_row - 1)[1] - self.start)

@@ -104,7 +104,7 @@ class PackedBatch:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a backend is asked to compute. Everything in it has been checked.
+    """Describe a call to a backend. Everything in it has been checked.
 
     Attributes:
         q: ``(batch, q_len, q_heads, dim)``; packed, ``(total_q, q_heads, dim)``.
@@ -133,7 +133,7 @@ class Call:
 
     @property
     def paged(self) -> bool:
-        """Whether keys lie in pages."""
+        """Tell whether keys lie in pages."""
         return self.batch is not None and self.batch.page_table is not None
 
     @property

@@ -28,7 +28,7 @@ class WrongResultError(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """What a few query blocks, computed again, say.
+    """Describe what a few query blocks, computed again, say.
 
     Attributes:
         rows: Query blocks compared.

@@ -1,4 +1,4 @@
-"""What Stem is timed against: dense attention, and block-sparse attention over the same lists."""
+"""Describe what Stem is timed against: dense attention, and block-sparse attention over the same lists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLEX = "FlexAttention"
 
 
 class LeftOutError(Exception):
-    """Why a peer is not timed, as a clause."""
+    """Say why a peer is not timed, as a clause."""
 
 
 def admit(

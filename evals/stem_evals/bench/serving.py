@@ -108,7 +108,7 @@ def check_steps(outs: list[Tensor], steps: list[Step], policy: Policy, limit: in
 
 
 def _chosen(part: Part, policy: Policy, limit: int | None) -> BlockSelection:
-    """What a chunk is to attend to."""
+    """Describe what a chunk is to attend to."""
     if limit is None or part.prompt_len < limit:
         return Dense(block_size=policy.block_size)(part.q, part.k, part.v)
     return select_blocks(part.q, part.k, part.v, policy=policy, prompt_len=part.prompt_len)

@@ -24,7 +24,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What a server is asked to do.
+    """Describe what a server is asked to do.
 
     Attributes:
         name: For tables.

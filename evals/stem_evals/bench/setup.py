@@ -1,4 +1,4 @@
-"""What every suite is asked, and what it runs on."""
+"""Describe what every suite is asked, and what it runs on."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Architecture(NamedTuple):
     intermediate: int
     vocabulary: int
     tied: bool
-    """Whether input and output embeddings are one."""
+    """Tell whether input and output embeddings are one."""
 
 
 ARCHITECTURES = {

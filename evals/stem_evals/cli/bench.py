@@ -25,7 +25,7 @@ _DEFAULT_HEADS = Heads(8, 2, 64)
 
 
 class Suite(str, Enum):
-    """What is compared."""
+    """Describe what is compared."""
 
     attention = "attention"
     kernel = "kernel"
@@ -114,7 +114,7 @@ def bench(
 def _suite(
     suite: Suite, model: str | None, given: tuple[int | None, ...], device: torch.device, policy: PolicySpec, first_call: bool
 ) -> tuple[Callable[[Setup], dict[str, Any]], Heads]:
-    """What runs a suite, and the heads that it runs with; ValueError where the policy is for others."""
+    """Return what runs a suite, and the heads that it runs with; ValueError where the policy is for others."""
     if suite is not Suite.ttft:
         from stem_evals.bench.layer import run_layers
         from stem_evals.bench.serving import run_serving

@@ -22,7 +22,7 @@ from stem_attention.selection import BlockSelection
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller needs of a backend: where tensors lie, their dtype and last dimension, and the tokens of a block."""
+    """A caller's needs of a backend: where tensors lie, their dtype and last dimension, and the tokens of a block."""
 
     device: torch.device
     dtype: torch.dtype
@@ -45,7 +45,7 @@ class Backend(ABC):
     """Prompt length from which it was measured to beat dense attention (here: the torch backend on two CPU cores)."""
 
     caveat: str = ""
-    """What else of a call, which a :class:`Request` does not show, decides how it runs, as a clause."""
+    """Describe what else of a call, which a :class:`Request` does not show, decides how it runs, as a clause."""
 
     @abstractmethod
     def why_not(self, request: Request) -> str | None:

@@ -30,7 +30,7 @@ def backend_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend serves a request, and why each other one does not.
+    """Name the backend that serves a request, and say why each other one does not.
 
     Attributes:
         request: What was asked for.

@@ -1,4 +1,4 @@
-"""Which key blocks to keep: the policies, and how they are spelt."""
+"""Policies: they choose the key blocks to keep. And how they are spelt."""
 
 from stem_attention.policies.base import Policy
 from stem_attention.policies.flashprefill import FlashPrefillTopK

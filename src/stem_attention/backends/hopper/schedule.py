@@ -1,4 +1,4 @@
-"""Which program computes which query block of which head, and in what order. Shared by producer and consumers."""
+"""Describe which program computes which query block of which head, and in what order. Shared by producer and consumers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where one sequence of a batch lies, shared by every kernel.
+"""Describe where one sequence of a batch lies, shared by every kernel.
 
 A batch is either rectangular, ``(batch, length, heads, dim)`` with one length for all, or ragged, packed along one
 dimension with cumulative lengths. Keys may further lie in a paged cache. Offsets are int64: a cache or a long batch holds

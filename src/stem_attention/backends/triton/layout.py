@@ -1,4 +1,4 @@
-"""Where a call's tensors lie, as the kernels take it: worked out once a call, for selection and attention alike."""
+"""Describe where a call's tensors lie, as the kernels take it: worked out once a call, for selection and attention alike."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def packed(self) -> bool:
-        """Whether sequences lie one after the other and have lengths of their own."""
+        """Tell whether sequences lie one after the other and have lengths of their own."""
         return self.cu_q is not None
 
     @property

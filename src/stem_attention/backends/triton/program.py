@@ -1,4 +1,4 @@
-"""What a call launches, recorded the first time and run again for calls of the same form.
+"""Record what a call launches, and run the record for calls of the same form.
 
 All layers of a model, and all prompts of one length, launch the same kernels with the same numbers: only addresses differ.
 Working the numbers out, and letting Triton choose a compilation by them, costs the host some 0.2 ms a call; running the

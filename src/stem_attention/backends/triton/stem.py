@@ -103,12 +103,12 @@ def choice_warps(columns: int) -> int:
 
 
 def _splits(q: Tensor) -> bool:
-    """Whether sums go as two bf16 numbers each; not on a CPU, whose interpreter computes bf16 wrongly."""
+    """Tell whether sums go as two bf16 numbers each; not on a CPU, whose interpreter computes bf16 wrongly."""
     return q.dtype in (torch.bfloat16, torch.float16) and q.device.type != "cpu"
 
 
 def _ranked(policy: Stem, blocks: int, dense: bool) -> Sequence[int]:
-    """What the choice is asked for in each row of a prompt."""
+    """Describe what the choice is asked for in each row of a prompt."""
     return range(1, blocks + 1) if dense else policy.ranked_counts(blocks)
 
 

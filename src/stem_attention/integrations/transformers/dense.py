@@ -27,7 +27,7 @@ Output = tuple[Tensor, Tensor | None]
 
 
 class HostCall:
-    """What a layer passes to its attention function, and what it says of itself.
+    """Describe what a layer passes to its attention function, and what it says of itself.
 
     Attributes:
         query, key, value: ``(batch, heads, length, dim)``.

@@ -14,7 +14,7 @@ from torch import Tensor
 from stem_attention.integrations.transformers import attention_forward
 
 supports_flash_attn = True
-"""What transformers looks for, beside :func:`flash_attn_forward`, in a kernel that brings its own attention function."""
+"""Mark the module, beside :func:`flash_attn_forward`, as a kernel that brings its own attention function, for transformers."""
 
 
 def flash_attn_forward(

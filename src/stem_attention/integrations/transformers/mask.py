@@ -51,7 +51,7 @@ class CausalMask(Tensor):
 
     @property
     def is_large(self) -> bool:
-        """Whether its entries are too many to be built whole."""
+        """Tell whether its entries are too many to be built whole."""
         return prod(self.shape) > WHOLE_MASK_ENTRIES
 
     @property

@@ -1,4 +1,4 @@
-"""What a model class of transformers supports, and what is checked when a model takes "stem" or settings."""
+"""Describe what a model class of transformers supports, and what is checked when a model takes "stem" or settings."""
 
 from __future__ import annotations
 

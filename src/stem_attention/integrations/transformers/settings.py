@@ -1,4 +1,4 @@
-"""Which policy a model runs with: that of the ``with`` block it is called in, its own config's, or the default."""
+"""Describe which policy a model runs with: that of the ``with`` block it is called in, its own config's, or the default."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stem_attention.policies import Mass, Policy, policy_from_dict, read_policy
 from stem_attention.selection import BlockSelection
 
 KEY = "stem_attention"
-"""Where a model's config holds its settings."""
+"""Describe where a model's config holds its settings."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _check_count(name: str, value: object, least: int, fix: str) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model runs with unless a ``with`` block says otherwise; fields as the arguments of ``set_policy``."""
+    """Describe what a model runs with unless a ``with`` block says otherwise; fields as the arguments of ``set_policy``."""
 
     policy: Policy = field(default_factory=Mass)
     dense_below: int | None = None
@@ -94,7 +94,7 @@ class Stored(dict[str, Any]):
 
 
 class Default:
-    """What models run with that store nothing."""
+    """Describe what models run with that store nothing."""
 
     settings = Settings()
 
@@ -187,12 +187,12 @@ class use_policy(ContextDecorator):  # spelt as the verb it is, like torch.no_gr
 
 
 OUTSIDE = use_policy()
-"""What holds outside of every block."""
+"""Describe what holds outside of every block."""
 OUTSIDE.is_used = True
 
 
 class Now(NamedTuple):
-    """What one call of a layer runs with; fields as in :class:`use_policy`."""
+    """Describe what one call of a layer runs with; fields as in :class:`use_policy`."""
 
     policy: Policy
     dense_below: int | None
