@@ -18,8 +18,8 @@ from stem_attention.policies.base import Policy, check_divides, check_integers, 
 from stem_attention.policies.metric import accumulator_dtype, exact_dtype, grouped_product
 from stem_attention.selection import BlockSelection
 
-# Estimated weights held at a time, in elements; while the softmax runs there are two of them.
-_WORKSPACE = 1 << 24
+# Estimated weights held at a time, in elements; while the softmax runs there are two of them. On a CPU they stay in its cache.
+_WORKSPACE, _CPU_WORKSPACE = 1 << 24, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def block_masses(q: Tensor, k: Tensor, policy: Mass, scale: float) -> Iterator[t
     keys, weights = keys.to(dtype), key_counts.to(dtype).log()
     variances = pool_variances(k, size, policy.key_pool).to(dtype) if policy.spread else None
     begins = torch.arange(len(key_counts), device=q.device) * policy.key_pool
-    step = max(1, _WORKSPACE // (q.shape[0] * q.shape[2] * per_row * len(key_counts)))
+    workspace = min(_WORKSPACE, _CPU_WORKSPACE) if q.device.type == "cpu" else _WORKSPACE
+    step = max(1, workspace // (q.shape[0] * q.shape[2] * per_row * len(key_counts)))
     for row in range(grid.first_row, grid.end_row, step):
         stop = min(row + step, grid.end_row)
         low, high, seen = grid.row_positions(row)[0], grid.row_positions(stop - 1)[1], stop * per_column
