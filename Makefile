@@ -19,7 +19,10 @@ NEWEST := .triton-newest
 # vLLM fixes versions that the library does not; its tests run in an environment of their own.
 VLLM := .venv-vllm
 VLLM_NEEDS := tests/integrations/vllm/requirements.txt
+# Its wheels are for Linux and for the Python versions that the fixed versions allow.
+ifeq ($(shell uname -s)-$(shell $(PYTHON) -c 'import sys; print(*sys.version_info[:2])'),Linux-3 11)
 FOR_VLLM := $(VLLM)/.for-test-$(shell cat $(VLLM_NEEDS) pyproject.toml | cksum | cut -d ' ' -f 1)
+endif
 # The transformers and the kernels that take each other; newer transformers ask for a kernels that is not published.
 HUB := .hub-kernel
 HUB_PACKAGES := transformers==5.17.0 kernels==0.16.2 kernels-data==0.16.2 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
@@ -51,12 +54,15 @@ comma := ,
 export UV_FIND_LINKS ?= $(subst $() ,$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 else
+# Byte code of all modules takes longer than all else of an installation, and few are ever imported: Python writes those.
+unexport PYTHONDONTWRITEBYTECODE
+PIP := --disable-pip-version-check --no-compile
 # pip is the last thing that venv puts in place: an interrupted run leaves none and is begun again.
 ENTRY := $(BIN)/pip
 CREATE := $(PYTHON) -m venv $(VENV)
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install $(PIP)
 VLLM_CREATE := $(PYTHON) -m venv $(VLLM)
-VLLM_INSTALL := $(VLLM)/bin/python -m pip install --disable-pip-version-check
+VLLM_INSTALL := $(VLLM)/bin/python -m pip install $(PIP)
 endif
 
 help: ## Show this list
@@ -65,11 +71,15 @@ help: ## Show this list
 run: $(FOR_RUN) ## Read a long prompt with a real model, dense and with Stem (ARGS="--verbose" passes options on)
 	@$(BIN)/stem-attention run $(ARGS)
 
-test: lint test-newest-triton test-hub-kernel test-vllm docs ## Everything that CI runs: lint, types, docs, tests (JOBS=8 for more processes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+# What uses one processor runs side by side; only one at a time installs into an environment. Tests then share all of them.
+test: ## Everything that CI runs: lint, types, docs, tests (JOBS=8 for more processes)
+	@$(MAKE) --no-print-directory -j $(JOBS) $(FOR_TEST) $(FOR_VLLM)
+	@$(MAKE) --no-print-directory -j $(JOBS) $(NEWEST) lint docs test-hub-kernel
+	@$(MAKE) --no-print-directory test-newest-triton test-vllm
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-test-newest-triton: $(NEWEST) ## Compile every kernel with the newest Triton that is supported
-	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist load -q tests/backends/triton tests/backends/hopper
+test-newest-triton: $(NEWEST) ## Compile every kernel for every card with the newest Triton that is supported
+	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m newest_triton -q tests/backends
 
 $(NEWEST): | $(FOR_TEST)
 	$(INSTALL) --no-deps --target $@ '$(NEWEST_TRITON)'
@@ -83,20 +93,18 @@ $(HUB): | $(FOR_TEST)
 docs: $(FOR_DOCS) ## Build the pages into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 PATH=$(BIN):$$PATH $(BIN)/mkdocs build --strict
 
-# Its wheels are for Linux and for the Python versions that the fixed versions allow.
-test-vllm: $(NEWEST) ## Serve small models with vLLM's CPU build and the plug-in
-ifeq ($(shell uname -s)-$(shell $(PYTHON) -c 'import sys; print(*sys.version_info[:2])'),Linux-3 11)
-	@$(MAKE) --no-print-directory $(FOR_VLLM)
+test-vllm: $(FOR_VLLM) $(NEWEST) ## Serve small models with vLLM's CPU build and the plug-in
+ifdef FOR_VLLM
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(JOBS) --dist loadfile -q tests/integrations/vllm $(ARGS)
-else
-	@echo 'test-vllm is skipped: it needs Linux and Python 3.11'
-endif
 
 $(FOR_VLLM):
 	$(VLLM_CREATE)
 	$(VLLM_INSTALL) --no-deps -r $(VLLM_NEEDS)
 	$(VLLM_INSTALL) --no-deps --editable .
 	touch $@
+else
+	@echo 'test-vllm is skipped: it needs Linux and Python 3.11'
+endif
 
 lint: $(FOR_TEST) ## Style, docstrings of src, formatting and types
 	$(BIN)/ruff check .

@@ -9,9 +9,12 @@ import pytest
 import torch
 from _pytest.junitxml import xml_key
 from hypothesis import settings
+from tests.rigs import interpreted_kernels_take_cpu_tensors, rig
 from tests.toys import byte_tokenizer, save, toy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+__all__ = ["interpreted_kernels_take_cpu_tensors", "rig"]
 
 # The same examples each time, and no deadline on a busy machine.
 settings.register_profile("stem", derandomize=True, deadline=None)

@@ -5,11 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_attention.blocks import BlockGrid, block_count
-
-
-def test_blocks_are_counted_up():
-    assert [block_count(tokens, 128) for tokens in (0, 1, 127, 128, 129, 16384)] == [0, 1, 1, 1, 2, 128]
+from stem_attention.blocks import BlockGrid
 
 
 @pytest.mark.parametrize(
@@ -32,13 +28,6 @@ def test_blocks_of_four_worked_by_hand(q_len, kv_len, start, rows, key_blocks, p
     assert BlockGrid.of(torch.empty(2, q_len, 6, 8), torch.empty(2, kv_len, 3, 8), 4) == grid
 
 
-def test_queries_of_a_row_worked_by_hand():
-    grid = BlockGrid(q_len=9, kv_len=14, block_size=4)  # positions 5 to 13: rows 1, 2 and 3, the ends partial
-    assert [grid.row_positions(row) for row in (1, 2, 3)] == [(5, 8), (8, 12), (12, 14)]
-    assert [grid.query_slice(row, row + 1) for row in (1, 2, 3)] == [slice(0, 3), slice(3, 7), slice(7, 9)]
-    assert grid.query_slice(1, 4) == slice(0, 9)
-
-
 @given(st.integers(0, 90), st.integers(0, 90), st.integers(1, 20))
 def test_rows_are_the_blocks_of_the_query_positions(cached, q_len, size):
     grid, positions = BlockGrid(q_len, cached + q_len, size), range(cached, cached + q_len)
@@ -47,5 +36,6 @@ def test_rows_are_the_blocks_of_the_query_positions(cached, q_len, size):
     assert [i for row in rows for i in range(*grid.row_positions(row))] == list(positions)
     for row in rows:
         assert {position // size for position in positions[grid.query_slice(row, row + 1)]} == {row}
+    assert positions[grid.query_slice(grid.first_row, grid.end_row)] == positions
     assert grid.key_blocks == len({position // size for position in range(grid.kv_len)})
     assert grid.causal_pairs == sum(row + 1 for row in rows)

@@ -31,6 +31,10 @@ def attention_with_lse(q, k, v):
     return out + 1, lse + 1
 
 
+def dense(q, k, v):
+    return sa.stem_attention(q, k, v), *sa.stem_attention(q, k, v, return_lse=True)
+
+
 def two_steps(q, k, v, policy=SPARSE):
     selection = sa.select_blocks(q, k, v, policy=policy)
     out, lse = sa.block_sparse_attention(q, k, v, selection, return_lse=True)
@@ -156,7 +160,7 @@ def test_meta_tensors_get_the_shapes_that_real_ones_get(dense_below, policy, q_l
 @pytest.mark.parametrize(
     "mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)], ids=["inference", "autocast"]
 )
-@pytest.mark.parametrize("function", [attention, two_steps])
+@pytest.mark.parametrize("function", [attention, attention_with_lse, dense, two_steps])
 def test_inference_mode_and_autocast_change_nothing_eager_and_compiled(function, mode):
     inputs = structured_qkv(1, 100, 130, 4, 2, 16)
     expected = function(*inputs)

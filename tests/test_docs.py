@@ -1,7 +1,5 @@
 """Every Python block in README, CONTRIBUTING and docs/ runs, page by page, links lead somewhere, and every example runs."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stem_attention import Mass, Policy, Stem
+from stem_attention import Mass, Stem
 from stem_attention.blocks import block_count
 from stem_attention.policies import Ranked, policy_names, read_policy
 
@@ -24,14 +22,14 @@ PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LOCAL_LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)[^)]*\)")
 
 
-def name(page: Path) -> str:
+def name(page):
     return str(page.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if PYTHON_BLOCK.search(page.read_text())], ids=name)
-def test_python_blocks_run_in_order(page: Path) -> None:
+def test_python_blocks_run_in_order(page):
     text = page.read_text()
-    scope: dict[str, object] = {"__name__": "__docs__"}
+    scope = {"__name__": "__docs__"}
     torch.manual_seed(0)
     for block in PYTHON_BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(1))
@@ -40,7 +38,7 @@ def test_python_blocks_run_in_order(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_fence_is_closed_and_named_and_every_link_leads_somewhere(page: Path) -> None:
+def test_every_fence_is_closed_and_named_and_every_link_leads_somewhere(page):
     assert [link for link in LOCAL_LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
     fences = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)
     assert all(fences[0::2]), "an opening fence names its language"
@@ -48,7 +46,7 @@ def test_every_fence_is_closed_and_named_and_every_link_leads_somewhere(page: Pa
     assert not any(fences[1::2])
 
 
-def table(page: Path, first_heading: str) -> list[list[str]]:
+def table(page, first_heading):
     """Rows of the page's table whose first column has this heading, as stripped cells."""
     lines = page.read_text().split(f"| {first_heading} |", 1)[1].splitlines()[2:]
     rows = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))]
@@ -56,13 +54,13 @@ def table(page: Path, first_heading: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("policy", [Mass(), Stem()], ids=lambda policy: policy.name)
-def test_policies_lists_every_field_with_its_default(policy: Policy) -> None:
+def test_policies_lists_every_field_with_its_default(policy):
     rows = table(POLICIES, f"field of `{type(policy).__name__}`")
     written = {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows}
     assert {"policy": policy.name, **written} == policy.to_dict()
 
 
-def test_policies_lists_every_other_policy_with_its_fields() -> None:
+def test_policies_lists_every_other_policy_with_its_fields():
     rows = {row[0].strip("`"): (row[1].strip("`"), row[2]) for row in table(POLICIES, "name")}
     named = {text: read_policy(text) for text in policy_names()}
     assert set(rows) == {text for text, policy in named.items() if not isinstance(policy, (Mass, Stem))}
@@ -74,27 +72,27 @@ def test_policies_lists_every_other_policy_with_its_fields() -> None:
         assert read_policy(f"{text}:{','.join(settings)}") == policy
 
 
-def test_policies_tells_what_every_preset_of_stem_keeps() -> None:
+def test_policies_tells_what_every_preset_of_stem_keeps():
     for prompt, *shares in table(POLICIES, "prompt"):
         for share, policy in zip(shares, (Stem(), Stem.paper(), Stem.angelslim()), strict=True):
             limits = policy.row_limits(block_count(int(prompt), policy.block_size))
             assert share == f"{sum(limits) / sum(range(1, len(limits) + 1)):.3f}", (prompt, policy)
 
 
-def test_the_example_of_a_policy_is_the_one_on_the_page() -> None:
-    def code(text: str) -> list[str]:
+def test_the_example_of_a_policy_is_the_one_on_the_page():
+    def code(text):
         body = text.partition("class Nearest(Policy):")[2].partition("    name: ClassVar")[2]
         return body.partition("num_blocks))\n")[0].splitlines()
 
     assert code(POLICIES.read_text()) == code((ROOT / "examples" / "custom_policy.py").read_text()) != []
 
 
-def test_readme_is_short() -> None:
+def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(example: Path, tmp_path: Path) -> None:
+def test_example_runs(example, tmp_path):
     ran = subprocess.run([sys.executable, example], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip(), "an example shows what it did"
@@ -102,6 +100,6 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
     assert all(file.suffix == ".png" and file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
 
 
-def test_every_example_is_listed_in_the_docs() -> None:
+def test_every_example_is_listed_in_the_docs():
     index = (ROOT / "docs" / "index.md").read_text()
     assert [example.name for example in EXAMPLES if f"examples/{example.name}" not in index] == []

@@ -1,15 +1,16 @@
 """Ragged batches and paged caches: the numbers of one call for each sequence, as servers ask for them.
 
-Any lengths, page sizes and policies: tests/fuzz/test_fuzz_packed.py. Strides: tests/trust. Wrong arguments: test_bad_input.py.
+Any lengths, page sizes and policies: tests/fuzz. Strides: tests/trust. Wrong arguments: test_bad_input.py.
 """
 
 from itertools import pairwise
 
 import pytest
 import torch
+from tests.rigs import equal
 
 import stem_attention as sa
-from stem_attention.testing import error_against_sdpa, pack, structured_qkv, token_mask
+from stem_attention.testing import pack, structured_qkv
 
 SMALL = sa.Stem(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1)
 POLICIES = {
@@ -45,18 +46,14 @@ def alone(parts, prompt_lens=None, **options):
     return torch.cat([out[0] for out, _ in single]), torch.cat([lse[0] for _, lse in single], 1)
 
 
-def equal(results, others):
-    return all(torch.equal(x, y) for x, y in zip(results, others, strict=True))
-
-
 @BACKENDS
 @ANY_POLICY
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_ragged_batches_equal_single_calls_exactly(dtype, policy, backend):
     parts, options = sequences(dtype=dtype), {"policy": policy, "dense_below": 64, "backend": backend}
-    out, lse = run(parts, **options)
-    assert equal((out, lse), alone(parts, **options))
-    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    expected = alone(parts, **options)
+    assert equal(run(parts, **options), expected)
+    assert [x.dtype for x in expected] == [dtype, torch.float32]
     # The torch backend leaves whole rows to torch's own attention, which keeps no log-sum-exp.
     plain = run(parts, return_lse=False, **options)
     assert equal([plain], [torch.cat([sa.stem_attention(*part, **options)[0] for part in parts])])
@@ -64,24 +61,14 @@ def test_ragged_batches_equal_single_calls_exactly(dtype, policy, backend):
 
 @BACKENDS
 @ANY_POLICY
-def test_prompt_lens_and_scale_reach_every_sequence(policy, backend):
-    parts = sequences()
-    for more in ({"prompt_lens": [high + 90 for _, high in SPANS]}, {"scale": 0.5}):
+@pytest.mark.parametrize("page_size", [0, 1, 16, 64, 128, 256])
+def test_pages_prompt_lens_and_scale_reach_every_sequence(page_size, policy, backend):
+    parts, longer = sequences(), [high + 90 for _, high in SPANS]
+    for more in ({"prompt_lens": longer}, {"prompt_lens": longer, "dense_below": 200}, {"scale": 0.5}):
         options = {"policy": policy, "backend": backend, **more}
-        assert equal(run(parts, **options), alone(parts, **options))
+        assert equal(run(parts, page_size, **options), alone(parts, **options))
     assert equal(run(parts, prompt_lens=[high for _, high in SPANS]), run(parts))
     assert not equal(run(parts, prompt_lens=[900] * len(SPANS)), run(parts))
-
-
-@BACKENDS
-@ANY_POLICY
-@pytest.mark.parametrize("page_size", [1, 16, 64, 128, 256])
-def test_paged_keys_give_the_bits_of_packed_keys(page_size, policy, backend):
-    parts = sequences()
-    options = {"policy": policy, "backend": backend, "prompt_lens": [high + 90 for _, high in SPANS]}
-    paged = run(parts, page_size, **options)
-    assert equal(paged, run(parts, **options))
-    assert not paged[0].isnan().any()
 
 
 def test_sequences_may_share_pages():
@@ -103,53 +90,17 @@ def test_keys_and_values_may_share_a_cache():
 
 
 @BACKENDS
-def test_queries_may_start_anywhere_in_a_block(backend):
-    for start in range(33, 65):
-        (q, k, v) = sequences([(start, start + 21)], torch.float64)[0]
-        out, _ = run([(q, k, v)], backend=backend, prompt_lens=[160])
-        mask = token_mask(sa.select_blocks(q, k, v, policy=SMALL, prompt_len=160, backend="reference"))
-        assert error_against_sdpa(out[None], q, k, v, mask)[0] < 1e-12, start
-
-
-def chunks_of(cuts, dtype):
-    """A prompt, and its chunks with all keys up to their ends."""
-    q, k, v = structured_qkv(1, cuts[-1], cuts[-1], 4, 2, 16, dtype=dtype, seed=5)
-    return (q, k, v), [(q[:, low:high], k[:, :high], v[:, :high]) for low, high in pairwise(cuts)]
-
-
-@BACKENDS
-@pytest.mark.parametrize("page_size", [0, 16])
-def test_chunks_that_end_on_block_borders_equal_one_shot(page_size, backend):
-    whole, chunks = chunks_of((0, 64, 80, 256, 390), torch.float64)
-    expected, expected_lse = run([whole], backend=backend)
-    # All chunks as one batch: none of them sees another.
-    out, lse = run(chunks, page_size, prompt_lens=[390] * len(chunks), backend=backend)
-    torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(lse, expected_lse, atol=1e-6, rtol=1e-6)
-
-
-@BACKENDS
 def test_chunks_that_end_anywhere_lose_no_more_than_whole_prompts_do(backend):
-    whole, chunks = chunks_of((0, 333, 700, 1001, 1500), torch.float32)
-    dense, _ = run([[x.double() for x in whole]], policy="dense")
+    q, k, v = structured_qkv(1, 1500, 1500, 4, 2, 16, seed=5)
+    chunks = [(q[:, low:high], k[:, :high], v[:, :high]) for low, high in pairwise((0, 333, 700, 1001, 1500))]
+    dense, _ = run([[x.double() for x in (q, k, v)]], policy="dense")
 
     def loss(out):
         return float((out.double() - dense).norm() / dense.norm())
 
-    one_shot, _ = run([whole], backend=backend)
+    one_shot, _ = run([(q, k, v)], backend=backend)
     chunked, _ = run(chunks, backend=backend, prompt_lens=[1500] * len(chunks))
     assert 0 < loss(chunked) < 1.2 * loss(one_shot)
-
-
-@BACKENDS
-def test_prompts_under_the_dense_limit_are_dense_beside_longer_ones(backend):
-    parts = sequences([(0, 150), (0, 300), (20, 100)])
-    policy = sa.Stem(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=0)
-    out, lse = run(parts, policy=policy, dense_below=200, backend=backend, prompt_lens=[150, 300, 250])
-    dense = [run([part], dense_below=10**9, backend=backend) for part in parts]
-    sparse = run([parts[1]], policy=policy, backend=backend)
-    assert equal((out[:450], lse[:, :450]), (torch.cat([dense[0][0], sparse[0]]), torch.cat([dense[0][1], sparse[1]], 1)))
-    assert not torch.allclose(out[450:], dense[2][0])  # its prompt is long
 
 
 @BACKENDS

@@ -39,3 +39,25 @@ def save(model: Any, directory: Path) -> Path:
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def listening(module: str) -> str:
+    """Code of a command that hears Ctrl-C: what a shell starts in the background ignores it, and so would these tests."""
+    return f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from {module} import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without(packages: tuple[str, ...]) -> str:
+    """Code after which Python finds none of some packages."""
+    return f"""
+import importlib.machinery, sys
+finder = importlib.machinery.PathFinder
+find = finder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {packages!r} else find(name, path, target)
+finder.find_spec = classmethod(find_spec)
+"""

@@ -1,7 +1,5 @@
 """The public calls: check the arguments, describe the call, run it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, overload

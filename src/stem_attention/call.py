@@ -118,6 +118,7 @@ class Call:
         dense_below: Prompts of fewer tokens run dense; None leaves that to the backend.
         return_lse: Whether the log-sum-exp is wanted.
         backend: Name of the backend, or ``"auto"``.
+        out: Where the result goes, a contiguous tensor like ``q``; None for a new one.
     """
 
     q: Tensor
@@ -130,6 +131,7 @@ class Call:
     dense_below: int | None = None
     return_lse: bool = False
     backend: str = "auto"
+    out: Tensor | None = None
 
     @property
     def paged(self) -> bool:
@@ -156,11 +158,15 @@ class Call:
         assert batch is not None
         low, high = batch.q_starts[sequence : sequence + 2]
         k, v = (batch.sequence(x, sequence)[None] for x in (self.k, self.v))
-        return replace(self, q=self.q[None, low:high], k=k, v=v, prompt_len=batch.prompt_lens[sequence], batch=None)
+        prompt_len = batch.prompt_lens[sequence]
+        return replace(self, q=self.q[None, low:high], k=k, v=v, prompt_len=prompt_len, batch=None, out=None)
 
     def empty_results(self) -> tuple[Tensor, Tensor]:
-        """Make room for ``out``, like ``q``, and for ``lse``."""
-        return torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device), self.empty_lse()
+        """Make room for ``out``, unless the caller has, and for ``lse``."""
+        out = self.out
+        if out is None:
+            out = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+        return out, self.empty_lse()
 
     def empty_lse(self) -> Tensor:
         """Make room for ``lse``: fp32 ``(batch, q_heads, q_len)``, packed ``(q_heads, total_q)``, ``(0,)`` unless wanted."""

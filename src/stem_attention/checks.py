@@ -1,7 +1,5 @@
 """Checks of arguments, shared by every public entry: each raises a ValueError that names the argument and the way out."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +10,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from stem_attention.blocks import block_count
-from stem_attention.errors import UnsupportedError, bad_argument
+from stem_attention.errors import UnsupportedError, bad_argument, describe, is_int
 from stem_attention.selection import BlockSelection
 
 _unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = unpack_dual
@@ -20,6 +18,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # More than any model known has: 128 in DeepSeek-V3, 232 in Falcon 180B.
 _MANY_HEADS = 256
+_COUNTS = "it counts every token of the prompt, also those still to come"
 _told_of_layout: list[tuple[int, ...]] = []
 
 
@@ -27,10 +26,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
     """Check rank, dtype, device, heads and dimensions of q, k and v; UnsupportedError where a gradient would be needed."""
     axes = ", ".join(layout)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise bad_argument(name, f"a tensor ({axes})", type(x).__name__, "pass a torch.Tensor")
-        if x.dim() != len(layout):
-            raise bad_argument(name, f"{len(layout)} dimensions ({axes})", f"shape {_shape(x)}", "reshape or transpose it")
+        if not isinstance(x, Tensor) or x.dim() != len(layout):
+            raise bad_argument(name, f"a tensor ({axes})", describe(x), "pass a torch.Tensor, or reshape or transpose it")
         if x.dtype not in DTYPES or x.dtype != q.dtype:
             expected = "bfloat16, float16, float32 or float64" if name == "q" else f"the dtype of q, {q.dtype}"
             raise bad_argument(name, expected, x.dtype, "convert it with .to()")
@@ -67,8 +64,13 @@ def check_batch(q: Tensor, k: Tensor) -> None:
         fix = "pass the cached keys too: queries are the last positions; transpose tensors whose heads come before the length"
         raise bad_argument("k", f"at least the {q.shape[1]} positions of q", k.shape[1], fix)
     # Compiled code neither warns nor is compiled anew for such a comparison.
-    if not torch.compiler.is_compiling() and q.shape == k.shape and q.shape[2] > _MANY_HEADS:
-        _tell_of_layout(_shape(q))
+    if torch.compiler.is_compiling() or _told_of_layout or q.shape != k.shape or q.shape[2] <= _MANY_HEADS:
+        return
+    if 0 < 4 * q.shape[1] < q.shape[2]:
+        got = f"got {_shape(q)}, that is {q.shape[2]} heads for {q.shape[1]} tokens"
+        fix = "call .transpose(1, 2) if they are (batch, heads, length, dim)"
+        warnings.warn(f"q and k: expected (batch, length, heads, dim), {got}; {fix}", stacklevel=3)  # of the call's caller
+        _told_of_layout.append(_shape(q))
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -81,7 +83,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def check_backend(backend: str) -> str:
-    """Return the name of a backend; whether there is one of that name is for the registry to say."""
+    """Return the name of a backend; the registry says whether there is one of that name."""
     if not isinstance(backend, str):
         raise bad_argument("backend", "the name of a backend", repr(backend), 'use "auto" unless you compare')
     return backend
@@ -95,7 +97,7 @@ def check_flag(name: str, value: bool) -> None:
 
 def check_dense_below(dense_below: int | None) -> int | None:
     """Return the prompt length under which a call runs dense; None leaves it to the backend."""
-    if dense_below is not None and (not _is_int(dense_below) or dense_below < 0):
+    if dense_below is not None and (not is_int(dense_below) or dense_below < 0):
         fix = "0 is always sparse; leave it out for the backend's own"
         raise bad_argument("dense_below", "an integer >= 0 or None", repr(dense_below), fix)
     return dense_below
@@ -105,9 +107,8 @@ def check_prompt_len(prompt_len: int | None, kv_len: int) -> int:
     """Return the length of the whole prompt, ``kv_len`` unless given."""
     if prompt_len is None:
         return kv_len
-    if not _is_int(prompt_len) or prompt_len < kv_len:
-        fix = "it counts every token of the prompt, also those still to come"
-        raise bad_argument("prompt_len", f"an integer >= the {kv_len} keys given", repr(prompt_len), fix)
+    if not is_int(prompt_len) or prompt_len < kv_len:
+        raise bad_argument("prompt_len", f"an integer >= the {kv_len} keys given", repr(prompt_len), _COUNTS)
     return prompt_len
 
 
@@ -133,7 +134,7 @@ def read_borders(
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
         fix = "pass cumulative lengths that start at 0"
-        raise bad_argument(name, "an int32 tensor (sequences + 1,)", _kind(cu_seqlens), fix)
+        raise bad_argument(name, "an int32 tensor (sequences + 1,)", describe(cu_seqlens), fix)
     if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
         raise bad_argument(name, f"the device of q, {device}, or the CPU", cu_seqlens.device, "move it with .to()")
     borders: list[int] = cu_seqlens.tolist()
@@ -141,7 +142,7 @@ def read_borders(
     if borders[0] != 0 or min(lengths) < 0 or (total is not None and borders[-1] != total):
         end = "" if total is None else f" and end at {total}"
         raise bad_argument(name, f"cumulative lengths that start at 0, never fall{end}", borders, "use cumsum of the lengths")
-    if not _is_int(longest) or max(lengths) > longest:
+    if not is_int(longest) or max(lengths) > longest:
         expected = f"an integer >= the longest sequence, {max(lengths)}"
         raise bad_argument(longest_name, expected, repr(longest), f"take it from {name}")
     return borders
@@ -161,20 +162,19 @@ def check_sequences(starts: list[int], key_starts: list[int], prompt_lens: Seque
         if keys < queries:
             fix = "queries are the last positions of the keys; pass the cached keys too"
             raise bad_argument("cu_seqlens_k", f"at least the {queries} positions of q in sequence {i}", keys, fix)
-        if prompt_lens is not None and (not _is_int(prompt_lens[i]) or prompt_lens[i] < keys):
-            fix = "it counts every token of the prompt, also those still to come"
-            raise bad_argument("prompt_lens", f"an integer >= the {keys} keys of sequence {i}", repr(prompt_lens[i]), fix)
+        if prompt_lens is not None and (not is_int(prompt_lens[i]) or prompt_lens[i] < keys):
+            expected = f"an integer >= the {keys} keys of sequence {i}"
+            raise bad_argument("prompt_lens", expected, repr(prompt_lens[i]), _COUNTS)
 
 
 def check_cache(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor) -> None:
     """Check packed queries against a paged cache; see :func:`check_qkv`."""
     if not isinstance(page_table, Tensor) or page_table.dim() != 2 or page_table.dtype != torch.int32:
-        raise bad_argument("page_table", "an int32 tensor (sequences, max_pages)", _kind(page_table), "convert it")
+        raise bad_argument("page_table", "an int32 tensor (sequences, max_pages)", describe(page_table), "convert it")
     for name, cache in (("k", k), ("v", v)):
         if not isinstance(cache, Tensor) or cache.dim() != 4 or cache.shape[1] == 0:
-            got = f"shape {_shape(cache)}" if isinstance(cache, Tensor) else type(cache).__name__
-            axes = "(pages, page_size >= 1, kv_heads, head_dim)"
-            raise bad_argument(name, f"a paged cache {axes}", got, "drop page_table for packed keys")
+            expected = "a paged cache (pages, page_size >= 1, kv_heads, head_dim)"
+            raise bad_argument(name, expected, describe(cache), "drop page_table for packed keys")
     if v.shape != k.shape:
         raise bad_argument("v", f"the shape of k, {_shape(k)}", _shape(v), "give one value for every key")
     check_qkv(q, k[:, 0], v[:, 0], ("total", "heads", "dim"))
@@ -197,22 +197,5 @@ def check_pages(page_table: Tensor, key_starts: list[int], pages: int, page_size
             raise bad_argument("page_table", f"pages 0 to {pages - 1} for sequence {i}", used.tolist(), "correct the table")
 
 
-def _tell_of_layout(shape: tuple[int, ...]) -> None:
-    if _told_of_layout or not 0 < 4 * shape[1] < shape[2]:
-        return
-    said = f"q and k: expected (batch, length, heads, dim), got {shape}, that is {shape[2]} heads for {shape[1]} tokens"
-    fix = "call .transpose(1, 2) if they are (batch, heads, length, dim)"
-    warnings.warn(f"{said}; {fix}", stacklevel=4)  # of the public call's caller
-    _told_of_layout.append(shape)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
-
-
-def _kind(x: object) -> str:
-    return f"{x.dtype} {_shape(x)}" if isinstance(x, Tensor) else type(x).__name__

@@ -1,6 +1,8 @@
 """The exceptions of the library, and the one shape its messages take."""
 
-from __future__ import annotations
+from typing import TypeGuard
+
+from torch import Tensor
 
 
 class UnsupportedError(RuntimeError):
@@ -10,3 +12,13 @@ class UnsupportedError(RuntimeError):
 def bad_argument(name: str, expected: str, got: object, fix: str) -> ValueError:
     """Build (not raise) the ValueError for a bad argument: its name, what was expected, what came, the way out."""
     return ValueError(f"{name}: expected {expected}, got {got}; {fix}")
+
+
+def describe(value: object) -> str:
+    """Say what came instead of a good tensor: its dtype and shape, or its type."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Tell integers from all else, ``True`` and ``False`` too."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,8 +1,7 @@
 """BlockSelection: what a policy hands to a kernel."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor
 
 from stem_attention.blocks import BlockGrid
-from stem_attention.errors import bad_argument
+from stem_attention.errors import bad_argument, describe, is_int
 
 PAD = -1
-
-_LARGEST = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,30 +40,25 @@ class BlockSelection:
     kv_len: int
 
     def __post_init__(self) -> None:
-        for name, least, fix in (
-            ("block_size", 1, "pass the tokens per block"),
-            ("q_len", 0, "pass the length of q"),
-            ("kv_len", 0, "pass the length of k"),
-        ):
+        for name, least in (("block_size", 1), ("q_len", 0), ("kv_len", 0)):
             value = getattr(self, name)
-            if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:
+            if not (is_int(value) or isinstance(value, torch.SymInt)) or value < least:
+                fix = "pass the tokens per block, the length of q and the length of k"
                 raise bad_argument(name, f"an integer >= {least}", repr(value), fix)
         if self.q_len > self.kv_len:
             raise bad_argument("q_len", f"at most kv_len={self.kv_len}", self.q_len, "queries are the last q_len keys")
-        for name in ("indices", "counts"):
-            _check_tensor(name, getattr(self, name), "an int32 tensor", "use from_mask / from_lists")
-        if self.indices.dtype != torch.int32 or self.indices.dim() != 4:
-            got = f"{self.indices.dtype} of shape {tuple(self.indices.shape)}"
+        if not isinstance(self.indices, Tensor) or self.indices.dtype != torch.int32 or self.indices.dim() != 4:
             fix = "convert it, or use from_mask / from_lists"
-            raise bad_argument("indices", "int32 (batch, q_heads, rows, width)", got, fix)
+            raise bad_argument("indices", "an int32 tensor (batch, q_heads, rows, width)", describe(self.indices), fix)
         if self.indices.shape[2] != self.rows:
             raise bad_argument(
                 "indices", f"{self.rows} rows for q_len={self.q_len}, kv_len={self.kv_len}, block_size={self.block_size}",
                 self.indices.shape[2], "give one row for every query block that the queries touch",
             )  # fmt: skip
-        if self.counts.dtype != torch.int32 or self.counts.shape != self.indices.shape[:3]:
-            got = f"{self.counts.dtype} of shape {tuple(self.counts.shape)}"
-            raise bad_argument("counts", f"int32 {tuple(self.indices.shape[:3])}", got, "count the ids of every row")
+        shape = tuple(self.indices.shape[:3])
+        if not isinstance(self.counts, Tensor) or self.counts.dtype != torch.int32 or self.counts.shape != shape:
+            fix = "count the ids of every row, or use from_mask / from_lists"
+            raise bad_argument("counts", f"an int32 tensor {shape}", describe(self.counts), fix)
 
     @property
     def grid(self) -> BlockGrid:
@@ -101,17 +93,11 @@ class BlockSelection:
         return mask.scatter_(3, columns, True)[..., : self.key_blocks]
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, block_size: int, q_len: int, kv_len: int) -> BlockSelection:
-        """Build from a bool block mask ``(batch, q_heads, rows, key_blocks)``.
-
-        Raises:
-            ValueError: ``mask`` has another dtype or shape, or is not causal with a full diagonal.
-        """
-        expected = "bool (batch, q_heads, rows, key_blocks)"
-        _check_tensor("mask", mask, expected, "build one entry per block pair")
-        if mask.dtype != torch.bool or mask.dim() != 4:
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-            raise bad_argument("mask", expected, got, "build one entry per block pair")
+    def from_mask(cls, mask: Tensor, *, block_size: int, q_len: int, kv_len: int) -> "BlockSelection":
+        """Build from a bool block mask ``(batch, q_heads, rows, key_blocks)``, causal with a full diagonal, or a ValueError."""
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
+            expected = "bool (batch, q_heads, rows, key_blocks)"
+            raise bad_argument("mask", expected, describe(mask), "build one entry per block pair")
         counts = mask.sum(-1, dtype=torch.int32)
         width = int(counts.max()) if counts.numel() else 0
         columns = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device)
@@ -130,11 +116,10 @@ class BlockSelection:
     def from_lists(
         cls, lists: Sequence[Sequence[Sequence[Sequence[int]]]], *, block_size: int, q_len: int, kv_len: int,
         device: torch.device | str | None = None,
-    ) -> BlockSelection:  # fmt: skip
+    ) -> "BlockSelection":  # fmt: skip
         """Build from nested lists ``lists[batch][head][row]`` of block ids in any order.
 
-        Raises:
-            ValueError: The nesting is ragged above the innermost level, or :meth:`validate` refuses the ids.
+        A ValueError where the nesting is ragged above the innermost level, or where :meth:`validate` refuses the ids.
         """
         place = None if device is None else check_device(device)
         _check_nesting(lists)
@@ -154,11 +139,10 @@ class BlockSelection:
         return selection
 
     def validate(self) -> None:
-        """Check the contents. Reads the tensors, so on a GPU it waits for them.
+        """Check the contents, which on a GPU waits for the tensors.
 
-        Raises:
-            ValueError: An id out of range, not ascending, duplicate or after the diagonal; a row without its diagonal
-                block; a count that does not fit; padding that is not -1.
+        A ValueError where an id is out of range, not ascending, duplicate or after the diagonal; a row has no diagonal block; a
+        count does not fit; or padding is not -1.
         """
         width = self.indices.shape[3]
         counts, device = self.counts[..., None], self.indices.device
@@ -180,16 +164,9 @@ class BlockSelection:
 def check_device(device: torch.device | str) -> torch.device:
     """Return the device; a ValueError where it does not name one."""
     if isinstance(device, (str, torch.device)):
-        try:
+        with suppress(RuntimeError):
             return torch.device(device)
-        except RuntimeError:
-            pass
     raise bad_argument("device", "a torch device", repr(device), 'name one, as in "cpu" or "cuda:0"')
-
-
-def _check_tensor(name: str, value: object, expected: str, fix: str) -> None:
-    if not isinstance(value, Tensor):
-        raise bad_argument(name, expected, type(value).__name__, fix)
 
 
 def _check_nesting(lists: object) -> None:
@@ -198,9 +175,9 @@ def _check_nesting(lists: object) -> None:
     for _ in range(4):
         for part in level:
             if not isinstance(part, Sequence) or isinstance(part, str):
-                fix = "nest lists[batch][head][row]"
-                raise bad_argument("lists", "sequences of block ids, four deep", type(part).__name__, fix)
+                expected = "sequences of block ids, four deep"
+                raise bad_argument("lists", expected, type(part).__name__, "nest lists[batch][head][row]")
         level = [item for part in level for item in part]
     for item in level:
-        if not isinstance(item, int) or isinstance(item, bool) or abs(item) > _LARGEST:
+        if not is_int(item) or abs(item) >= 2**31:
             raise bad_argument("lists", "integers of 32 bits as block ids", repr(item), "turn them into int")

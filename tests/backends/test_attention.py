@@ -77,7 +77,7 @@ def assert_equals_masked_sdpa(q, k, v, selection, mask, scale=None):
     ],
 )
 def test_attention_equals_masked_sdpa_in_fp64(q_len, kv_len, heads, dim, size, layout):
-    """More shapes: tests/fuzz/test_fuzz_lists.py."""
+    """More shapes: tests/fuzz/test_fuzz.py."""
     q, k, v = structured_qkv(2, q_len, kv_len, *heads, dim, dtype=torch.float64, layout=layout)
     selection = random_selection(2, heads[0], q_len, kv_len, size)
     assert_equals_masked_sdpa(q, k, v, selection, token_mask(selection))

@@ -31,7 +31,7 @@ def attention(q, k, v, mask, scale):
 
 def brute_force(q, k, v, gradient, policy, scale):
     """One real selection and two real attentions for each share; also each head's density, by selecting for it alone."""
-    length, heads, size = len(q), q.shape[1], policy.block_size
+    length, size = len(q), policy.block_size
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     dense = attention(q, k, v, causal, scale)
     sums, costs, densities = [], [], []
@@ -44,7 +44,6 @@ def brute_force(q, k, v, gradient, policy, scale):
         costs.append(change.square().sum(0))
         densities.append(blocks.sum((1, 2)).double() / torch.ones_like(blocks[0]).tril().sum())
         assert float(densities[-1].mean()) == pytest.approx(selection.density())
-    assert costs[0].shape == (heads,)
     return torch.stack(sums, 1), torch.stack(costs, 1), torch.stack(densities, 1)
 
 
@@ -127,7 +126,7 @@ def told_nothing(*args):
     raise AssertionError("nothing to tell")
 
 
-def test_every_layer_tells_its_attention_and_its_gradient_once(model):
+def test_every_layer_tells_its_attention_and_its_gradient_once(model, monkeypatch):
     """Against plain autograd, which keeps all activations."""
     outputs, inputs, inner = [], [], ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -138,11 +137,9 @@ def test_every_layer_tells_its_attention_and_its_gradient_once(model):
         inputs.append((q.detach(), k.detach(), v.detach(), named["scaling"]))
         return out, weights
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = keeping
-    try:
+    with monkeypatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", keeping)
         expected = gradients(model)
-    finally:
-        ALL_ATTENTION_FUNCTIONS.pop("sdpa")
     told = []
     with feeling(model, lambda *found: told.append(found)):
         torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -164,9 +161,6 @@ def test_activations_are_computed_again(model):
     with feeling(model, lambda *found: None):
         gradients(model)
     assert len(calls) == 2
-    with torch.enable_grad():
-        gradients(model)
-    assert len(calls) == 3
 
 
 def test_dropout_stays_off():

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
@@ -14,21 +13,17 @@ pytest.importorskip("triton")
 SMALL = ["--arch", "sm80", "--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
 
 
-def compile_in_a_new_process(lengths: str) -> list[dict[str, Any]]:
+def compile_in_a_new_process(lengths):
     command = [sys.executable, "-m", "stem_attention.cli", "compile", *SMALL, "--lengths", lengths, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kernels: list[dict[str, Any]] = json.loads(done.stdout)["kernels"]
-    return kernels
+    return json.loads(done.stdout)["kernels"]
 
 
 def test_another_process_finds_everything_compiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert main(["compile", *SMALL, "--lengths", "5000"]) == 0
-    out = capsys.readouterr().out
-    files = sorted(tmp_path.rglob("*.cubin"))
-    assert f"{len(files)} kernels of backend triton for sm80 lie in {tmp_path}, {len(files)} of them new." in " ".join(
-        out.split()
-    )
+    out, files = " ".join(capsys.readouterr().out.split()), sorted(tmp_path.rglob("*.cubin"))
+    assert f"{len(files)} kernels of backend triton for sm80 lie in {tmp_path}, {len(files)} of them new." in out
     assert len(files) >= 3
     # 6016 is a multiple of 16, 5001 is not, 4097 ends one token into a block: none gets a kernel of its own.
     again = compile_in_a_new_process("5001,6016,4097")

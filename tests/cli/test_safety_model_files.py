@@ -14,19 +14,6 @@ from stem_attention.cli import main
 
 pytest.importorskip("transformers")
 
-CODE = """
-from pathlib import Path
-Path({marker!r}).write_text("ran")
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-class OwnTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
 WRONG = (None, "word", -1, 0.5, [1])
 GGUF = b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") * 2
 
@@ -34,19 +21,19 @@ GGUF = b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") * 2
 class Bomb:
     """Writes a file when it is unpickled."""
 
-    def __init__(self, marker: Path) -> None:
+    def __init__(self, marker):
         self.marker = marker
 
     def __reduce__(self):
         return Path.write_text, (self.marker, "ran")
 
 
-def change(file: Path, **fields: object) -> None:
+def change(file, **fields):
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 @pytest.fixture
-def copy(tiny_llama: Path, tmp_path: Path) -> Path:
+def copy(tiny_llama, tmp_path):
     return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
 
 
@@ -59,12 +46,11 @@ def test_code_that_comes_with_a_model_does_not_run_and_no_one_is_asked(on_a_term
     if on_a_terminal:
         monkeypatch.setattr("builtins.input", lambda *_: "y")
     marker = tmp_path / "marker"
-    (copy / "own.py").write_text(CODE.format(marker=str(marker)))
+    (copy / "own.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).write_text('ran')\n")
     auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     change(copy / "config.json", auto_map=auto, model_type="own", architectures=["OwnModel"])
-    change(
-        copy / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]}, tokenizer_class="OwnTokenizer"
-    )
+    tokenizer = {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}, "tokenizer_class": "OwnTokenizer"}
+    change(copy / "tokenizer_config.json", **tokenizer)
     assert "transformers can load" in refused(copy, complaint)
     assert not marker.exists()
 
@@ -108,14 +94,7 @@ def test_bad_settings_in_a_model_are_refused(stored, copy, complaint):
     assert "expected" in line
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"policy": "stem", "beta": 1' + "0" * 5000 + "}"])
-def test_hostile_policy_files_are_refused(content, tmp_path, complaint):
-    (tmp_path / "policy.json").write_text(content)
-    line = complaint(main, ["run", "--policy", str(tmp_path / "policy.json")], 2)
-    assert line.startswith("stem-attention: --policy: ")
-
-
-def run(model: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
+def run(model, capsys, *more):
     """Exit code, stdout, and the last line of stderr; an exception that escapes fails the test."""
     prompt = model.parent / "prompt.txt"
     prompt.write_text("What is the number? " * 4)
@@ -141,25 +120,19 @@ def test_every_field_of_a_config_wrong_in_five_ways(part, copy, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("field", "value"),
     [
-        {"rope_parameters": {"rope_type": "other", "rope_theta": 1e4}},
-        {"rope_parameters": {"rope_type": "yarn"}},
-        {"hidden_size": 48},
-        {"num_key_value_heads": 3},
-        {"intermediate_size": 33},
-        {"vocab_size": 300},
-        {"num_hidden_layers": 3},
+        *[("rope_parameters", rope) for rope in ({"rope_type": "other", "rope_theta": 1e4}, {"rope_type": "yarn"})],
+        *[("hidden_size", 48), ("num_key_value_heads", 3), ("intermediate_size", 33), ("vocab_size", 300)],
+        ("num_hidden_layers", 3),
     ],
-    ids=lambda changes: next(iter(changes)),
 )
-def test_a_config_that_does_not_go_with_the_weights(changes, copy, capsys):
-    change(copy / "config.json", **changes)
+def test_a_config_that_does_not_go_with_the_weights(field, value, copy, capsys):
+    change(copy / "config.json", **{field: value})
     code, _, line = run(copy, capsys)
     assert code == 1
     assert "--model: " in line
-    if "hidden_size" in changes or "num_key_value_heads" in changes:
-        assert "config.json means (" in line
+    assert "config.json means (" in line or field not in ("hidden_size", "num_key_value_heads")
 
 
 @pytest.mark.parametrize("template", ["{% for", "{{ raise_exception('no') }}", "{{ messages[0]['x'].y.z }}", "{{ 1 / 0 }}"])
@@ -171,10 +144,10 @@ def test_a_chat_template_that_fails(template, copy, capsys, complaint):
     assert run(copy, capsys, "--no-chat-template")[0] == 0
 
 
-def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, complaint):
-    model = save(toy("llama", vocab_size=40), tmp_path / "model")
-    line = refused(model, complaint)
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_and_a_smaller_one_is_usual(tmp_path, capsys, complaint):
+    line = refused(save(toy("llama", vocab_size=40), tmp_path / "small"), complaint)
     assert "is none of the 40 that LlamaForCausalLM knows" in line
+    assert run(save(toy("llama", vocab_size=VOCABULARY + 63), tmp_path / "large"), capsys)[0] == 0
 
 
 @pytest.mark.parametrize("offline", ["variable", "network"])
@@ -188,8 +161,3 @@ def test_a_hub_id_while_offline(offline, monkeypatch, complaint):
     assert time.monotonic() - start < 20
     assert "offline" in line
     assert "some-org/no-such-model" in line
-
-
-def test_an_embedding_larger_than_the_tokenizer_is_usual(tmp_path, capsys):
-    model = save(toy("llama", vocab_size=VOCABULARY + 63), tmp_path / "model")
-    assert run(model, capsys)[0] == 0

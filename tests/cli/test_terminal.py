@@ -1,27 +1,24 @@
-"""Terminals of any encoding and width, an environment without extras, and a command that starts fast."""
+"""Environments: terminals of any encoding and width, no extras, and what doctor says; and a command that starts fast."""
 
 import io
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
+from tests.toys import without
 
+import stem_attention
 from stem_attention.cli import main
 
 HEAVY = ("transformers", "triton", "matplotlib", "gguf", "accelerate", "safetensors", "tokenizers", "huggingface_hub")
 
 # Finds none of them, runs command lines, and lists each one's exit code and what it printed.
-BARE = f"""
-import importlib.machinery, io, json, sys
+BARE = f"""{without(HEAVY)}
+import io, json
 from contextlib import redirect_stderr, redirect_stdout
-finder = importlib.machinery.PathFinder
-find = finder.find_spec
-def find_spec(cls, name, path=None, target=None):
-    return None if name.partition(".")[0] in {HEAVY!r} else find(name, path, target)
-finder.find_spec = classmethod(find_spec)
 import stem_attention
 from stem_attention.cli import main
 done = []
@@ -43,7 +40,7 @@ print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} &
 """
 
 
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+def python(code, *arguments):
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False, timeout=240)
 
 
@@ -56,6 +53,7 @@ def test_base_dependencies_are_enough_for_help_and_doctor_and_for_saying_what_el
     for arguments, (code, out, err) in zip(works, results, strict=False):
         assert (code, err) == (0, ""), arguments
         assert out.strip(), arguments
+    assert results[4][1].strip() == stem_attention.__version__
     assert "missing transformers (run, inspect and calibrate): pip install 'stem-attention[transformers]'" in results[5][1]
     for arguments, (code, out, err) in zip(needs, results[len(works) :], strict=True):
         assert (code, out) == (1, ""), arguments
@@ -66,15 +64,14 @@ def test_base_dependencies_are_enough_for_help_and_doctor_and_for_saying_what_el
 def test_help_loads_nothing_heavy():
     """Torch itself is most of the time that remains."""
     done = python(LISTED)
-    assert done.returncode == 0
-    assert done.stderr.decode().strip() == ""
+    assert (done.returncode, done.stderr.decode().strip()) == (0, "")
 
 
 @pytest.fixture(scope="module")
-def french(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A short run whose answer, of random bytes, few terminals can show."""
+def french(tiny_llama, tmp_path_factory):
+    """A short run whose answer, of random bytes, few terminals can show; its prompt has a byte order mark."""
     prompt = tmp_path_factory.mktemp("prompt") / "prompt.txt"
-    prompt.write_text("Où est l'été ? " * 40, encoding="utf-8")
+    prompt.write_text("Où est l'été ? " * 40, encoding="utf-8-sig")
     return ["--model", str(tiny_llama), "--prompt-file", str(prompt)]
 
 
@@ -83,7 +80,7 @@ def test_terminals_of_any_encoding(encoding, french, monkeypatch):
     """As Python opens standard output under ``PYTHONUTF8=0``."""
     pytest.importorskip("transformers")
 
-    def shown(*arguments: str) -> str:
+    def shown(*arguments):
         streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
         monkeypatch.setattr(sys, "stdout", streams[0])
         monkeypatch.setattr(sys, "stderr", streams[1])
@@ -110,3 +107,13 @@ def test_what_is_piped_is_as_wide_as_columns_says(columns, monkeypatch, capsys):
     tables = [line for line in capsys.readouterr().out.splitlines() if line[0] in "│┃┏┡└┗╇"]
     assert tables
     assert max(map(len, tables)) <= int(columns or 80)
+
+
+def test_doctor_names_versions_and_explains_each_dtype_and_head_dim(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(part in out for part in (torch.__version__, "cpu:", "bfloat16"))
+    assert main(["doctor", "--json"]) == 0
+    cpu = [entry for entry in json.loads(capsys.readouterr().out)["backends"] if entry["device"] == "cpu"]
+    assert {(entry["dtype"], entry["head_dim"]) for entry in cpu} >= {("float32", 64), ("bfloat16", 128)}
+    assert all(entry["backend"] in entry["reasons"] and isinstance(entry["dense_below"], int) for entry in cpu)

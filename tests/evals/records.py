@@ -1,7 +1,5 @@
 """Hand-made records, headers and bench settings, for tests of what is made of them."""
 
-from __future__ import annotations
-
 import copy
 import json
 from typing import Any

@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from tests.toys import listening
 
 from stem_evals.cli.app import main
 from stem_evals.journal import differences, open_journal, read_journal
 
 from .records import HEADER, changed
 
+FIELDS = ("contenders", "stem", "at", "1024", "fields")
 
-def record(case: str, contender: str = "stem", **more: object) -> dict[str, object]:
+
+def record(case, contender="stem", **more):
     return {"measure": "needle", "case": case, "contender": contender, "tokens": 1024, **more}
 
 
@@ -52,14 +54,8 @@ def test_half_written_last_line_is_dropped_and_the_next_record_is_whole(tmp_path
         (changed("dtype", to="bfloat16"), r"dtype \(float32 there, bfloat16 here\)"),
         (changed("texts", "austen", "sha256", to="cc"), r"texts.austen.sha256 \(bb there, cc here\)"),
         (changed("settings", "needle", "seed", to=1), r"settings.needle.seed \(0 there, 1 here\)"),
-        (
-            changed("contenders", "stem", "at", "1024", "fields", "beta", to=0.3),
-            r"contender stem at 1024 tokens.fields.beta \(0.2 there, 0.3 here\)",
-        ),
-        (
-            changed("contenders", "stem", "at", "1024", "fields", to={"beta": 0.2, "gamma": 1}),
-            r"fields.gamma \(absent there, 1 here\)",
-        ),
+        (changed(*FIELDS, "beta", to=0.3), r"contender stem at 1024 tokens.fields.beta \(0.2 there, 0.3 here\)"),
+        (changed(*FIELDS, to={"beta": 0.2, "gamma": 1}), r"fields.gamma \(absent there, 1 here\)"),
     ],
 )
 def test_directory_of_other_facts_is_refused_and_left_as_it_was(tmp_path, header, says):
@@ -87,31 +83,19 @@ def test_contenders_lengths_texts_and_measures_may_be_added(tmp_path):
     assert differences(merged, HEADER) == differences(merged, more) == []
 
 
-def test_directory_of_something_else_is_refused(tmp_path):
+def test_directory_of_something_else_or_with_damage_in_the_middle_is_refused(tmp_path):
     with pytest.raises(ValueError, match="made by stem-evals eval"):
         read_journal(tmp_path / "absent")
     (tmp_path / "records.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="run.json"):
         open_journal(tmp_path, HEADER)
-
-
-def test_damage_in_the_middle_is_named(tmp_path):
-    open_journal(tmp_path, HEADER)
-    (tmp_path / "records.jsonl").write_text('{"measure"\n' + json.dumps(record("a")) + "\n")
+    open_journal(tmp_path / "run", HEADER)
+    (tmp_path / "run" / "records.jsonl").write_text('{"measure"\n' + json.dumps(record("a")) + "\n")
     with pytest.raises(ValueError, match="damaged line 1"):
-        open_journal(tmp_path, HEADER)
+        open_journal(tmp_path / "run", HEADER)
 
 
-# What a shell starts in the background ignores Ctrl-C, and so would this test and the command in it.
-LISTENING = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from stem_evals.cli.app import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def measured(out: Path) -> list[dict[str, object]]:
+def measured(out):
     found = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name != "seconds"} for record in found]
 
@@ -126,9 +110,8 @@ def test_a_stopped_eval_keeps_whole_records_and_goes_on(kind, code, tiny_llama, 
                *policies, "--out"]  # fmt: skip
     assert main([*command, str(tmp_path / "whole")]) == 0
     whole, end = measured(tmp_path / "whole"), time.monotonic() + 240
-    process = subprocess.Popen(
-        [sys.executable, "-c", LISTENING, *command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    stoppable = [sys.executable, "-c", listening("stem_evals.cli.app"), *command, str(out)]
+    process = subprocess.Popen(stoppable, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not records.exists() or records.read_bytes().count(b"\n") < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end

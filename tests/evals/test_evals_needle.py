@@ -1,6 +1,6 @@
 """The needle measure: its grid, its verdict, and when it stops listening."""
 
-import json
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -14,26 +14,19 @@ from stem_evals.needle import Needle, complete_numbers, numbers, try_prompt
 SPARSE = Stem(block_size=64, ratio_short=0.1, min_blocks=1)
 
 
-def says(model, tokenizer, *texts: str) -> None:
-    """Make a model that answers with these texts one after the other, a token each, whatever it reads."""
+def says(model, tokenizer, text):
+    """Make a model that answers with this text again and again, a token each time, whatever it reads."""
+    spoken = cycle(tokenizer(text).input_ids)
 
     class Head(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokens = [token for text in texts for token in tokenizer(text).input_ids]
-            self.place = 0
-
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            logits = torch.zeros(*hidden.shape[:-1], 257)
-            logits[..., self.tokens[self.place % len(self.tokens)]] = 1.0
-            self.place += 1
-            return logits
+        def forward(self, hidden):
+            return torch.nn.functional.one_hot(torch.tensor(next(spoken)), 257).float().expand(*hidden.shape[:-1], 257)
 
     model.lm_head = Head()
     take_stem(model)
 
 
-def grid(model, tokenizer, **changes) -> Needle:
+def grid(model, tokenizer, **changes):
     options = {"kinds": KINDS, "lengths": [1800, 2000], "depths": [0.0, 0.5], "samples": 2}
     return Needle(model, tokenizer, **{**options, **changes})
 
@@ -44,13 +37,11 @@ def test_grid_covers_everything_by_stable_names(model, tokenizer):
     assert keys[0] == "single-1800-0-0"
     assert set(keys) < {case.key for case in grid(model, tokenizer, samples=3, depths=[0.0, 0.25, 0.5]).cases()}
     first = grid(model, tokenizer).cases()[: 4 * 2]
-    assert {(case.about["kind"], case.about["depth"]) for case in first} == {
-        (kind, depth) for kind in KINDS for depth in (0, 0.5)
-    }
+    assert {(case.about["kind"], case.about["depth"]) for case in first} == {*product(KINDS, (0, 0.5))}
 
 
 def test_no_two_cases_ask_for_the_same_and_the_seed_changes_all(model, tokenizer):
-    def planted(seed: int) -> list[tuple[str, ...]]:
+    def planted(seed):
         measure = grid(model, tokenizer, kinds=["single"], lengths=[900], seed=seed)
         says(model, tokenizer, "1 ")
         return [tuple(measure.run(case, None)["planted"]) for case in measure.cases()]
@@ -70,11 +61,9 @@ def test_record_says_what_happened(model, tokenizer, kind):
     assert len(record["planted"]) == len(record["hits"]) == len(record["places"]) == asked
     assert (record["found"], record["share"]) == (False, 0.0)
     assert 1500 < record["prompt_tokens"] <= 2000 - 24 * asked
-    assert 0 < record["density"] < 1
-    assert record["sparse_share"] == 1
+    assert 0 < record["density"] < record["sparse_share"] == 1
     dense = measure.run(case, None)
     assert (dense["density"], dense["sparse_share"]) == (1.0, 0.0)
-    json.dumps(record)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +80,7 @@ def test_hits_are_the_numbers_among_the_first_of_the_answer(model, tokenizer, an
     says(model, tokenizer, answer + " ")
     prompt = Prompt(tokenizer("x" * 100).input_ids, ("111", "222"), "are", (0.0, 0.5))
     trial = try_prompt(model, tokenizer, prompt, SPARSE)
-    assert trial["hits"] == list(hits)
-    assert trial["found"] is all(hits)
-    assert trial["share"] == sum(hits) / 2
+    assert (trial["hits"], trial["found"], trial["share"]) == (list(hits), all(hits), sum(hits) / 2)
 
 
 def test_listening_ends_when_the_numbers_are_complete(model, tokenizer):
@@ -133,7 +120,6 @@ def test_what_cannot_be_asked_is_refused_before_anything_runs(model, tokenizer):
         ("1,2345 ", ["1", "2345"], 1),
         ("1. 1234567\n2. 7654321\n3) 11", ["1234567", "7654321", "11"], 2),
         ("10.", [], 0),
-        ("not mentioned", [], 0),
     ],
 )
 def test_numbers_of_an_answer_and_those_that_nothing_can_change(answer, found, complete):

@@ -3,28 +3,21 @@
 import importlib
 import json
 from pathlib import Path
-from types import ModuleType
-
-import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+def test_a_model_is_trained_and_asked(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return {name: importlib.import_module(f"stress.{name}") for name in ("tasks", "train", "evaluate")}
-
-
-def test_a_model_is_trained_and_asked(study, tmp_path, capsys):
+    tasks, train, evaluate = (importlib.import_module(f"stress.{name}") for name in ("tasks", "train", "evaluate"))
     out, records = tmp_path / "model", tmp_path / "records.jsonl"
     arguments = ["--size", "tiny", "--device", "cpu", "--tokens", "512", "--lengths", "128,256", "--minutes", "0.5"]
-    assert study["train"].main([*arguments, "--log-every", "0", "--samples", "2", "--steps", "2", "--out", str(out)]) == 0
+    assert train.main([*arguments, "--log-every", "0", "--samples", "2", "--steps", "2", "--out", str(out)]) == 0
     assert json.loads((out / "stress.json").read_text())["progress"]["steps"] == 2
     capsys.readouterr()
     asked = ["--model", str(out), "--lengths", "256", "--samples", "1", "--device", "cpu", "--records", str(records)]
-    assert study["evaluate"].main([*asked, "--policy", "mass"]) == 0
+    assert evaluate.main([*asked, "--policy", "mass"]) == 0
     assert "mass" in capsys.readouterr().out
     found = [json.loads(line) for line in records.read_text().splitlines()]
-    assert len(found) == len(study["tasks"].TASKS) * 2
+    assert len(found) == len(tasks.TASKS) * 2
     assert {record["contender"] for record in found} == {"dense", "mass"}

@@ -13,11 +13,9 @@ from statistics import median
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from tests.rigs import BACKENDS, INTERPRETED, Rig, interpreted_kernels_take_cpu_tensors
+from tests.rigs import BACKENDS, INTERPRETED, Rig
 
 from .strategies import Problem, Space, problems
-
-__all__ = ["interpreted_kernels_take_cpu_tensors"]
 
 # The soak of a backend is cut into parts, so that processes share it: pytest -n 10 --dist loadgroup. On a GPU each shape of
 # a kernel is compiled: a part keeps to a few of them, and all parts have them all.

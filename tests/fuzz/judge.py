@@ -21,17 +21,7 @@ MASS_TIES = {"float64": 1e-9, "cpu": 1e-3, "cuda": 5e-2}
 def assert_selected(
     selection: BlockSelection, q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int, scale: float | None = None
 ) -> None:
-    """Assert that a policy keeps just these blocks, up to ties: by the reference's own scores in fp64, or its masses.
-
-    Args:
-        selection: What was selected.
-        q: ``(batch, q_len, q_heads, dim)``, as the selection was made from, likewise ``k`` and ``v``.
-        k: Keys.
-        v: Values.
-        policy: What to keep.
-        prompt_len: Tokens of the whole prompt.
-        scale: Softmax scale.
-    """
+    """Assert that a policy keeps just these blocks, up to ties: by the reference's own scores in fp64, or its masses."""
     selection.validate()
     kind = "float64" if q.dtype == torch.float64 else q.device.type
     if isinstance(policy, Stem):

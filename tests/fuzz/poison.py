@@ -33,12 +33,7 @@ def new_memory_is_nan() -> Iterator[None]:
 
 
 def surrounded(x: Tensor, by: float = math.nan) -> Tensor:
-    """The same numbers as a view into a larger tensor, which holds ``by`` before and after every row, head and sequence.
-
-    Args:
-        x: ``(..., heads, dim)`` of three or four dimensions.
-        by: What lies around: NaN, or an infinity.
-    """
+    """The same numbers as a view into a larger tensor, which holds ``by`` before and after every row, head and sequence."""
     *outer, heads, dim = x.shape
     store = x.new_full((*(n + 2 * _AROUND for n in outer), heads + 2 * _AROUND, dim + 2 * _ROW), by)
     for axis, size in enumerate(x.shape):

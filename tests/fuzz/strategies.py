@@ -34,18 +34,7 @@ LOUDEST_HALF = 30000.0  # structured values are drawn beyond fp16's 65504 now an
 
 @dataclass(frozen=True)
 class Space:
-    """What problems are drawn from.
-
-    Attributes:
-        head_dims: Widths of a head.
-        groups: Query heads per key/value head.
-        block_sizes: Tokens per block.
-        dtypes: Names of torch dtypes.
-        page_sizes: Tokens per page of a paged cache.
-        longest: Most keys of a sequence.
-        work: Most pairs of a query and a key over all heads and sequences, which bounds time and memory.
-        presets: Draw policies with fast selection from a few, where each new one costs a compilation.
-    """
+    """What problems are drawn from."""
 
     head_dims: tuple[int, ...] = (16, 17, 24, 40, 64, 80, 96, 128, 192, 256)
     groups: tuple[int, ...] = tuple(range(1, 17))
@@ -54,7 +43,9 @@ class Space:
     page_sizes: tuple[int, ...] = (1, 7, 16, 64, 256)
     longest: int = 5000
     work: int = 1 << 18
+    """Most pairs of a query and a key over all heads and sequences, which bounds time and memory."""
     presets: bool = False
+    """Draw policies with fast selection from a few, where each new one costs a compilation."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from stem_attention.backends.torch import TorchBackend
 from stem_attention.policies import SinkWindow, policy_from_json
 from stem_attention.testing import structured_qkv
 
-from . import test_fuzz_chunks, test_fuzz_lists, test_fuzz_packed, test_fuzz_whole
 from .conftest import Memory, Trials, space_of
 from .judge import assert_selected
 from .poison import new_memory_is_nan, surrounded, undisturbed
 from .strategies import Space
+from .test_fuzz import a_prompt_in_chunks, any_call, any_packed_batch, attention_over_any_lists
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="plants its faults in the torch backend")
 
@@ -32,7 +32,7 @@ def refused(mask, policy):
         assert_selected(selection, Q, K, V, policy, 300)
 
 
-@pytest.mark.parametrize("policy", [STEM, MASS, SinkWindow(1, 2, 16)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [STEM, MASS, replace(MASS, head_factors=((0.5, 4.0),)), SinkWindow(1, 2, 16)])
 def test_a_block_too_many_one_too_few_and_another_one_are_seen(policy):
     selection = sa.select_blocks(Q, K, V, policy=policy)
     assert_selected(selection, Q, K, V, policy, 300)
@@ -45,17 +45,6 @@ def test_a_block_too_many_one_too_few_and_another_one_are_seen(policy):
         for at in blocks:
             wrong[tuple(at)] ^= True
         refused(wrong, policy)
-
-
-@pytest.mark.parametrize(
-    ("policy", "changes"),
-    [
-        (STEM, {"decay": 0.4, "min_blocks": 9}), (STEM, {"tail_blocks": 2}), (STEM, {"beta": 9.0}), (MASS, {"share": 4.0}),
-        (replace(MASS, head_factors=((0.5, 4.0),)), {"head_factors": ((4.0, 0.5),)}),
-    ],
-)  # fmt: skip
-def test_other_fields_of_a_policy_are_seen(policy, changes):
-    refused(sa.select_blocks(Q, K, V, policy=policy).to_mask(), replace(policy, **changes))
 
 
 def test_poison_is_where_it_should_be():
@@ -92,14 +81,14 @@ def plant(monkeypatch):
     return plant
 
 
-@pytest.mark.parametrize("promise", [test_fuzz_lists, test_fuzz_whole, test_fuzz_chunks, test_fuzz_packed])
+@pytest.mark.parametrize("promise", [attention_over_any_lists, any_call, a_prompt_in_chunks, any_packed_batch])
 def test_a_backend_that_raises_is_found_and_the_problem_shrinks(promise, plant):
     def fault(out, lse):
         raise IndexError("planted")
 
     plant(fault)
     with pytest.raises(IndexError, match="planted") as found:
-        tried(promise.holds, packed=promise is test_fuzz_packed)
+        tried(promise, packed=promise is any_packed_batch)
     told = "".join("".join(found.value.__notes__).split())
     assert re.search(r"problem=Problem\(lengths=\(\(1?\d,1?\d\),\),kv_heads=1,group=1,head_dim=16,", told), told
 
@@ -107,7 +96,7 @@ def test_a_backend_that_raises_is_found_and_the_problem_shrinks(promise, plant):
 def test_numbers_that_are_off_by_a_hundredth_are_found(plant):
     plant(lambda out, lse: out[:, -1].mul_(1.01))
     with pytest.raises(AssertionError, match="the worst row is off"):
-        tried(test_fuzz_whole.holds)
+        tried(any_call)
 
 
 def test_growing_memory_is_found():

@@ -5,8 +5,6 @@ stand-ins take their place, with the fields and signatures of the published sour
 all of SGLang's packages: it is a plain namespace in both cases.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ PARALLEL = {"attn_cp_size": 1, "attn_dcp_size": 1, "attn_tp_size": 1, "attn_tp_r
 
 def make_exec(prefill_graphs: str = "disabled") -> Any:
     """What ``get_exec()`` answers once the launcher has published its arguments."""
-    phases = SimpleNamespace(prefill=SimpleNamespace(backend=prefill_graphs), decode=SimpleNamespace(backend="full"))
+    phases = SimpleNamespace(prefill=SimpleNamespace(backend=prefill_graphs))
     return SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=phases))
 
 
@@ -55,7 +53,7 @@ class _KVWriteLoc:
     loc: Tensor
 
     @classmethod
-    def for_batch(cls, forward_batch: Any) -> _KVWriteLoc:
+    def for_batch(cls, forward_batch: Any) -> Any:
         return cls(forward_batch.out_cache_loc)
 
 
@@ -117,10 +115,7 @@ def _install_stand_ins() -> None:
         },
         "layers.attention.base_attn_backend": {"AttentionBackend": _AttentionBackend},
         "mem_cache.memory_pool": {"KVWriteLoc": _KVWriteLoc, "MHATokenToKVPool": _Pool},
-        "runtime_context": {
-            "get_parallel": lambda: SimpleNamespace(**PARALLEL),
-            "get_exec": make_exec,
-        },
+        "runtime_context": {"get_parallel": lambda: SimpleNamespace(**PARALLEL), "get_exec": make_exec},
     }
     for path, names in contents.items():
         parts = f"sglang.srt.{path}".split(".")

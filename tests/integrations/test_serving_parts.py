@@ -1,33 +1,29 @@
 """The parts of the servers' plug-ins that need no server: settings, rows and counters."""
 
-from __future__ import annotations
-
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from stem_attention import Mass, Policy, Stem, UnsupportedError, select_blocks
+from stem_attention import Mass, Stem, UnsupportedError, select_blocks
 from stem_attention.integrations.serving.counters import Counters
-from stem_attention.integrations.serving.rows import Row, SparseRows, token_index
+from stem_attention.integrations.serving.rows import Row, SparseRows
 from stem_attention.integrations.serving.settings import ENVIRONMENT, Settings, read_settings
 from stem_attention.policies import SinkWindow
 
 
 @pytest.fixture(autouse=True)
-def silent_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def silent_environment(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
 
 
-def test_nothing_said_means_keep_by_mass() -> None:
+def test_nothing_said_means_keep_by_mass():
     for additional in (None, {}, {"other": 1}, "opaque"):
         assert read_settings(additional) == Settings(Mass())
 
 
-def test_settings_come_from_one_of_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_come_from_one_of_two_places(monkeypatch):
     given = {"policy": "paper:min_blocks=9", "dense_below": 100, "dense_layers": 2, "min_query_len": 64, "backend": "torch"}
     results = [read_settings({"stem_attention": given})]
     monkeypatch.setenv(ENVIRONMENT, f" {json.dumps(given)} ")
@@ -37,13 +33,13 @@ def test_settings_come_from_one_of_two_places(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("given", ["mass:share=8", {"policy": "mass:share=8"}, {"policy": {"policy": "mass", "share": 8}}])
-def test_a_policy_is_a_spec_or_an_object_with_its_name(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_is_a_spec_or_an_object_with_its_name(given, monkeypatch):
     assert read_settings({"stem_attention": given}).policy == Mass(share=8)
     monkeypatch.setenv(ENVIRONMENT, given if isinstance(given, str) else json.dumps(given))
     assert read_settings() == Settings(Mass(share=8), source=ENVIRONMENT)
 
 
-def test_a_calibrated_policy_is_read_from_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_calibrated_policy_is_read_from_its_file(monkeypatch, tmp_path):
     calibrated = Mass(share=3.5, head_factors=((0.5, 2.0), (1.0, 4.25), (0.125, 1.0)))
     path = tmp_path / "heads.json"
     path.write_text(calibrated.to_json() + "\n")
@@ -53,7 +49,7 @@ def test_a_calibrated_policy_is_read_from_its_file(monkeypatch: pytest.MonkeyPat
     assert read_settings() == Settings(calibrated, min_query_len=64, source=ENVIRONMENT)
 
 
-def test_a_log_counts_the_head_factors_and_shows_everything_else() -> None:
+def test_a_log_counts_the_head_factors_and_shows_everything_else():
     factors = ((0.123456, 2.0, 1.0), (1.0, 4.25, 1.0))
     plain, calibrated = (str(Settings(Mass(share=3.5, head_factors=some))) for some in (None, factors))
     assert calibrated == f"{plain} with head_factors of 2 x 3"
@@ -67,29 +63,27 @@ def test_a_log_counts_the_head_factors_and_shows_everything_else() -> None:
     ("text", "message"),
     [
         ("{", "expected a JSON object, got invalid JSON"),
-        ("/no/such.json", "policy: expected a readable JSON file, got '/no/such.json'"),
         ("masss", "policy: expected one of "),
         ("stem@0.2", "policy: expected a spec without @DENSITY"),
         ('{"policy": {"policy": "stem", "decay": 2}}', "decay: expected "),
-        ('{"policy": {"decay": 0.5}}', "policy: expected a name"),
         ('{"policy": ["paper"]}', "policy: expected "),
         ('{"share": 8}', "settings: expected names among policy, dense_below, dense_layers, min_query_len, backend, got share"),
         ('{"source": "me"}', "settings: expected names among "),
         ('{"min_query_len": 1}', "min_query_len: expected an integer >= 2, got 1"),
         ('{"min_query_len": true}', "min_query_len: expected an integer >= 2, got True"),
         ('{"min_query_len": null}', "min_query_len: expected an integer >= 2, got None"),
-        ('{"dense_below": -1}', "dense_below: expected an integer >= 0, got -1"),
+        ('{"dense_below": -1}', "dense_below: expected an integer >= 0 or None, got -1"),
         ('{"dense_layers": 1.5}', "dense_layers: expected an integer >= 0, got 1.5"),
         ('{"backend": 3}', "backend: expected the name of a backend, got 3"),
     ],
 )
-def test_bad_settings_name_their_place_and_field(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_settings_name_their_place_and_field(text, message, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, text)
     with pytest.raises(ValueError, match=f"^{ENVIRONMENT}: {re.escape(message)}"):
         read_settings()
 
 
-def test_a_place_that_holds_no_settings_and_two_places_that_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_holds_no_settings_and_two_places_that_speak(monkeypatch):
     with pytest.raises(ValueError, match="^--additional-config stem_attention: expected a JSON object or .* got 1"):
         read_settings({"stem_attention": 1})
     monkeypatch.setenv(ENVIRONMENT, "paper")
@@ -97,7 +91,7 @@ def test_a_place_that_holds_no_settings_and_two_places_that_speak(monkeypatch: p
         read_settings({"stem_attention": {}})
 
 
-def test_what_serves_a_model_is_explained_or_refused() -> None:
+def test_what_serves_a_model_is_explained_or_refused():
     assert Settings(dense_below=77).explain("cpu", torch.float32, 64).dense_below == 77
     assert Settings().explain("cpu", torch.bfloat16, 64).chosen == "torch"
     with pytest.raises(UnsupportedError, match="^Stem cannot run this model.\n(.|\n)*triton: cannot run: "):
@@ -107,38 +101,32 @@ def test_what_serves_a_model_is_explained_or_refused() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (Row(100, 100, 5000), None),
-        (Row(100, 4900, 5000), None),
         (Row(32, 4900, 5000), None),
         (Row(31, 4900, 5000), "short chunk"),
-        (Row(1, 5000, 5000), "short chunk"),
         (Row(4095, 4095, 4095), "short prompt"),
         (Row(4096, 4096, 4096), None),
         (Row(4096, 4096, 100), None),
-        (Row(4096, 4096, 0), None),
         (Row(100, 4095, 0), "short prompt"),
-        (Row(1, 5001, 5000, "decode"), "decode"),
         (Row(100, 100, 5000, "image tokens"), "image tokens"),
     ],
 )
-def test_which_rows_take_stem(row: Row, reason: str | None) -> None:
+def test_which_rows_take_stem(row, reason):
     assert row.dense_reason(min_query_len=32, dense_below=4096) == reason
 
 
 @pytest.mark.parametrize("chosen", [[0], [1, 2], [2], [0, 1, 2], [0, 2], [0, 3], [1, 3]])
-def test_tokens_and_pages_are_those_of_the_chosen_rows(chosen: list[int]) -> None:
+def test_tokens_and_pages_are_those_of_the_chosen_rows(chosen):
     rows = [Row(3, 9, 20), Row(1, 5, 5), Row(4, 4, 8), Row(2, 12, 0)]
     owner = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3, 3])
     pages = torch.arange(8, dtype=torch.int32).view(4, 2)
     sparse = SparseRows.of(rows, chosen, pages)
     assert owner[sparse.tokens].tolist() == [i for i in chosen for _ in range(rows[i].q_len)]
-    assert sparse.batch.page_table is not None
     assert torch.equal(sparse.batch.page_table, pages[chosen])
     assert sparse.batch.cu_q.diff().tolist() == [rows[i].q_len for i in chosen]
     assert sparse.batch.cu_k.diff().tolist() == [rows[i].kv_len for i in chosen]
     assert sparse.batch.prompt_lens == tuple((20, 5, 8, 12)[i] for i in chosen)
     neighbours = chosen == list(range(chosen[0], chosen[-1] + 1))
-    assert isinstance(token_index(rows, chosen, pages.device), slice) == neighbours
+    assert isinstance(sparse.tokens, slice) == neighbours
 
 
 @pytest.mark.parametrize(
@@ -149,9 +137,8 @@ def test_tokens_and_pages_are_those_of_the_chosen_rows(chosen: list[int]) -> Non
         (Stem(block_size=16, stride=4, forced="extra"), False),
         (Mass(block_size=16, query_pool=4, key_pool=4), False),
     ],
-    ids=["inside", "window", "extra", "mass"],
 )
-def test_counters_tell_what_the_selection_keeps(policy: Policy, is_exact: bool) -> None:
+def test_counters_tell_what_the_selection_keeps(policy, is_exact):
     count, kept, causal = Counters(), 0, 0
     for q_len, kv_len, prompt_len in ((500, 500, 500), (77, 350, 500), (64, 64, 300), (33, 1000, 1000)):
         q, k = torch.randn(1, q_len, 2, 8), torch.randn(1, kv_len, 1, 8)
@@ -165,19 +152,14 @@ def test_counters_tell_what_the_selection_keeps(policy: Policy, is_exact: bool) 
     assert ("at most" in str(count)) != is_exact
 
 
-def test_counters_read_well_and_start_again() -> None:
+def test_counters_are_plain_json_and_start_again():
     count = Counters()
     assert count.density == 1
-    assert str(count).endswith("rows left to the host: none")
     count.count_sparse([Row(64, 64, 64)], Stem(block_size=16, stride=4, local_blocks=1, tail_blocks=0))
     count.dense_rows.update(["decode", "decode", "short prompt"])
-    plain: dict[str, Any] = json.loads(json.dumps(count.to_dict()))
-    assert plain == {
+    assert json.loads(json.dumps(count.to_dict())) == {
         "sparse_rows": 1, "sparse_tokens": 64, "kept_blocks": 7, "causal_blocks": 10, "density": 0.7, "is_bound": False,
         "dense_rows": {"decode": 2, "short prompt": 1},
     }  # fmt: skip
-    assert str(count) == (
-        "1 rows (64 tokens) took Stem and read 0.700 of their causal blocks; rows left to the host: 2 decode, 1 short prompt"
-    )
     count.reset()
     assert count == Counters()

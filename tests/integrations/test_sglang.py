@@ -1,19 +1,15 @@
 """The SGLang backend on SGLang's own batches, layers and pools, or on stand-ins of their shape: see sglang_host.py."""
 
-from __future__ import annotations
-
 import json
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 
 import stem_attention as sa
+from stem_attention.policies import SinkWindow
 from stem_attention.testing import structured_qkv
 
 from . import sglang_host
@@ -30,7 +26,7 @@ FACTORS = ((1e6, 1.0, 1e-6, 4.0), (4.0, 1e-6, 1e6, 1.0))
 
 
 @pytest.fixture(autouse=True)
-def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def launched(monkeypatch):
     """SGLang's launcher has published its arguments."""
     monkeypatch.setattr(sglang_layers, "get_exec", make_exec)
 
@@ -38,9 +34,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 class Server:
     """A runner, its backend, and prompts whose keys go to scrambled slots."""
 
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, lengths: list[int], policy: Any = SPARSE, dense_below: int = 64, **settings: Any
-    ) -> None:
+    def __init__(self, monkeypatch, lengths, policy=SPARSE, dense_below=64, **settings):
         spec = policy.to_dict() if isinstance(policy, sa.Policy) else policy
         given = {"policy": spec, "dense_below": dense_below, "min_query_len": 32, **settings}
         monkeypatch.setenv("STEM_ATTENTION_SETTINGS", json.dumps(given))
@@ -52,41 +46,34 @@ class Server:
         order = torch.randperm(4000, generator=torch.Generator().manual_seed(1))[: sum(lengths)] + 1
         self.slots = list(order.split(lengths))
 
-    def batch(
-        self, spans: list[tuple[int, int]], mode: str = "EXTEND", whole: bool = True, padding: int = 0
-    ) -> tuple[Any, ...]:
+    def batch(self, spans, mode="EXTEND", whole=True, padding=0):
         """Tokens ``[low, high)`` of every prompt as one batch: its metadata and q, k, v as a model's layer makes them."""
         slots = [part[:high] for part, (_, high) in zip(self.slots, spans, strict=True)]
         lengths = [len(part) for part in self.slots] if whole else None
-        batch = make_batch(
-            mode, slots, [high - low for low, high in spans], lengths, self.runner.req_to_token_pool.req_to_token
-        )
+        new = [high - low for low, high in spans]
+        batch = make_batch(mode, slots, new, lengths, self.runner.req_to_token_pool.req_to_token)
         parts = [[x[0, low:high] for x in prompt] for prompt, (low, high) in zip(self.prompts, spans, strict=True)]
         q, k, v = (torch.cat(column) for column in zip(*parts, strict=True))
         return batch, torch.cat([q.flatten(1), torch.ones(padding, HEADS * DIM)]), k, v
 
-    def run(
-        self, *args: Any, layer: Any = None, backend: Any = None, extra: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Tensor:
+    def run(self, *args, layer=None, backend=None, extra=None, **kwargs):
         batch, q, k, v = self.batch(*args, **kwargs)
         backend = self.backend if backend is None else backend
         backend.init_forward_metadata(batch)
-        out: Tensor = backend.forward_extend(q, k, v, make_layer() if layer is None else layer, batch, **(extra or {}))
+        out = backend.forward_extend(q, k, v, make_layer() if layer is None else layer, batch, **(extra or {}))
         assert out.shape == q.shape
         return out
 
-    def expected(
-        self, i: int, low: int, high: int, policy: sa.Policy = SPARSE, prompt_len: int | None = None, dense_below: int = 64
-    ) -> Tensor:
+    def expected(self, i, low, high, policy=SPARSE, prompt_len=None, dense_below=64):
         q, k, v = (x[:, :high] for x in self.prompts[i])
-        out: Tensor = sa.stem_attention(q[:, low:], k, v, policy=policy, prompt_len=prompt_len, dense_below=dense_below)
+        out = sa.stem_attention(q[:, low:], k, v, policy=policy, prompt_len=prompt_len, dense_below=dense_below)
         return out[0].flatten(1)
 
-    def dense(self, i: int, low: int, high: int) -> Tensor:
+    def dense(self, i, low, high):
         return self.expected(i, low, high, dense_below=10**9)
 
 
-def test_prompts_of_one_batch_are_read_as_if_contiguous_and_alone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_one_batch_are_read_as_if_contiguous_and_alone_bit_for_bit(monkeypatch):
     server = Server(monkeypatch, [300, 77, 128])
     out = server.run([(0, 300), (0, 77), (0, 128)])
     assert torch.equal(out, torch.cat([server.expected(0, 0, 300), server.expected(1, 0, 77), server.expected(2, 0, 128)]))
@@ -97,7 +84,7 @@ def test_prompts_of_one_batch_are_read_as_if_contiguous_and_alone_bit_for_bit(mo
 
 
 @pytest.mark.parametrize("cuts", [(0, 96, 192, 300), (0, 37, 101, 250, 300)], ids=["block borders", "anywhere"])
-def test_chunks_keep_the_budgets_of_the_whole_prompt(cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_keep_the_budgets_of_the_whole_prompt(cuts, monkeypatch):
     server = Server(monkeypatch, [300])
     chunks = [server.run([(low, high)]) for low, high in pairwise(cuts)]
     for chunk, (low, high) in zip(chunks, pairwise(cuts), strict=True):
@@ -106,21 +93,21 @@ def test_chunks_keep_the_budgets_of_the_whole_prompt(cuts: tuple[int, ...], monk
         torch.testing.assert_close(torch.cat(chunks), server.expected(0, 0, 300), atol=1e-5, rtol=1e-5)
 
 
-def test_without_the_prompts_length_the_tokens_so_far_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_prompts_length_the_tokens_so_far_stand_in(monkeypatch):
     server = Server(monkeypatch, [300])
     server.run([(0, 96)], whole=False)
     assert torch.equal(server.run([(96, 192)], whole=False), server.expected(0, 96, 192))
     assert SPARSE.row_counts(12) != SPARSE.row_counts(19)[:12]
 
 
-def test_a_cached_prefix_is_read_from_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_prefix_is_read_from_the_pool(monkeypatch):
     server = Server(monkeypatch, [300])
     batch, _, k, v = server.batch([(0, 200)])
     server.runner.token_to_kv_pool.set_kv_buffer(make_layer(), sglang_backend.KVWriteLoc.for_batch(batch), k, v)
     assert torch.equal(server.run([(200, 300)]), server.expected(0, 200, 300))
 
 
-def test_answers_and_short_prompts_in_a_mixed_batch_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_and_short_prompts_in_a_mixed_batch_stay_dense(monkeypatch):
     server = Server(monkeypatch, [300, 50, 200])
     server.run([(0, 299), (0, 0), (0, 0)])
     COUNTERS.reset()
@@ -131,31 +118,32 @@ def test_answers_and_short_prompts_in_a_mixed_batch_stay_dense(monkeypatch: pyte
     assert dict(COUNTERS.dense_rows) == {"short chunk": 1, "short prompt": 1}
 
 
-def test_a_batch_of_short_prompts_goes_to_the_dense_backend_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_short_prompts_goes_to_the_dense_backend_whole(monkeypatch):
     server = Server(monkeypatch, [50, 20])
     out = server.run([(0, 50), (0, 20)])
     assert torch.equal(out, server.run([(0, 50), (0, 20)], backend=server.backend.dense))
     assert dict(COUNTERS.dense_rows) == {"short prompts and chunks": 2}
 
 
-def test_keeping_everything_equals_the_dense_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeping_everything_equals_the_dense_backend(monkeypatch):
     server = Server(monkeypatch, [150, 130], "dense:block_size=16", dense_below=0)
     for spans in ([(0, 70), (0, 130)], [(70, 150), (130, 130)]):
-        torch.testing.assert_close(
-            server.run(spans), server.run(spans, backend=server.backend.dense), atol=1e-4, rtol=1e-5
-        )  # fmt: skip
+        found, expected = server.run(spans), server.run(spans, backend=server.backend.dense)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
     assert COUNTERS.density == 1
 
 
-def test_rows_that_only_pad_the_batch_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_only_pad_the_batch_are_zero(monkeypatch):
     server = Server(monkeypatch, [128])
     out = server.run([(0, 128)], padding=3)
     assert torch.equal(out[:128], server.expected(0, 0, 128))
     assert not out[128:].any()
 
 
-def test_each_layer_keeps_what_its_own_factors_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(monkeypatch, [300, 50], replace(BY_MASS, head_factors=FACTORS))
+def test_each_layer_keeps_what_its_own_factors_say(monkeypatch, caplog):
+    with caplog.at_level("INFO", logger=plugin.__name__):
+        server = Server(monkeypatch, [300, 50], replace(BY_MASS, head_factors=FACTORS))
+    assert [line.endswith("with head_factors of 2 x 4") for line in caplog.messages if line.startswith("Stem is on")] == [True]
     outputs = [server.run([(0, 300), (0, 50)], layer=make_layer(layer_id)) for layer_id in range(LAYERS)]
     kept = []
     for layer_id, out in enumerate(outputs):
@@ -167,40 +155,15 @@ def test_each_layer_keeps_what_its_own_factors_say(monkeypatch: pytest.MonkeyPat
     assert not torch.equal(*(out[:300] for out in outputs))
 
 
-def test_one_row_of_factors_serves_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = replace(BY_MASS, head_factors=FACTORS[:1])
-    server = Server(monkeypatch, [300], policy)
-    for layer_id in range(LAYERS):
-        assert torch.equal(server.run([(0, 300)], layer=make_layer(layer_id)), server.expected(0, 0, 300, policy))
-
-
-@dataclass(frozen=True)
-class Nearest(sa.Policy):
-    """Somebody's own policy: the first block and the last ones."""
-
-    name: ClassVar[str] = "nearest"
-    block_size: int = 16
-    blocks: int = 2
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: Any = None, prompt_len: Any = None) -> sa.BlockSelection:
-        first, end = (k.shape[1] - q.shape[1]) // self.block_size, -(-k.shape[1] // self.block_size)
-        rows, columns = torch.arange(first, end)[:, None], torch.arange(end)
-        mask = (columns <= rows) & ((columns == 0) | (columns > rows - self.blocks))
-        mask = mask.expand(q.shape[0], q.shape[2], -1, -1)
-        return sa.BlockSelection.from_mask(mask, block_size=self.block_size, q_len=q.shape[1], kv_len=k.shape[1])
-
-
-def test_somebodys_own_policy_is_served_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "somebodys_module", SimpleNamespace(Nearest=Nearest))
-    server = Server(monkeypatch, [300, 50], "somebodys_module:Nearest:blocks=3")
+def test_a_policy_is_served_by_the_name_of_its_class(monkeypatch):
+    server = Server(monkeypatch, [300, 50], "stem_attention.policies:SinkWindow:block_size=16,window_blocks=3")
     out = server.run([(0, 300), (0, 50)])
-    assert torch.equal(out[:300], server.expected(0, 0, 300, Nearest(blocks=3)))
+    assert torch.equal(out[:300], server.expected(0, 0, 300, SinkWindow(window_blocks=3, block_size=16)))
     torch.testing.assert_close(out[300:], server.dense(1, 0, 50), atol=1e-5, rtol=1e-5)
-    assert COUNTERS.is_bound
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_of_tensor_parallelism_takes_the_factors_of_its_heads(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_of_tensor_parallelism_takes_the_factors_of_its_heads(rank, monkeypatch):
     whole = tuple(FACTORS[layer] + FACTORS[1 - layer] for layer in range(LAYERS))
     parallel = SimpleNamespace(**{**PARALLEL, "attn_tp_size": 2, "attn_tp_rank": rank})
     monkeypatch.setattr(sglang_layers, "get_parallel", lambda: parallel)
@@ -212,25 +175,9 @@ def test_a_rank_of_tensor_parallelism_takes_the_factors_of_its_heads(rank: int, 
 
 
 @pytest.mark.parametrize("factors", [FACTORS[:1] * 3, [row[:2] for row in FACTORS]], ids=["layers", "heads"])
-def test_factors_of_another_model_are_refused_at_start_up(factors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_of_another_model_are_refused_at_start_up(factors, monkeypatch):
     with pytest.raises(ValueError, match=f"^head_factors: expected 2 x 4 .* got {len(factors)} x {len(factors[0])}; run stem"):
         Server(monkeypatch, [300], replace(BY_MASS, head_factors=factors))
-
-
-def test_a_layer_that_the_factors_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(monkeypatch, [300], replace(BY_MASS, head_factors=FACTORS))
-    monkeypatch.setattr(server.runner.token_to_kv_pool, "get_key_buffer", lambda layer_id: torch.zeros(4096, KV_HEADS, DIM))
-    monkeypatch.setattr(server.runner.token_to_kv_pool, "get_value_buffer", lambda layer_id: torch.zeros(4096, KV_HEADS, DIM))
-    with pytest.raises(ValueError, match="^layer: expected one of the 2 layers of head_factors, got 2"):
-        server.run([(0, 300)], layer=make_layer(2), extra={"save_kv_cache": False})
-
-
-def test_the_line_at_start_counts_the_factors(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger=plugin.__name__):
-        Server(monkeypatch, [300], replace(BY_MASS, head_factors=FACTORS))
-    (line,) = (message for message in caplog.messages if message.startswith("Stem is on"))
-    assert line.endswith("with head_factors of 2 x 4")
-    assert "1e-06" not in line
 
 
 OTHER_LAYERS = {
@@ -247,7 +194,7 @@ OTHER_LAYERS = {
 
 
 @pytest.mark.parametrize("reason", OTHER_LAYERS)
-def test_a_layer_that_stem_does_not_do_goes_to_the_dense_backend(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_stem_does_not_do_goes_to_the_dense_backend(reason, monkeypatch):
     server = Server(monkeypatch, [200], dense_layers=1)
     seen = []
     monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: seen.append((args, extra)))
@@ -257,18 +204,16 @@ def test_a_layer_that_stem_does_not_do_goes_to_the_dense_backend(reason: str, mo
     server.backend.init_forward_metadata(batch)
     server.backend.forward_extend(q, k, v, layer, batch, False)
     ((args, extra),) = seen
-    assert args[3] is layer
-    assert args[5] is False
-    assert extra == {}
+    assert (args[3], args[5], extra) == (layer, False, {})
 
 
-def test_a_window_that_no_request_outgrows_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_no_request_outgrows_is_none(monkeypatch):
     server = Server(monkeypatch, [200])
     layer = make_layer(sliding_window_size=sglang_host.CONTEXT - 1)
     assert torch.equal(server.run([(0, 200)], layer=layer), server.expected(0, 0, 200))
 
 
-def test_an_argument_that_stem_does_not_know_goes_to_the_dense_backend_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_that_stem_does_not_know_goes_to_the_dense_backend_with_it(monkeypatch):
     server = Server(monkeypatch, [200])
     seen = []
     monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: seen.append(extra) or args[0])
@@ -277,7 +222,7 @@ def test_an_argument_that_stem_does_not_know_goes_to_the_dense_backend_with_it(m
     assert [list(extra) for extra in seen] == [["sinks"]]
 
 
-def test_other_batches_go_to_the_dense_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_batches_go_to_the_dense_backend(monkeypatch):
     server = Server(monkeypatch, [200])
     monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: args[0] * 2)
     for mode, change in (
@@ -290,35 +235,33 @@ def test_other_batches_go_to_the_dense_backend(monkeypatch: pytest.MonkeyPatch) 
             setattr(batch, name, value)
         server.backend.init_forward_metadata(batch)
         assert torch.equal(server.backend.forward_extend(q, k, v, make_layer(), batch), q * 2)
-    assert sorted(COUNTERS.dense_rows) == [
-        "encoder-decoder batch", "lengths known on the device only", "target_verify batch",
-    ]  # fmt: skip
+    assert {*COUNTERS.dense_rows} == {"encoder-decoder batch", "lengths known on the device only", "target_verify batch"}
 
 
-REFUSED = {
-    "latent attention": {"use_mla_backend": True},
-    "holds torch.float8_e4m3fn; start with --kv-cache-dtype auto": {"kv_cache_dtype": torch.float8_e4m3fn},
-    "holds torch.float32 and the model computes torch.bfloat16": {"dtype": torch.bfloat16},
-    "is a object, not one pool": {"token_to_kv_pool": object()},
-}
-
-
-@pytest.mark.parametrize("reason", REFUSED)
-def test_what_no_layer_could_take_is_refused_at_start_up(reason: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "error", "says"),
+    [
+        ("use_mla_backend", True, sa.UnsupportedError, "latent attention"),
+        ("kv_cache_dtype", torch.float8_e4m3fn, sa.UnsupportedError, "holds torch.float8_e4m3fn; .*--kv-cache-dtype auto"),
+        ("dtype", torch.bfloat16, sa.UnsupportedError, "holds torch.float32 and the model computes torch.bfloat16"),
+        ("token_to_kv_pool", object(), sa.UnsupportedError, "is a object, not one pool"),
+        ("decode_attention_backend_str", "stem", ValueError, "^--decode-attention-backend: expected .+ got 'stem'"),
+    ],
+)
+def test_what_no_layer_could_take_is_refused_at_start_up(name, value, error, says):
     runner = make_runner()
-    for name, value in REFUSED[reason].items():
-        setattr(runner, name, value)
-    with pytest.raises(sa.UnsupportedError, match=reason):
+    setattr(runner, name, value)
+    with pytest.raises(error, match=says):
         plugin.create(runner)
 
 
-def test_prefill_in_cuda_graphs_is_refused_at_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_in_cuda_graphs_is_refused_at_start_up(monkeypatch):
     monkeypatch.setattr(sglang_layers, "get_exec", lambda: make_exec("full"))
     with pytest.raises(sa.UnsupportedError, match="--disable-prefill-cuda-graph"):
         plugin.create(make_runner())
 
 
-def test_another_batch_is_never_read_with_the_lengths_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_batch_is_never_read_with_the_lengths_of_the_last_one(monkeypatch):
     server = Server(monkeypatch, [300])
     server.run([(0, 100)])
     batch, q, k, v = server.batch([(100, 300)])
@@ -326,14 +269,7 @@ def test_another_batch_is_never_read_with_the_lengths_of_the_last_one(monkeypatc
     assert torch.equal(out, server.expected(0, 100, 300))
 
 
-def test_stem_needs_a_decode_backend_beside_it() -> None:
-    runner = make_runner()
-    runner.decode_attention_backend_str = "stem"
-    with pytest.raises(ValueError, match="^--decode-attention-backend: expected .+ such as fa3, got 'stem'"):
-        plugin.create(runner)
-
-
-def test_registering_twice_offers_one_choice_and_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_twice_offers_one_choice_and_bad_settings_are_named(monkeypatch):
     plugin.register()
     plugin.register()
     assert plugin.ATTENTION_BACKEND_CHOICES.count("stem") == 1

@@ -1,8 +1,6 @@
 """Every class of transformers that builds at toy size sees no future on "stem", and computes what its host does."""
 
 from copy import deepcopy
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,18 +8,10 @@ import torch
 from stem_attention import UnsupportedError
 
 from . import toys
-from .tiny import KEEP_ALL, SMALL, build, hosts, normal, observed, same, small_llama, tokens, transformers
-
-GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}
-LATENT = {
-    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
-    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4, "head_dim": 8,
-}  # fmt: skip
-TWO = {**SMALL, "num_hidden_layers": 2}
+from .tiny import KEEP_ALL, SMALL, hosts, normal, observed, same, small_llama, tokens, transformers
 
 
-def test_no_class_sees_the_future_or_differs_from_its_host() -> None:
+def test_no_class_sees_the_future_or_differs_from_its_host():
     """Sets the last token apart, pads at the left, and compares; dense and refused classes are listed on the page."""
     rows = toys.rows()
     assert [row.fault for row in rows if row.fault] == []
@@ -29,7 +19,7 @@ def test_no_class_sees_the_future_or_differs_from_its_host() -> None:
     assert sum(row.runs == "sparse" for row in rows) >= 150
 
 
-def test_the_page_lists_the_classes() -> None:
+def test_the_page_lists_the_classes():
     pins = (toys.PAGE.parents[1] / "constraints.txt").read_text()
     if f"\ntransformers=={transformers.__version__};" not in pins:
         pytest.skip("the page is about the transformers of constraints.txt")
@@ -37,7 +27,7 @@ def test_the_page_lists_the_classes() -> None:
 
 
 @pytest.mark.parametrize("name", ["BloomForCausalLM", "TrOCRForCausalLM", "GPTJForCausalLM", "LEDForConditionalGeneration"])
-def test_a_class_that_keeps_its_own_attention_is_refused_at_load_by_name(name: str, tmp_path: Path) -> None:
+def test_a_class_that_keeps_its_own_attention_is_refused_at_load_by_name(name, tmp_path):
     """Of GPT-J transformers itself says KeyError: 'stem'; of the others nothing."""
     model = toys.build(getattr(transformers, name), None)
     model.save_pretrained(tmp_path)
@@ -47,11 +37,6 @@ def test_a_class_that_keeps_its_own_attention_is_refused_at_load_by_name(name: s
         hosts.set_policy(model)
 
 
-def test_a_model_without_attention_is_refused_by_set_policy() -> None:
-    with pytest.raises(UnsupportedError, match="MambaForCausalLM has no attention layer"):
-        hosts.set_policy(toys.build(transformers.MambaForCausalLM, "stem"))
-
-
 @pytest.mark.parametrize(
     ("name", "kind", "reasons"),
     [
@@ -59,19 +44,19 @@ def test_a_model_without_attention_is_refused_by_set_policy() -> None:
         ("BartForConditionalGeneration", "seq2seq", {"prefill", "not causal"}),
     ],
 )
-def test_what_a_composite_model_is_told_reaches_its_text(name: str, kind: str, reasons: set[str]) -> None:
+def test_what_a_composite_model_is_told_reaches_its_text(name, kind, reasons):
     """One has a tower that keeps its own attention; of the other transformers copies the config of the decoder."""
     model = toys.build(getattr(transformers, name), "stem")
     if kind == "vision-text":
         assert (model.config._attn_implementation, model.config.text_config._attn_implementation) == ("eager", "stem")
     hosts.set_policy(model, KEEP_ALL, dense_below=0)
-    calls: list[Any] = []
+    calls = []
     with hosts.use_policy(observer=calls.append):
         toys.logits(model, kind)
     assert {call.reason for call in calls} == reasons
 
 
-def test_a_class_of_ones_own_that_says_nothing_of_sdpa_gets_a_mask() -> None:
+def test_a_class_of_ones_own_that_says_nothing_of_sdpa_gets_a_mask():
     """Its layers do not say that they are causal, and its config is defined elsewhere."""
     own = type("OwnConfig", (transformers.LlamaConfig,), {"__module__": "elsewhere", "model_type": "own"})(**SMALL)
     own_class = type("OwnForCausalLM", (transformers.LlamaForCausalLM,), {"_supports_sdpa": False, "__module__": "elsewhere"})
@@ -88,16 +73,15 @@ def test_a_class_of_ones_own_that_says_nothing_of_sdpa_gets_a_mask() -> None:
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 @pytest.mark.parametrize(
-    ("config", "reasons"),
+    ("name", "reason"),
     [
-        (transformers.Gemma2Config(**TWO, sliding_window=24), ["sliding window", "soft-capped scores"]),
-        (transformers.GptOssConfig(**TWO, **GPT_OSS), ["sliding window", "attention sinks"]),
-        (transformers.DeepseekV3Config(**{**TWO, **LATENT}), ["value dimension differs from key dimension"] * 2),
+        ("Gemma2ForCausalLM", "soft-capped scores"),
+        ("GptOssForCausalLM", "attention sinks"),
+        ("DeepseekV3ForCausalLM", "value dimension differs from key dimension"),
     ],
-    ids=["gemma2", "gpt-oss", "deepseek-v3"],
 )
-def test_layers_that_stem_cannot_run_equal_eager(config: Any, reasons: list[str], padded: bool) -> None:
-    models = [build(config), build(config, "eager")]
+def test_layers_that_stem_cannot_run_equal_eager_over_a_cache(name, reason, padded):
+    models = [toys.build(getattr(transformers, name), attention) for attention in ("stem", "eager")]
     mask = torch.ones(2, 100, dtype=torch.long)
     mask[1, : 30 * padded] = 0
     caches = [transformers.DynamicCache(config=model.config) for model in models]
@@ -108,10 +92,10 @@ def test_layers_that_stem_cannot_run_equal_eager(config: Any, reasons: list[str]
         )
         same(found, expected, mask[:, start:end])
         if start == 0:
-            assert [call.reason for call in calls] == reasons
+            assert [call.reason for call in calls] == [reason] * 2
 
 
-def test_attention_weights_come_from_the_eager_function() -> None:
+def test_attention_weights_come_from_the_eager_function():
     stem, eager = small_llama(), small_llama("eager")
     x, mask = normal(1, 70, SMALL["hidden_size"]), torch.full((1, 1, 70, 70), torch.finfo(torch.float32).min).triu(1)
     options = {"position_embeddings": stem.model.rotary_emb(x, torch.arange(70)[None]), "output_attentions": True}
@@ -122,7 +106,7 @@ def test_attention_weights_come_from_the_eager_function() -> None:
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "output_attentions", "indices"])
-def test_a_layer_that_nobody_can_run_is_refused(name: str) -> None:
+def test_a_layer_that_nobody_can_run_is_refused(name):
     q = torch.zeros(1, 2, 64, 16)
     message = "Module selects keys itself" if name == "indices" else "Module needs eager attention"
     with pytest.raises(UnsupportedError, match=message):
@@ -138,9 +122,9 @@ def test_a_layer_that_nobody_can_run_is_refused(name: str) -> None:
         ("dropout", {"dropout": 1e-9}),
     ],
 )
-def test_calls_that_are_dense_over_a_cached_prefix_equal_the_host(reason: str, change: dict[str, Any]) -> None:
+def test_calls_that_are_dense_over_a_cached_prefix_equal_the_host(reason, change):
     q, k, v = (normal(1, 2, length, 16, seed=i) for i, length in enumerate((64, 96, 96)))
-    calls: list[Any] = []
+    calls = []
     with hosts.use_policy(KEEP_ALL, dense_below=0, observer=calls.append):
         out, _ = hosts.attention_forward(torch.nn.Module(), q, k, v, **{"attention_mask": None, **change})
     allowed = None if reason == "not causal" else torch.ones(64, 96, dtype=torch.bool).tril(32)
@@ -150,7 +134,7 @@ def test_calls_that_are_dense_over_a_cached_prefix_equal_the_host(reason: str, c
 
 
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
-def test_a_text_tower_on_stem_beside_a_vision_tower_on_sdpa(image: bool) -> None:
+def test_a_text_tower_on_stem_beside_a_vision_tower_on_sdpa(image):
     """The config of the sweep's toy has a token for images, 120, and pictures of 32 x 32 pixels."""
     config = toys.toy_config(transformers.Gemma3Config)
     config.mm_tokens_per_image = 4
@@ -161,11 +145,11 @@ def test_a_text_tower_on_stem_beside_a_vision_tower_on_sdpa(image: bool) -> None
     )
     hosts.set_policy(stem, KEEP_ALL, dense_below=0)
     ids = tokens(1, 100)
-    inputs: dict[str, Any] = {"input_ids": ids}
+    inputs = {"input_ids": ids}
     if image:
         ids[0, 10:14] = config.image_token_id
         inputs |= {"pixel_values": normal(1, 3, 32, 32), "token_type_ids": (ids == config.image_token_id).long()}
-    calls: list[Any] = []
+    calls = []
     with torch.no_grad(), hosts.use_policy(observer=calls.append):
         same(stem(**inputs).logits, host(**inputs).logits)
     assert [call.reason for call in calls] == ["custom mask" if image else "prefill"] * 2

@@ -1,12 +1,9 @@
 """With everything kept, a model on "stem" is the model on "sdpa", whichever way it is called."""
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from .tiny import GEMMA3, KEEP_ALL, QWEN3, SMALL, build, hosts, left_padding, same, tokens, transformers
 
@@ -17,18 +14,17 @@ CONFIGS = {
     "mixtral": transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
 }
 PADDED = left_padding([75, 40, 75, 61], 75)
-POSITIONS = (PADDED.cumsum(1) - 1).clamp(min=0)
 HOLE = torch.ones(4, 75, dtype=torch.long)
 HOLE[1, 30:40] = 0
-CALLS: dict[str, dict[str, Any]] = {
+CALLS = {
     "plain": {"use_cache": False},
     "mask of ones": {"attention_mask": torch.ones(4, 75, dtype=torch.long)},
-    "left padded": {"attention_mask": PADDED, "position_ids": POSITIONS},
+    "left padded": {"attention_mask": PADDED, "position_ids": (PADDED.cumsum(1) - 1).clamp(min=0)},
     "right padded": {"attention_mask": PADDED.flip(1)},
     "dense: hole": {"attention_mask": HOLE},
     "dense: packed": {"position_ids": torch.cat([torch.arange(40), torch.arange(35)]).repeat(4, 1), "use_cache": False},
 }
-GENERATE: dict[str, dict[str, Any]] = {
+GENERATE = {
     "greedy": {},
     "beams": {"num_beams": 3},
     "chunked prefill": {"prefill_chunk_size": 40},
@@ -37,14 +33,14 @@ GENERATE: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def models(request: pytest.FixtureRequest) -> list[Any]:
+def models(request):
     return [build(CONFIGS[request.param], name) for name in ("sdpa", "stem")]
 
 
 @contextmanager
-def kept_all(sparse: bool = True) -> Iterator[None]:
+def kept_all(sparse=True):
     """Keep everything, and see to it that the sparse path was taken (or not)."""
-    calls: list[Any] = []
+    calls = []
     with torch.no_grad(), hosts.use_policy(KEEP_ALL, dense_below=0, observer=calls.append):
         yield
     assert any(call.sparse for call in calls) == sparse
@@ -52,13 +48,13 @@ def kept_all(sparse: bool = True) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_one_call(models: list[Any], name: str) -> None:
+def test_one_call(models, name):
     with kept_all(sparse=not name.startswith("dense")):
         host, stem = (model(input_ids=tokens(4, 75), **CALLS[name]).logits for model in models)
     same(stem, host, CALLS[name].get("attention_mask"))
 
 
-def turns(model: Any, cache: Any, masks: list[Tensor | None]) -> Iterator[Tensor]:
+def turns(model, cache, masks):
     """Prefill, two decode steps, a second turn and one more decode step over one cache."""
     for step, (length, mask) in enumerate(zip((50, 1, 1, 45, 1), masks, strict=True)):
         ids = tokens(2, length, seed=step)
@@ -69,7 +65,7 @@ def turns(model: Any, cache: Any, masks: list[Tensor | None]) -> Iterator[Tensor
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
-def test_turns_over_a_cache(models: list[Any], static: bool, padded: bool) -> None:
+def test_turns_over_a_cache(models, static, padded):
     pattern = left_padding([98, 81], 98)
     masks = [pattern[:, :end] if padded else None for end in (50, 51, 52, 97, 98)]
     kind, room = (transformers.StaticCache, {"max_cache_len": 120}) if static else (transformers.DynamicCache, {})
@@ -81,14 +77,14 @@ def test_turns_over_a_cache(models: list[Any], static: bool, padded: bool) -> No
 
 @pytest.mark.parametrize("options", GENERATE.values(), ids=GENERATE)
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
-def test_generate(models: list[Any], options: dict[str, Any], padded: bool) -> None:
+def test_generate(models, options, padded):
     given = {"attention_mask": left_padding([90, 71 if padded else 90], 90), "max_new_tokens": 8, "do_sample": False, **options}
     with kept_all():
         host, stem = (model.generate(tokens(2, 90), **given).tolist() for model in models)
     assert stem == host
 
 
-def test_short_prompts_are_bit_equal(models: list[Any]) -> None:
+def test_short_prompts_are_bit_equal(models):
     """No policy at all: prompts of this length are left to the host."""
     for inputs in ({}, {"attention_mask": PADDED}):
         with torch.no_grad():

@@ -1,8 +1,5 @@
 """Masks of a model on "stem" are what hosts expect of a mask, however they treat it, and windows cost what they hide."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +19,7 @@ SHARED = {  # the layout of Gemma 4 E2B and E4B: the last layers reuse the keys 
     "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97, "global_head_dim": 16,
 }  # fmt: skip
 MODELS = {"qwen3": tiny.QWEN3, "gemma3": tiny.GEMMA3, "gemma4": transformers.Gemma4TextConfig(**SHARED)}
-KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+KEPT = {
     "contiguous": lambda x: x.contiguous(),
     "clone": lambda x: x.clone(),
     "to": lambda x: x.to("cpu"),
@@ -31,7 +28,7 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "keys": lambda x: x[:, :, :, :96],
     "both": lambda x: x[..., 8:30, 3:90],
 }
-READ: dict[str, Callable[[Tensor], Tensor]] = {
+READ = {
     "sum": lambda x: x.sum(),
     "not": lambda x: ~x,
     "where": lambda x: torch.where(x, 0.0, -1.0),
@@ -40,7 +37,7 @@ READ: dict[str, Callable[[Tensor], Tensor]] = {
     "copied": lambda x: torch.zeros(x.shape, dtype=torch.bool).copy_(x),
     "float": lambda x: x.to(torch.float32),
 }
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+VIEWS = {
     "expand": lambda x: x.expand(-1, 4, -1, -1),
     "steps": lambda x: x[:, :, ::2],
     "row": lambda x: x[1],
@@ -48,15 +45,15 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def models(request: pytest.FixtureRequest) -> list[Any]:
+def models(request):
     return [build(MODELS[request.param], name) for name in ("stem", "sdpa")]
 
 
-def window_config(window: int) -> Any:
+def window_config(window):
     return transformers.MistralConfig(**SMALL, sliding_window=window)
 
 
-def compact(q_len: int, kv_len: int, window: int | None, padding: Tensor | None) -> tuple[CausalMask, Tensor]:
+def compact(q_len, kv_len, window, padding):
     """A mask of the last queries that has not been built, and its entries as "sdpa" gets them."""
     config = None if window is None else window_config(window)
     causal = masking.causal_mask_function if window is None else masking.sliding_window_causal_mask_function(window)
@@ -72,9 +69,7 @@ def compact(q_len: int, kv_len: int, window: int | None, padding: Tensor | None)
 @pytest.mark.parametrize("padding", [PADDING, None], ids=["padded", "plain"])
 @pytest.mark.parametrize("window", [None, 20], ids=["causal", "window"])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(96, 120), (40, 120), (40, 96)], ids=["static", "continued", "dynamic"])
-def test_a_mask_has_the_entries_of_sdpa_whatever_a_host_does_with_it(
-    q_len: int, kv_len: int, window: int | None, padding: Tensor | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mask_has_the_entries_of_sdpa_whatever_a_host_does_with_it(q_len, kv_len, window, padding, monkeypatch):
     monkeypatch.setattr(mask, "WHOLE_MASK_ENTRIES", 0)
     if window is None and padding is None and kv_len == 96:
         pytest.skip("no mask is needed")
@@ -96,7 +91,7 @@ def test_a_mask_has_the_entries_of_sdpa_whatever_a_host_does_with_it(
         assert found.changed, name
 
 
-def test_a_mask_that_a_host_wrote_into_or_cut_short_is_read_as_it_is() -> None:
+def test_a_mask_that_a_host_wrote_into_or_cut_short_is_read_as_it_is():
     found, entries = compact(96, 120, None, PADDING)
     for writing in (lambda x: x[:, :, :40, 90:].fill_(True), lambda x: x.bitwise_or_(torch.eye(96, 120, dtype=torch.bool))):
         with pytest.raises(UnsupportedError, match="cannot be written to"):
@@ -112,25 +107,25 @@ def test_a_mask_that_a_host_wrote_into_or_cut_short_is_read_as_it_is() -> None:
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 @pytest.mark.parametrize("whole_mask", [True, False], ids=["one mask", "pieces"])
-def test_windows_are_dense_however_long(models: Any, whole_mask: bool, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_dense_however_long(models, whole_mask, padded, monkeypatch):
     """Beyond a size masks are not built whole; a low limit shows it on a short prompt."""
     if not whole_mask:
         monkeypatch.setattr(mask, "WHOLE_MASK_ENTRIES", 0)
         monkeypatch.setattr(dense, "_MIN_WINDOW_ROWS", 50)
     pattern = left_padding([320, 230 if padded else 320], 320)
     caches = [transformers.DynamicCache(config=model.config) for model in models]
-    reasons = {"full_attention": "prefill", "sliding_attention": "sliding window"}
+    names = {"full_attention": "prefill", "sliding_attention": "sliding window"}
+    reasons = {layer: names[kind] for layer, kind in enumerate(models[0].config.layer_types)}
     for start, end in ((0, 200), (200, 320)):
         inputs = {"input_ids": tokens(2)[:, start:end], "attention_mask": pattern[:, :end]}
         out, calls = observed(models[0], past_key_values=caches[0], **inputs)
         same(out, logits(models[1], past_key_values=caches[1], **inputs), pattern[:, start:end])
-        types = models[0].config.layer_types
-        assert {call.layer: call.reason for call in calls} == {i: reasons[kind] for i, kind in enumerate(types)}
+        assert {call.layer: call.reason for call in calls} == reasons
 
 
 @pytest.mark.parametrize("cache", ["static", None], ids=["static", "dynamic"])
 @pytest.mark.parametrize("lengths", [[4200], [90, 60], [12, 7]], ids=["long", "padded", "short"])
-def test_generate(models: Any, lengths: list[int], cache: str | None) -> None:
+def test_generate(models, lengths, cache):
     """More than 4096 tokens: a mask of so many is not built whole."""
     inputs = {"inputs": tokens(len(lengths), lengths[0]), "attention_mask": left_padding(lengths, lengths[0])}
     options = {"cache_implementation": cache, "max_new_tokens": 3, "do_sample": False, "disable_compile": True}
@@ -149,7 +144,7 @@ def test_generate(models: Any, lengths: list[int], cache: str | None) -> None:
     ],
     ids=["phi", "just not reached", "just reached", "reached by the third chunk", "mixed"],
 )
-def test_a_window_that_hides_nothing_runs_sparse(config: Any, lengths: list[int], last: str) -> None:
+def test_a_window_that_hides_nothing_runs_sparse(config, lengths, last):
     models, reasons = [build(config, name) for name in ("stem", "sdpa")], []
     caches = [transformers.DynamicCache(config=config) for _ in models]
     for length in lengths:
@@ -159,7 +154,7 @@ def test_a_window_that_hides_nothing_runs_sparse(config: Any, lengths: list[int]
     assert reasons == [{"prefill"}] * (len(lengths) - 1) + [{last}]
 
 
-def test_a_window_that_hides_nothing_runs_sparse_for_a_padded_batch_and_in_a_static_cache() -> None:
+def test_a_window_that_hides_nothing_runs_sparse_for_a_padded_batch_and_in_a_static_cache():
     pattern, results = left_padding([120, 70], 120), []
     for name in ("stem", "sdpa"):
         model = build(window_config(150), name)
@@ -169,7 +164,7 @@ def test_a_window_that_hides_nothing_runs_sparse_for_a_padded_batch_and_in_a_sta
     assert {call.reason for call in results[0][1]} == {"prefill"}
 
 
-def test_torch_compile_runs_a_window_that_hides_nothing_sparse() -> None:
+def test_torch_compile_runs_a_window_that_hides_nothing_sparse():
     torch.compiler.reset()
     model = build(window_config(400))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -180,7 +175,7 @@ def test_torch_compile_runs_a_window_that_hides_nothing_sparse() -> None:
 
 
 @pytest.mark.parametrize(("name", "lengths"), [("qwen3", [90, 90]), ("gemma3", [90, 60])], ids=["plain", "padded"])
-def test_a_compiled_model_takes_masks_that_generate_has_built(name: str, lengths: list[int]) -> None:
+def test_a_compiled_model_takes_masks_that_generate_has_built(name, lengths):
     answers = []
     for attention in ("sdpa", "stem"):
         torch.compiler.reset()

@@ -4,16 +4,12 @@ import asyncio
 import contextvars
 import threading
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from stem_attention import UnsupportedError
 from stem_attention.policies import SinkWindow
@@ -26,39 +22,39 @@ PER_HEAD = replace(BY_MASS, head_factors=FACTORS)
 
 
 @pytest.fixture
-def llama() -> Any:
+def llama():
     return small_llama()
 
 
 @pytest.fixture(autouse=True)
-def default() -> Iterator[None]:
+def default():
     torch.compiler.reset()
     yield
     hosts.register()
 
 
-def use(policy: Any) -> Any:
+def use(policy):
     return hosts.use_policy(policy, dense_below=0)
 
 
-def plain(model: Any) -> Tensor:
+def plain(model):
     """Logits with what holds here and now."""
     with torch.no_grad():
-        out: Tensor = model(tokens()).logits
+        out = model(tokens()).logits
     return out
 
 
-def density(model: Any) -> float:
+def density(model):
     """What a model keeps that is called here and now."""
     block = hosts.settings.OUTSIDE.innermost
-    calls: list[Any] = []
+    calls = []
     given = {"dense_below": block.dense_below, "dense_layers": block.dense_layers, "observer": calls.append}
     with hosts.use_policy(block.policy, **given):
         plain(model)
     return calls[-1].density
 
 
-def test_the_innermost_block_counts_and_ends(llama: Any) -> None:
+def test_the_innermost_block_counts_and_ends(llama):
     with use(FEW):
         assert density(llama) == LOW
         with use(MORE):
@@ -69,10 +65,10 @@ def test_the_innermost_block_counts_and_ends(llama: Any) -> None:
     assert density(llama) == 1
 
 
-def test_a_block_that_is_used_wrongly_says_so() -> None:
-    async def coroutine() -> None: ...
+def test_a_block_that_is_used_wrongly_says_so():
+    async def coroutine(): ...
 
-    def generator() -> Iterator[int]:
+    def generator():
         yield 1
 
     with pytest.warns(RuntimeWarning, match="never entered and changed nothing: write `with use_policy"):
@@ -91,8 +87,8 @@ def test_a_block_that_is_used_wrongly_says_so() -> None:
                 pass
 
 
-def test_tasks_have_settings_of_their_own_and_hand_them_on(llama: Any) -> None:
-    async def request(policy: Any, inner: bool) -> list[float]:
+def test_tasks_have_settings_of_their_own_and_hand_them_on(llama):
+    async def request(policy, inner):
         seen = []
         with use(policy):
             for _ in range(3):
@@ -106,15 +102,15 @@ def test_tasks_have_settings_of_their_own_and_hand_them_on(llama: Any) -> None:
         seen.append(density(llama))
         return seen
 
-    async def main() -> list[list[float]]:
+    async def main():
         return await asyncio.gather(request(FEW, True), request(MORE, False), request(KEEP_ALL, False))
 
     assert asyncio.run(main()) == [[LOW] * 4 + [HIGH, LOW, 1], [HIGH] * 4 + [1], [1] * 5]
     assert hosts.settings.OUTSIDE.innermost is hosts.settings.OUTSIDE
 
 
-def test_generators_leave_nothing_behind(llama: Any) -> None:
-    def stream(policy: Any) -> Iterator[float]:
+def test_generators_leave_nothing_behind(llama):
+    def stream(policy):
         with use(policy):
             yield density(llama)
 
@@ -126,16 +122,16 @@ def test_generators_leave_nothing_behind(llama: Any) -> None:
         assert hosts.settings.OUTSIDE.innermost is hosts.settings.OUTSIDE
 
 
-def run_in_a_thread(function: Callable[[], Any]) -> None:
+def run_in_a_thread(function):
     thread = threading.Thread(target=function)
     thread.start()
     thread.join()
 
 
-def test_threads_are_reached_where_they_are_told_and_say_where_not(llama: Any) -> None:
-    found: list[float] = []
+def test_threads_are_reached_where_they_are_told_and_say_where_not(llama):
+    found = []
 
-    def work() -> None:
+    def work():
         plain(llama)
         found.append(density(llama))
 
@@ -152,7 +148,7 @@ def test_threads_are_reached_where_they_are_told_and_say_where_not(llama: Any) -
     assert found == [1, HIGH, LOW, 1, 1, 1]
 
 
-def test_register_sets_the_default(llama: Any) -> None:
+def test_register_sets_the_default(llama):
     tables = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
     before = [table["stem"] for table in tables]
     assert density(llama) == 1
@@ -167,7 +163,7 @@ def test_register_sets_the_default(llama: Any) -> None:
     assert [table["stem"] for table in tables] == before
 
 
-def test_settings_are_saved_and_loaded_with_their_model(llama: Any, tmp_path: Path) -> None:
+def test_settings_are_saved_and_loaded_with_their_model(llama, tmp_path):
     hosts.set_policy(llama, PER_HEAD, dense_below=64, dense_layers=1)
     llama.save_pretrained(tmp_path)
     expected, kind = plain(llama), type(llama)
@@ -182,7 +178,7 @@ def test_settings_are_saved_and_loaded_with_their_model(llama: Any, tmp_path: Pa
         llama.config.stem_attention["dense_below"] = 0
 
 
-def test_settings_can_be_written_by_hand(llama: Any) -> None:
+def test_settings_can_be_written_by_hand(llama):
     llama.config.stem_attention = {"policy": FEW.to_dict(), "dense_below": 0}
     assert density(llama) == LOW
     llama.config.stem_attention = {"dense_below": 0}
@@ -190,19 +186,13 @@ def test_settings_can_be_written_by_hand(llama: Any) -> None:
         plain(torch.compile(llama, backend="eager", fullgraph=True))
 
 
+BAD_POLICIES = ({"policy": "mass", "shre": 4}, "no", 3)
+
+
 @pytest.mark.parametrize(
-    "stored",
-    [
-        {"polcy": "mass"},
-        {"policy": {"policy": "mass", "shre": 4}},
-        {"policy": "no"},
-        {"dense_layers": -1},
-        "stem",
-        {"policy": 3},
-    ],
-    ids=str,
+    "stored", [{"polcy": "mass"}, {"dense_layers": -1}, "stem", *({"policy": bad} for bad in BAD_POLICIES)], ids=str
 )
-def test_bad_stored_settings_are_named_at_load_and_later(stored: Any, llama: Any) -> None:
+def test_bad_stored_settings_are_named_at_load_and_later(stored, llama):
     with pytest.raises(ValueError, match="expected"):
         build(transformers.LlamaConfig(**SMALL, stem_attention=stored))
     llama.config.stem_attention = stored
@@ -211,7 +201,7 @@ def test_bad_stored_settings_are_named_at_load_and_later(stored: Any, llama: Any
 
 
 @pytest.mark.parametrize("factors", [FACTORS * 10, FACTORS[:2], [row[:3] for row in FACTORS]], ids=["30", "2", "heads"])
-def test_factors_of_another_model_are_refused_when_stored_and_at_load(factors: Any, llama: Any, tmp_path: Path) -> None:
+def test_factors_of_another_model_are_refused_when_stored_and_at_load(factors, llama, tmp_path):
     policy = replace(BY_MASS, head_factors=factors)
     llama.config.stem_attention = {"policy": policy.to_dict()}
     llama.save_pretrained(tmp_path)
@@ -225,30 +215,25 @@ def test_factors_of_another_model_are_refused_when_stored_and_at_load(factors: A
             step()
 
 
-def test_set_policy_wants_a_model_on_stem() -> None:
+def test_set_policy_wants_a_model_on_stem():
     model = small_llama("sdpa")
     with pytest.raises(UnsupportedError, match='LlamaForCausalLM runs attn_implementation="sdpa"'):
         hosts.set_policy(model, KEEP_ALL)
-    model.set_attn_implementation("stem")
-    with pytest.raises(ValueError, match="policy: expected"):
-        hosts.set_policy(model, KEEP_ALL.to_dict())
-    with pytest.raises(ValueError, match="model: expected a model of transformers"):
-        hosts.set_policy(torch.nn.Linear(2, 2), KEEP_ALL)
 
 
 @pytest.mark.parametrize(
     "policies", [[FEW, MORE], [PER_HEAD, replace(PER_HEAD, head_factors=FACTORS[:1])]], ids=["patterns", "factors"]
 )
-def test_torch_compile_follows_blocks_and_what_is_stored_in_one_graph(policies: list[Any], llama: Any) -> None:
-    async def task(run: Any, policy: Any) -> Tensor:
+def test_torch_compile_follows_blocks_and_what_is_stored_in_one_graph(policies, llama):
+    async def task(run, policy):
         with use(policy):
             await asyncio.sleep(0)
             return plain(run)
 
-    async def tasks(run: Any) -> list[Tensor]:
+    async def tasks(run):
         return await asyncio.gather(*(task(run, policy) for policy in policies))
 
-    def answers(run: Any) -> list[Tensor]:
+    def answers(run):
         found = [logits(run, policy, input_ids=tokens()) for policy in policies] + asyncio.run(tasks(run))
         hosts.set_policy(llama, BY_MASS, dense_below=0)
         return [plain(run), *found]

@@ -6,9 +6,8 @@ from tests.toys import toy
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stem_attention import Mass, Stem, UnsupportedError
-from stem_attention.models.load import check_full_attention
 from stem_attention.models.prefill import agreement, attending, default_attention, read, watch
-from stem_attention.models.views import HeadRecorder, reach, row_counts, selections_by_layer
+from stem_attention.models.views import HeadRecorder, reach, selections_by_layer
 
 IDS = [index * 37 % 257 for index in range(200)]
 SMALL = Mass(block_size=16, query_pool=4, key_pool=4, tail_blocks=1)
@@ -31,9 +30,9 @@ def test_a_sparse_reading_says_what_each_layer_did(model):
     dense, sparse = (read(model, IDS, policy, dense_below=0) for policy in (None, SMALL))
     assert [call.sparse for call in sparse.calls] == [True, True]
     assert 0 < sparse.density < 1
-    assert agreement(dense, sparse).kl > 1e-9
+    assert agreement(dense, sparse)["kl"] > 1e-9
     everything = read(model, IDS, Stem.uniform(block_size=16, ratio_short=1.0, ratio_long=1.0), dense_below=0)
-    assert agreement(dense, everything).kl < 1e-9
+    assert agreement(dense, everything)["kl"] < 1e-9
     first = read(model, IDS, SMALL, dense_below=0, dense_layers=1)
     assert [call.sparse for call in first.calls] == [False, True]
     short = read(model, IDS, SMALL, dense_below=1000)
@@ -61,18 +60,11 @@ def test_a_model_that_gives_nan(policy, model):
         read(model, IDS, policy, dense_below=0)
 
 
-def test_models_with_windows_are_told_from_those_of_full_attention(model):
-    check_full_attention(model, "a test")
-    model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(UnsupportedError, match="a test takes models of full causal attention alone; LlamaForCausalLM has"):
-        check_full_attention(model, "a test")
-
-
 def test_a_view_shows_the_shares_of_dense_attention_and_what_of_them_is_kept(model):
     seen = {}
     recorder = HeadRecorder([1], [3])
 
-    def record(call) -> None:
+    def record(call):
         recorder(call)
         seen[call.layer] = call
 
@@ -91,4 +83,4 @@ def test_a_view_shows_the_shares_of_dense_attention_and_what_of_them_is_kept(mod
     assert view.kept_attention == pytest.approx(float(expected), rel=1e-5)
     assert view.density < view.kept_attention < 1
     assert reach(reading)[1, 3] == view.median_distance
-    assert row_counts(selection)[12] == 13, "the last row keeps all"
+    assert (selection.counts[0, :, 12] == 13).all(), "the last row keeps all"

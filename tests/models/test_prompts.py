@@ -1,25 +1,15 @@
-"""The planted prompt: its length, what it hides, and that it repeats."""
+"""What models read: the planted prompt, and windows of texts."""
 
 import hashlib
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from tests.toys import byte_tokenizer
 
-from stem_attention.models.prompts import (
-    KINDS,
-    chat_ids,
-    file_sentences,
-    haystack_sentences,
-    make_riddle,
-    planted_prompt,
-)
-
-
-@pytest.mark.parametrize("tokens", [500, 1000, 5000])
-def test_fills_the_length_and_never_exceeds_it(tokenizer, tokens):
-    length = len(planted_prompt(tokenizer, tokens, seed=1).ids)
-    assert tokens - 250 < length <= tokens
+from stem_attention.errors import UnsupportedError
+from stem_attention.models import texts
+from stem_attention.models.prompts import KINDS, chat_ids, file_sentences, planted_prompt
+from stem_attention.models.texts import Text, TokenizedText, stdlib_text, window_starts
 
 
 @pytest.mark.parametrize(
@@ -42,21 +32,12 @@ def test_prompts_are_those_of_the_results_on_record(tokenizer, haystack, digest)
     assert found.hexdigest() == digest, "records under benchmarks/results/eval come from other prompts than these"
 
 
-def test_sentences_hardly_repeat_and_are_whole():
-    sentences = list(islice(haystack_sentences(0), 500))
-    assert len(set(sentences)) > 475
-    assert all(sentence[0].isupper() or sentence[0] == '"' for sentence in sentences)
-    assert not any("{" in sentence for sentence in sentences)
-
-
-def test_chat_template_wraps_the_message_when_there_is_one(tokenizer):
+def test_chat_template_wraps_the_message_when_there_is_one():
+    tokenizer = byte_tokenizer()
     assert tokenizer.decode(chat_ids(tokenizer, "hello", "so")) == "hello\nso"
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<reply>"
-    try:
-        assert tokenizer.decode(chat_ids(tokenizer, "hello", "so")) == "<user>hello<reply>so"
-        assert tokenizer.decode(chat_ids(tokenizer, "hello", use_template=False)) == "hello"
-    finally:
-        tokenizer.chat_template = None
+    assert tokenizer.decode(chat_ids(tokenizer, "hello", "so")) == "<user>hello<reply>so"
+    assert tokenizer.decode(chat_ids(tokenizer, "hello", use_template=False)) == "hello"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,23 +53,6 @@ def test_every_kind_plants_each_fact_once_where_it_says(tokenizer, kind):
         assert abs(text.index(number) / len(text) - place) < 0.2
 
 
-def test_multikey_asks_for_one_of_different_names():
-    riddle = make_riddle("multikey", 0, 0.5, 4)
-    names = [name for name, _, _ in riddle.facts]
-    question, prefix = riddle.question
-    assert len(set(names)) == 4
-    assert [name for name in names if name in question] == [names[0]]
-    assert (question[:7], prefix[-3:]) == ("What is", " is")
-
-
-def test_multivalue_has_one_name_and_multiquery_asks_for_all():
-    assert len({name for name, _, _ in make_riddle("multivalue", 0, 0.5, 4).facts}) == 1
-    riddle = make_riddle("multiquery", 0, 0.5, 4)
-    question, prefix = riddle.question
-    assert all(name in question and name in prefix for name, _, _ in riddle.facts)
-    assert prefix.endswith(" are")
-
-
 def test_sentences_of_a_text_go_round_from_where_the_seed_says():
     text = "One is\nfirst. Two follows! Is three? Four"
     found = list(islice(file_sentences(text, 0), 8))
@@ -99,17 +63,39 @@ def test_sentences_of_a_text_go_round_from_where_the_seed_says():
         next(file_sentences(" ", 0))
 
 
-def test_too_few_tokens_or_a_bad_depth_or_kind_is_refused(tokenizer):
-    wrongs = {"tokens: expected at least": {"tokens": 50}, "depth": {"depth": 1.5}, "kind: expected one": {"kind": "x"}}
-    for says, wrong in wrongs.items():
-        with pytest.raises(ValueError, match=says):
-            planted_prompt(tokenizer, **{"tokens": 2000, **wrong})
+def test_standard_library_gives_a_long_text_that_repeats():
+    text = stdlib_text()
+    assert len(text.content) > 500_000
+    assert text.sha256 == stdlib_text().sha256
+    assert len(text.sha256) == 64
 
 
-@pytest.mark.parametrize("template", ["{% for", "{{ raise_exception('not like this') }}"])
-def test_a_chat_template_that_fails_names_itself_and_the_way_out(template):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=r"chat template: expected .*--no-chat-template, or use_template=False"):
-        chat_ids(tokenizer, "hello")
-    assert len(chat_ids(tokenizer, "hello", use_template=False)) == 5
+@pytest.mark.parametrize(("available", "size", "count"), [(100, 10, 1), (100, 10, 2), (100, 10, 10), (101, 25, 4), (7, 7, 1)])
+def test_windows_reach_from_the_first_token_to_the_last_and_do_not_overlap(available, size, count):
+    starts = window_starts(available, size, count)
+    assert len(starts) == count
+    assert starts[0] == 0
+    assert count == 1 or starts[-1] + size == available
+    assert all(later - earlier >= size for earlier, later in pairwise(starts))
+
+
+def test_every_window_opens_as_the_tokenizer_opens_a_text(tokenizer):
+    class Opening:
+        bos_token_id = 0
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = tokenizer(text).input_ids
+            return type("Ids", (), {"input_ids": [0, *ids] if add_special_tokens else ids})
+
+    plain = TokenizedText(tokenizer, Text("letters", "abcdefghij"))
+    assert (tokenizer.decode(plain.window(3, 4)), plain.starts(5, 2)) == ("defg", [0, 5])
+    text = TokenizedText(Opening(), Text("letters", "abcdefghij"))
+    first, *window = text.window(2, 5)
+    assert (first, tokenizer.decode(window)) == (0, "cdef")
+    assert text.starts(6, 2) == [0, 5]
+
+
+def test_a_module_without_a_source_file_is_refused(monkeypatch):
+    monkeypatch.setattr(texts, "STDLIB_MODULES", ("sys_no_such_module",))
+    with pytest.raises(UnsupportedError, match="sys_no_such_module; give a text of your own"):
+        stdlib_text()

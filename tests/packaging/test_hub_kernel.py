@@ -1,7 +1,5 @@
 """The copy of the library that Hugging Face's `kernels` loads works without the library, and by the hub's own loader."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -60,7 +58,7 @@ print("loaded by kernels")
 """
 
 
-def run(code: str, *arguments: str | Path, **environment: str) -> str:
+def run(code, *arguments, **environment):
     command = [sys.executable, "-c", PARENT + code, *arguments]
     finished = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **environment})
     assert finished.returncode == 0, finished.stderr
@@ -68,13 +66,13 @@ def run(code: str, *arguments: str | Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hub(tmp_path_factory):
     directory = tmp_path_factory.mktemp("hub")
     subprocess.run([sys.executable, ROOT / "packaging" / "hub_kernel.py", directory], check=True, capture_output=True)
     return directory
 
 
-def test_copy_works_without_the_library(hub: Path) -> None:
+def test_copy_works_without_the_library(hub):
     """It holds no absolute import and no cache."""
     assert re.fullmatch(r"hub-[0-9a-f]{8}", run(ALONE, hub))
     files = [path for path in hub.rglob("*") if path.is_file()]
@@ -83,7 +81,7 @@ def test_copy_works_without_the_library(hub: Path) -> None:
     assert [path for path in files if absolute.search(path.read_text())] == []
 
 
-def test_transformers_loads_it_through_kernels(hub: Path) -> None:
+def test_transformers_loads_it_through_kernels(hub):
     pytest.importorskip("kernels", reason="make test-hub-kernel installs kernels beside the transformers that takes it")
     assert version("transformers") == "5.17.0", "newer transformers ask for a kernels that is not published"
     local = {"LOCAL_KERNELS": f"owner/stem-attention={hub}", "HF_HUB_OFFLINE": "1"}

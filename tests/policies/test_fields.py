@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from stem_attention import Mass, Stem, policies
 from stem_attention.policies import XAttention, policy_names
@@ -23,6 +24,8 @@ NUMBERS = {
     **dict.fromkeys(("beta", "spread"), ("from", None)),
 }
 NAMES = {"schedule": ("smooth", "step", "angelslim"), "forced": ("inside", "extra"), "magnitude": ("log", "zscore", "none")}
+NOT_INTEGERS = (2.0, 1.5, "4", True, math.nan, [1], torch.tensor(4))
+NOT_NUMBERS = (math.nan, math.inf, -math.inf, 10**400, "0.5", None, True, [0.1], torch.tensor(0.1))
 FIELDS = [(cls, field.name) for cls in CLASSES for field in dataclasses.fields(cls)]
 
 
@@ -47,14 +50,14 @@ def test_counts_are_integers_from_their_least_on(cls, name):
     least = COUNTS[name]
     parts = {part: 1 for part in ("stride", "query_pool", "key_pool") if name == "block_size" and (cls, part) in FIELDS}
     assert getattr(cls(**{name: least, **parts}), name) == least
-    for value in (least - 1, -1, 2.0, 1.5, "4", True, math.nan, [1], *([None] if name != "min_blocks" else [])):
+    for value in (least - 1, -1, *NOT_INTEGERS, *([None] if name != "min_blocks" else [])):
         assert f"an integer >= {least}" in refused(cls, name, value)
 
 
 @pytest.mark.parametrize(("cls", "name"), fields(NUMBERS))
 def test_numbers_are_finite_lie_in_their_range_and_become_floats(cls, name):
     low, high = NUMBERS[name]
-    outside = [-0.1, math.nan, math.inf, -math.inf, 10**400, "0.5", None, True, *([0, 0.0] if low == "above" else [])]
+    outside = [-0.1, *NOT_NUMBERS, *([0, 0.0] if low == "above" else [])]
     for value in (*outside, *([1.01] if high else [])):
         assert "a finite number >" in refused(cls, name, value)
     for value in (1, *([0] if low == "from" else [])):

@@ -1,6 +1,5 @@
 """Keep by mass: the fast path against the twin that is written as the page says, and what the page promises."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -8,9 +7,7 @@ import pytest
 import torch
 
 from stem_attention import Mass, Stem, select_blocks, stem_attention
-from stem_attention.policies import policy_from_json
-from stem_attention.policies.mass import block_masses, pool, pool_variances
-from stem_attention.policies.oracle import block_mass
+from stem_attention.policies.mass import block_masses
 from stem_attention.testing import make_qkv
 
 SMALL = Mass(block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1)
@@ -46,17 +43,6 @@ def test_both_ways_of_writing_it_keep_the_same(policy, batch, q_len, kv_len, hea
     assert fast.density() < 1
 
 
-def test_with_pools_of_one_the_estimate_is_the_largest_true_share_of_a_query():
-    q, k, _ = peaked(1, 96, 96, (2, 1), 16)
-    (first, masses), *rest = block_masses(q, k, replace(SMALL, query_pool=1, key_pool=1), 0.25)
-    assert first == 0
-    assert not rest
-    one_query_a_block = block_mass(q, k, 0.25, 1, 95).unflatten(2, (6, 16)).sum(3)
-    last_query = [block_masses(q[:, 95:], k, replace(SMALL, query_pool=1, key_pool=1), 0.25)]
-    torch.testing.assert_close(next(last_query[0])[1][:, :, 0].float(), one_query_a_block)
-    assert (masses[0, :, 5] >= one_query_a_block[0] - 1e-6).all()
-
-
 def test_a_key_that_its_pools_mean_hides_is_noticed():
     q, k, v = (torch.zeros(1, 160, 1, 16) for _ in range(3))
     q[..., 0] = 4.0
@@ -79,22 +65,6 @@ def test_each_head_keeps_what_its_own_share_keeps(backend):
     assert kept[0] > kept[2] > kept[3]  # or these factors show nothing
 
 
-def test_a_head_keeps_the_same_whatever_heads_are_beside_it():
-    q, k, v = peaked(1, 200, 200, (6, 3), 16)
-    together = SMALL(q, k, v).to_mask()
-    alone = SMALL(q[:, :, 2:4], k[:, :, 1:2], v[:, :, 1:2]).to_mask()
-    assert torch.equal(together[:, 2:4], alone)
-
-
-def test_what_is_dropped_is_estimated_below_the_share():
-    q, k, v = peaked(1, 200, 200, (2, 1), 16)
-    mask = SMALL(q, k, v).to_mask()
-    ((_, masses),) = block_masses(q, k, SMALL, 0.25)
-    causal = torch.ones(13, 13, dtype=torch.bool).tril()
-    assert (masses[causal & ~mask] < 1.5 / 13).all()
-    assert not mask[..., causal].all()
-
-
 @pytest.mark.parametrize(
     "change",
     [{"share": 4.0}, {"spread": 0.2}, {"query_pool": 16}, {"key_pool": 16}, {"sink_blocks": 3}, {"local_blocks": 4},
@@ -106,15 +76,6 @@ def test_every_field_changes_the_result(change):
     policy = replace(SMALL, share=3.0)
     before, after = (stem_attention(q, k, v, policy=p, dense_below=0) for p in (policy, replace(policy, **change)))
     assert not torch.equal(before, after)
-
-
-def test_pools_are_means_of_the_tokens_that_are_there():
-    x = torch.arange(1.0, 8.0).view(1, 7, 1, 1)
-    means, counts = pool(x, 5, 8, 4)  # positions 5 to 11
-    assert means.flatten().tolist() == [0.0, 2.0, 5.5, 0.0]
-    assert counts.tolist() == [0, 3, 4, 0]
-    assert pool_variances(x, 8, 4).flatten().tolist() == pytest.approx([1.25, 2 / 3])
-    assert pool_variances(x, 16, 4).flatten().tolist() == pytest.approx([1.25, 2 / 3, 0.0, 0.0])
 
 
 def test_masses_are_summed_in_fp64_on_a_cpu():
@@ -136,15 +97,6 @@ LAYERS = ((1.0, 2.0, 0.5, 4.0), (3.0, 0.25, 1.5, 8.0))
 def test_head_factors_are_rows_of_numbers_above_zero(value):
     with pytest.raises(ValueError, match=r"^head_factors: expected .+, got .+; .*stem-attention calibrate"):
         Mass(head_factors=value)
-
-
-def test_head_factors_become_tuples_of_floats_whatever_rows_they_came_in():
-    policy = Mass(head_factors=[[1, 2], (0.5, 3)])
-    assert policy.head_factors == ((1.0, 2.0), (0.5, 3.0))
-    assert {type(factor) for row in policy.head_factors for factor in row} == {float}
-    same = policy_from_json(json.dumps({"policy": "mass", "head_factors": [[1.0, 2], [0.5, 3]]}))
-    assert (same, hash(same)) == (policy, hash(policy))
-    assert policy not in (Mass(head_factors=[[1, 2], [0.5, 4]]), Mass())
 
 
 def test_a_layer_takes_its_row_and_all_else_of_the_policy():

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tests.rigs import equal
 
 import stem_attention as sa
 from stem_attention import BlockSelection, Mass, Policy, Stem
@@ -33,10 +34,6 @@ class Nearest(Policy):
 
 SAME = {1: SinkWindow(0, 1, 16), 3: SinkWindow(0, 3, 16)}
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
-
-
-def equal(results, others):
-    return all(torch.equal(x, y) for x, y in zip(results, others, strict=True))
 
 
 def every_call(policy, backend="auto"):
@@ -127,10 +124,6 @@ def choosing(wrong):
     return Wrong()
 
 
-def widened(good):
-    return replace(good, indices=torch.nn.functional.pad(good.indices, (0, 9), value=-1))
-
-
 BAD_SELECTIONS = {
     "nothing": (lambda good: None, "a BlockSelection"),
     "a mask": (lambda good: good.to_mask(), "a BlockSelection"),
@@ -141,7 +134,7 @@ BAD_SELECTIONS = {
     "of the future": (lambda good: replace(good, indices=good.indices + 1), "the row's diagonal"),
     "without its diagonal": (lambda good: replace(good, counts=good.counts - 1), "diagonal|counts"),
     "not ascending": (lambda good: replace(good, indices=good.indices.flip(-1)), "ascending"),
-    "too wide": (widened, "at most 7 ids"),
+    "too wide": (lambda good: replace(good, indices=torch.nn.functional.pad(good.indices, (0, 9), value=-1)), "at most 7 ids"),
 }
 
 

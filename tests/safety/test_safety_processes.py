@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
+from tests.rigs import equal
 
 from stem_attention import Mass, Stem, select_blocks, stem_attention, stem_attention_varlen
 from stem_attention.testing import make_qkv, pack
@@ -29,17 +30,13 @@ def results(shape):
     return [x.clone() for x in (out, lse, kept.indices, kept.counts, packed)]
 
 
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 def test_eight_threads_at_once_get_what_one_gets():
     expected = [results(shape) for shape in SHAPES]
     start = threading.Barrier(8)
 
     def work(i):
         start.wait()
-        return [same(results(SHAPES[(i + step) % len(SHAPES)]), expected[(i + step) % len(SHAPES)]) for step in range(12)]
+        return [equal(results(SHAPES[(i + step) % len(SHAPES)]), expected[(i + step) % len(SHAPES)]) for step in range(12)]
 
     with ThreadPoolExecutor(8) as pool:
         assert all(all(answers) for answers in pool.map(work, range(8)))
@@ -65,22 +62,6 @@ assert len(outs) == 6 and all(torch.equal(out, outs[0]) for out in outs)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_use_policy_holds_for_its_own_thread():
-    settings = pytest.importorskip("stem_attention.integrations.transformers.settings")
-    start = threading.Barrier(6)
-
-    def work(i):
-        with settings.use_policy(Stem(tail_blocks=i), prompt_len=i + 1):
-            start.wait()  # all are inside now
-            seen = settings.settings_now(None)
-            start.wait()
-        return seen.policy.tail_blocks, seen.prompt_len, settings.settings_now(None).prompt_len
-
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: start.wait(), range(6)))  # a thread that starts inside a block is warned
-        assert list(pool.map(work, range(6))) == [(i, i + 1, None) for i in range(6)]
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_of_a_process_that_has_computed_gets_the_same():
@@ -88,13 +69,13 @@ def test_a_fork_of_a_process_that_has_computed_gets_the_same():
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:  # nothing of pytest may run in here
-        os.write(writer, b"same" if same(results(SHAPES[0]), expected) else b"other")
+        os.write(writer, b"same" if equal(results(SHAPES[0]), expected) else b"other")
         os._exit(0)
     os.close(writer)
     _, status = os.waitpid(child, 0)
     assert (status, os.read(reader, 10)) == (0, b"same")
     os.close(reader)
-    assert same(results(SHAPES[0]), expected)
+    assert equal(results(SHAPES[0]), expected)
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])

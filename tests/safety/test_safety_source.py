@@ -84,11 +84,6 @@ def test_a_planted_line_is_found(line):
     assert list(faults("stem_attention/api.py", line))
 
 
-def test_what_looks_alike_passes():
-    text = "import re, json\nre.compile('x')\nmodel.eval()\njson.load(file)\ntorch.compile(f)\nload(trust_remote_code=False)"
-    assert list(faults("stem_attention/api.py", text)) == []
-
-
 # Every way out of a process; a local socket pair, as event loops make, is none.
 WITHOUT_NETWORK = """
 import socket

@@ -1,6 +1,6 @@
 """A corrupted selection: no kernel reads outside the keys or outside the lists, and every backend that can tell refuses it.
 
-What ``validate()`` refuses: tests/test_selection.py and tests/test_bad_input.py.
+What ``validate()`` refuses: tests/test_selection.py.
 """
 
 import pytest

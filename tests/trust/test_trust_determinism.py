@@ -5,11 +5,10 @@ import torch
 from tests.rigs import INTERPRETED, equal
 
 import stem_attention as sa
-from stem_attention.testing import make_qkv, pack
 
 
 def test_a_hundred_runs(rig):
-    q, k, v = rig.qkv(3.3, 4.7, batch=2)
+    q, k, v = rig.qkv(*((70.3, 93.7) if rig.device == "cuda" else (3.3, 4.7)), batch=2)  # on a GPU, many programs
     selection = rig.lists(q, k)
     first = *rig.whole(q, k, v), *rig.attend(q, k, v, selection), rig.select(q, k, v).indices
     for _ in range(1 if INTERPRETED or rig.backend == "reference" else 100):
@@ -34,17 +33,3 @@ def test_a_sequence_of_a_batch_is_as_if_alone(return_lse, rig):
             pairs = zip(several, single, strict=True) if return_lse else [(several, single)]
             assert all(torch.equal(x[i : i + 1], y) for x, y in pairs)
         assert torch.equal(kept.indices[i], rig.select(*one).indices[0])
-
-
-def test_neighbours_in_a_packed_batch_change_nothing(rig):
-    mine = make_qkv(1, *(round(x * rig.block) for x in (3.3, 4.7)), 2, 1, rig.dim, rig.dtype, rig.device)
-
-    def among(others):
-        parts = [make_qkv(1, *x, 2, 1, rig.dim, rig.dtype, rig.device, seed=9) for x in others]
-        out, lse = rig.packed(**pack([parts[0], mine, *parts[1:]]))
-        at = slice(parts[0][0].shape[1], parts[0][0].shape[1] + mine[0].shape[1])
-        return out[at], lse[:, at]
-
-    small, size = among([(1, 1), (0, 0)]), rig.block
-    assert equal(among([(2 * size + 3, 6 * size), (5, 3 * size)]), small)
-    assert equal(among([(size, size), (0, size), (7, 7)]), small)

@@ -67,12 +67,13 @@ def test_in_a_selected_block_it_shows_as_in_dense_attention(which, by, rig):
     assert out[~kept].isfinite().all()  # the exact result is not: there a weight of 0 meets every value
 
 
-def test_in_the_whole_a_poisoned_value_is_never_lost(rig):
+@pytest.mark.parametrize("forced", ["inside", "extra"])
+def test_in_the_whole_a_poisoned_value_is_never_lost(forced, rig):
     """Its block ranks first, so that every row that may keep it does: nothing turns out finite and wrong."""
     q, k, v = rig.qkv(12, 12, heads=(2, 1))
     at = round(3.5 * rig.block)
     v[0, at, 0, 3] = math.nan
-    out, _ = rig.whole(q, k, v, policy=rig.stem(min_blocks=4, decay=1.0))
+    out, _ = rig.whole(q, k, v, policy=rig.stem(min_blocks=4, decay=1.0, forced=forced))
     dense = dense_attention(q, k, v, q.shape[3] ** -0.5)
     assert torch.equal(out[:, at:, :, 3].isnan(), dense[:, at:, :, 3].isnan())
     assert out[:, : 3 * rig.block].isfinite().all()

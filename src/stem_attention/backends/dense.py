@@ -1,7 +1,5 @@
 """Dense causal attention with the queries aligned to the end of the keys, for prompts too short to gain from sparsity."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,17 +16,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Compute ``(batch, q_len, q_heads, dim)`` by torch's own ``scaled_dot_product_attention``."""
     square, grouped = q.shape[1] == k.shape[1], q.shape[2] != k.shape[2]
-    mask = None if square else _bottom_right(q.shape[1], k.shape[1])
+    mask = None
+    if not square:
+        from torch.nn.attention.bias import causal_lower_right  # loads torch.compile: seconds, so not at import
+
+        mask = causal_lower_right(q.shape[1], k.shape[1])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with without_autocast(q.device):
         out: Tensor = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
         )
     return out.transpose(1, 2).contiguous()
-
-
-def _bottom_right(q_len: int, kv_len: int) -> Tensor:
-    from torch.nn.attention.bias import causal_lower_right  # loads torch.compile: seconds, so not at import
-
-    mask: Tensor = causal_lower_right(q_len, kv_len)
-    return mask

@@ -35,16 +35,9 @@ class Calls:
 
 
 def precompile(architecture: str, calls: Calls, policy: Policy, on_kernel: Callable[[Compilation], None]) -> str:
-    """Compile what ``stem_attention`` launches for these calls on a card, wherever this runs.
+    """Compile what calls launch on an architecture such as ``"sm90"``, and return the name of the backend that runs them there.
 
-    Args:
-        architecture: ``"sm90"`` and the like.
-        calls: What will be called.
-        policy: What to keep; one of the library that selects on the device.
-        on_kernel: Called for every kernel when it is compiled or found in the cache.
-
-    Returns:
-        The backend that runs such calls there.
+    The policy is one of the library that selects on the device. ``on_kernel`` hears of each kernel, compiled or found in cache.
 
     Raises:
         ValueError: It is no NVIDIA architecture of compute capability 8.0 or later, or no kernel takes these sizes.
@@ -66,10 +59,8 @@ def precompile(architecture: str, calls: Calls, policy: Policy, on_kernel: Calla
     scale = calls.head_dim**-0.5
     with offline(architecture, on_kernel):
         for length in calls.lengths:
-            q, k = (
-                torch.empty((1, length, heads, calls.head_dim), dtype=calls.dtype, device="meta")
-                for heads in (calls.heads, calls.kv_heads)
-            )
+            q = torch.empty((1, length, calls.heads, calls.head_dim), dtype=calls.dtype, device="meta")
+            k = q.new_empty((1, length, calls.kv_heads, calls.head_dim))
             backend.fused(Call(q, k, k, policy, scale, length, dense_below=0))
             if calls.page_size is not None:
                 pages = block_count(length, calls.page_size)

@@ -1,7 +1,5 @@
 """The backends there are, and which one serves a request."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Run a call: on the device of its tensors, in their precision, by the backend that serves it."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -19,13 +17,16 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     """Select and attend. Hosts call this eagerly; the torch operators end here.
 
     Returns:
-        ``out`` like ``call.q``, and ``lse``, fp32 ``(batch, q_heads, q_len)`` or packed ``(q_heads, total_q)``, empty unless
-        wanted.
+        ``out`` like ``call.q``, ``call.out`` where that is given, and ``lse``, fp32 ``(batch, q_heads, q_len)`` or packed
+        ``(q_heads, total_q)``, empty unless wanted.
     """
     if call.q.numel() == 0:
         return call.empty_results()
     with _device_of(call.q), without_autocast(call.q.device):
-        return backend_of(call).runner(call)(call)
+        out, lse = backend_of(call).runner(call)(call)
+        if call.out is not None and out is not call.out:  # not every way to compute it writes where it is told
+            out = call.out.copy_(out)
+        return out, lse
 
 
 def select(call: Call) -> BlockSelection:

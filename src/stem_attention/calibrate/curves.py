@@ -5,8 +5,6 @@ to say: the gradient of its prediction with respect to the head's result, times 
 by to first order. Scores of different heads, which have no scale in common, thus become comparable.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

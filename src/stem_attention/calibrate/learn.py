@@ -6,8 +6,6 @@ every share (:mod:`.curves`); then shares are chosen whose density is the one as
 Weights of the model stay as they are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The command ``stem-attention``: its subcommands, in groups."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
@@ -10,7 +8,6 @@ import stem_attention
 from stem_attention.cli.calibrate import calibrate
 from stem_attention.cli.compile import precompile
 from stem_attention.cli.doctor import doctor
-from stem_attention.cli.errors import UserError
 from stem_attention.cli.inspect import inspect
 from stem_attention.cli.run import run
 
@@ -25,18 +22,6 @@ app.command(rich_help_panel=_TRY)(inspect)
 app.command(rich_help_panel=_TUNE)(calibrate)
 app.command("compile", rich_help_panel=_SET_UP)(precompile)
 app.command(rich_help_panel=_SET_UP)(doctor)
-
-
-def _moved(context: typer.Context) -> None:
-    name = context.info_name
-    raise UserError(f"{name} is a command of stem-evals: pip install ./evals in a checkout, then stem-evals {name}")
-
-
-for _name in ("bench", "eval", "report"):
-    app.command(
-        _name, hidden=True, add_help_option=False,
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    )(_moved)  # fmt: skip
 
 
 def _version(wanted: bool) -> None:

@@ -1,7 +1,5 @@
 """``stem-attention calibrate``: a share for every head of a model, written as a policy."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from functools import partial

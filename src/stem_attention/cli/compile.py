@@ -1,7 +1,5 @@
 """``stem-attention compile``: fill Triton's cache, so that no first prompt waits for a compiler."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Annotated, Any
 

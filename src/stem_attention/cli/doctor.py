@@ -1,8 +1,7 @@
 """``stem-attention doctor``: what is here, what would run, what is missing."""
 
-from __future__ import annotations
-
 import platform
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,9 +13,6 @@ from stem_attention.cli.options import DtypeName, Json
 from stem_attention.cli.system import devices, output, print_json, version
 from stem_attention.models.load import EMBEDDED_INSTALL, EMBEDDED_PACKAGE, embedded_gguf
 
-_PACKAGES = (
-    "stem-attention", "torch", "triton", "transformers", "gguf", "accelerate", "matplotlib", "typer", "rich", EMBEDDED_PACKAGE
-)  # fmt: skip
 _HEAD_DIMS = (64, 80, 96, 128, 256)
 _OPTIONAL = {
     "transformers": "run, inspect and calibrate",
@@ -25,6 +21,7 @@ _OPTIONAL = {
     "matplotlib": "--plot",
     "triton": "GPU kernels",
 }
+_PACKAGES = ("stem-attention", "torch", *_OPTIONAL, "typer", "rich", EMBEDDED_PACKAGE)
 
 
 def doctor(as_json: Json = False) -> None:
@@ -60,12 +57,10 @@ def doctor(as_json: Json = False) -> None:
 def examine() -> dict[str, Any]:
     """Collect everything the report says, as plain types."""
     found, backends = devices(), []
-    for device in found:
-        for dtype in [name.value for name in DtypeName if name is not DtypeName.auto]:
-            for head_dim in _HEAD_DIMS:
-                told = explain(device=device, dtype=getattr(torch, dtype), head_dim=head_dim)
-                chosen = {"backend": told.chosen, "dense_below": told.dense_below, "reasons": told.reasons}
-                backends.append({"device": str(device), "dtype": dtype, "head_dim": head_dim, **chosen})
+    for device, dtype, head_dim in product(found, [name.value for name in DtypeName if name is not DtypeName.auto], _HEAD_DIMS):
+        told = explain(device=device, dtype=getattr(torch, dtype), head_dim=head_dim)
+        chosen = {"backend": told.chosen, "dense_below": told.dense_below, "reasons": told.reasons}
+        backends.append({"device": str(device), "dtype": dtype, "head_dim": head_dim, **chosen})
     absent = [(package, purpose, install_command(package)) for package, purpose in _OPTIONAL.items() if missing(package)]
     if embedded_gguf() is None:
         absent.append((EMBEDDED_PACKAGE, "the default model", EMBEDDED_INSTALL))

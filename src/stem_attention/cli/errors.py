@@ -1,7 +1,5 @@
 """Run a typer app so that every mistake of the user ends as one line on stderr."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """``stem-attention inspect``: what chosen layers and heads keep, from one prefill."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +11,7 @@ from stem_attention.cli import options
 from stem_attention.cli.job import Job, prepare, read_with_progress
 from stem_attention.cli.system import output, print_json, progress_console
 from stem_attention.models.prefill import Reading
-from stem_attention.models.views import BlockView, HeadRecorder, reach, row_counts, selections_by_layer
+from stem_attention.models.views import BlockView, HeadRecorder, reach, selections_by_layer
 
 _WIDEST = 76  # characters of a picture in text
 
@@ -66,8 +64,9 @@ def save_picture(job: Job, reading: Reading, recorder: HeadRecorder, *, file: Pa
 
 
 def _kept_per_row(reading: Reading, views: list[BlockView]) -> dict[int, list[float]]:
+    """Blocks that each query block keeps in the layers shown, averaged over heads."""
     selections = selections_by_layer(reading)
-    return {layer: row_counts(selections[layer]) for layer in sorted({view.layer for view in views})}
+    return {layer: selections[layer].counts[0].double().mean(0).tolist() for layer in sorted({view.layer for view in views})}
 
 
 def _report(job: Job, reading: Reading, views: list[BlockView]) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def _report(job: Job, reading: Reading, views: list[BlockView]) -> dict[str, Any
             for call in reading.calls
         ],
         "views": [
-            {"layer": view.layer, "head": view.head, "kept_blocks": view.kept_blocks, "density": view.density,
+            {"layer": view.layer, "head": view.head, "kept_blocks": int(view.kept.sum()), "density": view.density,
              "kept_attention": view.kept_attention, "median_distance": view.median_distance,
              "blocks": [row.nonzero().flatten().tolist() for row in view.kept]}
             for view in views
@@ -94,7 +93,7 @@ def _print(views: list[BlockView], summary: str) -> None:
     for view in views:
         console.print(f"layer {view.layer}, head {view.head}: query blocks down, key blocks across")
         console.print(_picture(view.kept, " '.:" if console.options.ascii_only else " ▀▄█"), markup=False, soft_wrap=True)
-        places = str(view.layer), str(view.head), str(view.kept_blocks)
+        places = str(view.layer), str(view.head), str(int(view.kept.sum()))
         table.add_row(*places, f"{view.density:.3f}", f"{view.kept_attention:.3f}", f"{view.median_distance:g} blocks")
     console.print(table)
     console.print(summary)

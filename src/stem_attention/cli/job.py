@@ -1,7 +1,5 @@
 """Steps that all commands with a model share: open the model, make the prompt, show progress."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,19 +91,9 @@ class Job:
 
 
 def prepare(
-    name: str | None,
-    device: torch.device,
-    dtype: DtypeName,
-    spec: PolicySpec,
-    console: Console,
-    *,
-    text: str | None,
-    context: int | None,
-    seed: int,
-    depth: float,
-    use_template: bool,
-    answer: int = 0,
-) -> Job:
+    name: str | None, device: torch.device, dtype: DtypeName, spec: PolicySpec, console: Console, *, text: str | None,
+    context: int | None, seed: int, depth: float, use_template: bool, answer: int = 0,
+) -> Job:  # fmt: skip
     """Load the model, make the prompt (``text``, what is piped in, or made up), and tune the policy to its length."""
     text = piped_text() if text is None else text
     source, model, tokenizer = open_model(name, device, torch_dtype(dtype, device), console)

@@ -1,7 +1,5 @@
 """Options that commands share, as typer reads them; their values come out checked, and mistakes name the option."""
 
-from __future__ import annotations
-
 import os
 import select
 import stat
@@ -99,10 +97,10 @@ def _writable(text: str) -> Path:
     existed = path.exists()
     try:
         path.open("ab").close()
+        if not existed:
+            path.unlink()
     except OSError as error:
         raise typer.BadParameter(f"cannot write {path}: {error.strerror}; check the path") from error
-    if not existed:
-        path.unlink()
     return path
 
 
@@ -157,15 +155,9 @@ PolicyOption = Annotated[PolicySpec, option(_POLICIES, "SPEC", parser=_policy)]
 DenseBelow = Annotated[
     int | None, option("Run prompts of fewer tokens dense.", shown="where sparse was measured to become faster", min=0)
 ]
-PromptFile = Annotated[
-    str | None,
-    typer.Option(
-        parser=_text,
-        metavar="FILE",
-        help="Text to read, UTF-8; - is standard input, which is also read when something is piped in.",
-        show_default="made-up prose with a planted number and a question about it",
-    ),
-]
+_PROMPT = "Text to read, UTF-8; - is standard input, which is also read when something is piped in."
+_MADE_UP = "made-up prose with a planted number and a question about it"
+PromptFile = Annotated[str | None, option(_PROMPT, "FILE", _MADE_UP, parser=_text)]
 Seed = Annotated[int, option("Seed of what is made up; fixed, so that runs repeat.")]
 Context = Annotated[
     int | None,

@@ -1,8 +1,5 @@
 """``stem-attention run``: one prompt, read dense and sparse."""
 
-from __future__ import annotations
-
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -97,7 +94,7 @@ def _report(job: Job, dense: Reading, sparse: Reading) -> dict[str, Any]:
             "time_to_first_token": dense.seconds / sparse.seconds,
             "attention": sum(dense.attention_seconds) / sum(sparse.attention_seconds),
         },
-        "agreement": asdict(agreement(dense, sparse)),
+        "agreement": agreement(dense, sparse),
     }
 
 

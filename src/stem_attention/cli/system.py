@@ -1,7 +1,5 @@
 """Know the terminal and the machine: consoles, JSON on stdout, versions, devices."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import platform

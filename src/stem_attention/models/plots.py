@@ -1,7 +1,5 @@
 """Draw a selection: kept blocks, where attention goes, blocks per row, how far heads look. Needs matplotlib."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

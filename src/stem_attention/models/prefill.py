@@ -1,8 +1,5 @@
 """Prefill a model dense or sparse, note what every layer did, and continue greedily."""
 
-from __future__ import annotations
-
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,11 +10,11 @@ import torch
 from torch import Tensor
 
 from stem_attention.errors import UnsupportedError
+from stem_attention.models.load import Model
 from stem_attention.policies import Policy
 
 if TYPE_CHECKING:
     from stem_attention.integrations.transformers import LayerCall
-    from stem_attention.models.load import Model
 
 SPARSE = "stem"
 
@@ -44,7 +41,7 @@ class Reading:
     logits: Tensor  # fp32 (positions, vocabulary): next-token logits of the prompt's last positions
     seconds: float  # to first token: the whole forward pass and the choice of the token
     attention_seconds: list[float]  # selection included, one entry per layer
-    calls: list[LayerCall] = field(default_factory=list)  # what Stem did in each layer; empty for a dense prefill
+    calls: "list[LayerCall]" = field(default_factory=list)  # what Stem did in each layer; empty for a dense prefill
     tokens: list[int] = field(default_factory=list)  # the greedy continuation, without the end-of-sequence token
 
     @property
@@ -68,16 +65,12 @@ def wrap_attention(name: str, around: Callable[..., Any]) -> Iterator[None]:
     """Call ``around`` with the real function, the layer and its arguments in place of transformers' function ``name``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    from stem_attention.integrations.transformers.dense import eager_function
+
     registered = ALL_ATTENTION_FUNCTIONS.get(name)
 
-    def eager(module: torch.nn.Module) -> Any:  # registered under no name: it stands beside the classes of the model
-        for cls in type(module).__mro__:
-            if found := getattr(sys.modules[cls.__module__], "eager_attention_forward", None):
-                return found
-        raise UnsupportedError(f"{type(module).__name__} has no eager attention function that could be timed")
-
     def called(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return around(registered or eager(module), module, *args, **kwargs)
+        return around(registered or eager_function(module, "it is timed"), module, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[name] = called
     try:
@@ -173,18 +166,13 @@ def read(
     return reading
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How near the next-token distributions of two readings are, over the prompt's last ``positions``."""
+def agreement(dense: Reading, sparse: Reading) -> dict[str, float]:
+    """Compare the next-token distributions of two readings over the prompt's last ``positions``, which are counted.
 
-    positions: int
-    top1: float  # share of the positions whose likeliest token is the same
-    kl: float  # mean Kullback-Leibler divergence of the second from the first, in nats
-
-
-def agreement(dense: Reading, sparse: Reading) -> Agreement:
-    """Compare two readings of the same prompt."""
+    ``top1`` is the share of them whose likeliest token is the same, ``kl`` the mean Kullback-Leibler divergence of the second
+    reading from the first, in nats.
+    """
     p, q = dense.logits.double().log_softmax(-1), sparse.logits.double().log_softmax(-1)
     top1 = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()
-    return Agreement(len(p), top1, kl)
+    return {"positions": len(p), "top1": top1, "kl": kl}

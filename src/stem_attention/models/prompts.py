@@ -3,13 +3,13 @@
 The wording of facts and questions is that of RULER's needle tasks, which the smallest models still answer.
 """
 
-from __future__ import annotations
-
+import json
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files
 from itertools import cycle
 
 from stem_attention.errors import bad_argument
@@ -21,52 +21,8 @@ _ONE, _SEVERAL = ("A special magic number is", "number"), ("Some special magic n
 # One fact; one fact among competing ones; all values of one name; several facts at once.
 KINDS = ("single", "multikey", "multivalue", "multiquery")
 
-_WORDS = {
-    "who": ("the old ferryman", "Marta", "the younger of the two bakers", "Mr. Ellery", "the schoolmistress",
-        "a tired surveyor", "the harbour master", "Tobias", "the widow from the mill", "our neighbour", "the doctor's nephew",
-        "Ingrid", "the apprentice", "a travelling clockmaker", "the postmistress", "Aunt Rosalind", "the lighthouse keeper",
-        "Jonas", "the head gardener", "a boy with a basket", "the town clerk", "Captain Brandt", "the miller", "Clara"),
-    "did": ("walked slowly", "set out", "hurried", "rode", "wandered", "came back", "was sent", "carried a parcel",
-        "took a lamp", "went alone", "followed the cart tracks", "drove the geese", "strolled", "found the way"),
-    "where": ("to the harbour", "across the wet meadow", "past the chapel", "along the canal", "up the hill road",
-        "into the market", "through the orchard", "over the stone bridge", "down to the boathouse", "as far as the quarry",
-        "round the mill pond", "to the railway halt", "beyond the last houses", "towards the forest"),
-    "when": ("early in the morning", "on the first dry day", "after supper", "before the rain came", "late in the autumn",
-        "when the bells had stopped", "on market day", "in the week of the fair", "towards evening", "at the end of winter",
-        "while the others slept", "long before the harvest", "that same afternoon", "on a windy Tuesday"),
-    "thing": ("a crate of pears", "the broken oar", "two letters", "a bundle of dry reeds", "the brass telescope",
-        "a loaf of rye bread", "the church accounts", "a coil of rope", "the missing ledger", "a jar of honey",
-        "a wooden flute", "the spare lantern", "a sack of barley", "an umbrella", "the blue teapot", "a map of the valley"),
-    "said": ("the winter would be a long one", "nobody had repaired the fence", "the river was higher than last year",
-        "the price of wool had fallen again", "there was nothing to worry about", "the new road would change everything",
-        "the clock in the tower was slow", "the children ought to be at school", "it was better to wait until spring",
-        "the boats had gone out too early", "a good roof mattered more than a fine door", "the wells were running low"),
-    "like": ("quiet and grey", "full of small noises", "colder than anyone had expected", "smelling of tar and apples",
-        "almost empty", "bright with washing", "busy as ever", "covered in a thin mist", "strangely familiar",
-        "warm for the season"),
-    "place": ("The square", "The harbour", "The long room at the inn", "The lane behind the bakery", "The schoolhouse",
-        "The orchard", "The waiting room", "The upper village", "The mill yard", "The shore", "The library",
-        "The old town hall"),
-}  # fmt: skip
-
-_TEMPLATES = (
-    "{when}, {who} {did} {where}.",
-    "{who} {did} {where} with {thing}, and {who2} was not told of it.",
-    "{place} was {like} {when}.",
-    "{who} said that {said}, but {who2} did not agree.",
-    "{when} {thing} was left at the door, and nobody knew whether {who} or {who2} had brought it.",
-    "{who} had always believed that {said}.",
-    "It was {who} who first noticed {thing}, lying where {who2} had dropped it {when}.",
-    "{place} was {like}, and {who} {did} {where} to look for {thing}.",
-    "If {who} was right, {said}; if not, there was still {thing} to be sold.",
-    "{who} asked {who2} about {thing}, and was told only that {said}.",
-    "Years later {who} remembered how {who2} {did} {where} {when}.",
-    "{who} mended {thing} {when}, because {said}.",
-    "Nothing much happened until {who} {did} {where}; then {who2} spoke of {thing} for an hour.",
-    "{place}, {like} though it was, pleased {who} more than {thing} ever had.",
-    "\"Surely {said},\" {who} told {who2}, and put down {thing}.",
-    "{who} and {who2} shared {thing} {when} and talked of the days when {said}.",
-)  # fmt: skip
+# Words by their place in a sentence, and the sentences.
+_VILLAGE = json.loads(files(__package__).joinpath("village.json").read_text(encoding="utf-8"))
 
 _COLOURS = ("amber", "scarlet", "silver", "cobalt", "emerald", "ivory", "violet", "copper")
 _THINGS = ("lantern", "compass", "orchard", "harbour", "falcon", "violin", "anchor", "meadow")
@@ -74,11 +30,11 @@ _THINGS = ("lantern", "compass", "orchard", "harbour", "falcon", "violin", "anch
 
 def haystack_sentences(seed: int | str) -> Iterator[str]:
     """Make up village prose without end, the same for the same ``seed``; verbatim repeats are rare."""
-    rng = random.Random(seed)
+    rng, choices = random.Random(seed), _VILLAGE["words"]
     while True:
-        words = {slot: rng.choice(choices) for slot, choices in _WORDS.items()}
-        words["who2"] = rng.choice([name for name in _WORDS["who"] if name != words["who"]])
-        sentence = rng.choice(_TEMPLATES).format(**words)
+        words = {slot: rng.choice(choices[slot]) for slot in choices}
+        words["who2"] = rng.choice([name for name in choices["who"] if name != words["who"]])
+        sentence = rng.choice(_VILLAGE["templates"]).format(**words)
         start = sentence.index(next(letter for letter in sentence if letter.isalpha()))
         yield sentence[:start] + sentence[start].upper() + sentence[start + 1 :]
 
@@ -125,27 +81,10 @@ def chat_ids(tokenizer: Tokenizer, message: str, answer_prefix: str = "", use_te
     return list(tokenizer(f"{rendered}{answer_prefix}", add_special_tokens=False).input_ids)
 
 
-@dataclass(frozen=True)
-class Riddle:
-    """Planted facts, and the question about the first ``asked`` of them."""
+def make_riddle(kind: str, seed: int | str, depth: float, count: int) -> tuple[list[tuple[str, str, float]], int]:
+    """Draw facts to plant, name, number and place: ``count``, or one for the kind ``"single"``; and how many are asked for.
 
-    facts: tuple[tuple[str, str, float], ...]  # name, number and place
-    asked: int
-
-    @property
-    def question(self) -> tuple[str, str]:
-        """The question and the start of the reply."""
-        *names, last = dict.fromkeys(name for name, *_ in self.facts[: self.asked])
-        what = f"for {', '.join(names)}{' and ' if names else ''}{last} mentioned in the provided text"
-        if self.asked == 1:
-            return f"What is the special magic number {what}?", f"The special magic number {what} is"
-        return f"What are all the special magic numbers {what}?", f"The special magic numbers {what} are"
-
-
-def make_riddle(kind: str, seed: int | str, depth: float, count: int) -> Riddle:
-    """Draw names, numbers and places of facts: of ``count``, or one for the kind ``"single"``.
-
-    The first asked fact stands at ``depth``; the others follow at equal distances and go on at the start of the text.
+    These come first. The first fact stands at ``depth``; the others follow at equal distances and go on at the text's start.
     """
     if kind not in KINDS:
         raise bad_argument("kind", f"one of {', '.join(KINDS)}", repr(kind), "pick one of these names")
@@ -161,7 +100,7 @@ def make_riddle(kind: str, seed: int | str, depth: float, count: int) -> Riddle:
             names.append(names[0] if names and kind == "multivalue" else name)
             numbers.append(number)
     places = [depth, *((depth + index / count) % 1 for index in range(1, count))]
-    return Riddle(tuple(zip(names, numbers, places, strict=True)), 1 if kind in ("single", "multikey") else count)
+    return list(zip(names, numbers, places, strict=True)), 1 if kind in ("single", "multikey") else count
 
 
 def planted_prompt(
@@ -176,13 +115,17 @@ def planted_prompt(
     use_template: bool = True,  # that of the tokenizer for chats, if it has one
 ) -> Prompt:
     """Make a prompt of at most ``tokens`` tokens (and close to it) that hides numbers and asks for one or all of them."""
-    riddle = make_riddle(kind, seed, depth, count)
-    opening = _OPENING.format(*(_ONE if len(riddle.facts) == 1 else _SEVERAL))
-    question, prefix = riddle.question
+    facts, asked = make_riddle(kind, seed, depth, count)
+    opening = _OPENING.format(*(_ONE if len(facts) == 1 else _SEVERAL))
+    *names, last = dict.fromkeys(name for name, *_ in facts[:asked])
+    what = f"for {', '.join(names)}{' and ' if names else ''}{last} mentioned in the provided text"
+    question, prefix = f"What is the special magic number {what}?", f"The special magic number {what} is"
+    if asked > 1:
+        question, prefix = f"What are all the special magic numbers {what}?", f"The special magic numbers {what} are"
 
     def build(sentences: list[str]) -> list[int]:
         planted = list(sentences)
-        for name, number, place in sorted(riddle.facts, key=lambda fact: fact[2], reverse=True):
+        for name, number, place in sorted(facts, key=lambda fact: fact[2], reverse=True):
             planted.insert(round(place * len(sentences)), f"One of the special magic numbers for {name} is: {number}.")
         return chat_ids(tokenizer, f"{opening}\n{' '.join(planted)}\n{question}", prefix, use_template)
 
@@ -197,5 +140,5 @@ def planted_prompt(
         sentences.append(sentence)
     while len(ids := build(sentences)) > tokens:  # tokens merge differently inside the whole text
         sentences.pop()
-    _, numbers, places = zip(*riddle.facts[: riddle.asked], strict=True)
+    _, numbers, places = zip(*facts[:asked], strict=True)
     return Prompt(ids, numbers, prefix, places)

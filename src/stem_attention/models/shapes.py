@@ -1,7 +1,5 @@
 """Attention heads of known models."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Texts to predict: files, or source code that every machine has; and windows of tokens cut from them."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 from collections.abc import Sequence

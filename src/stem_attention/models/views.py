@@ -1,7 +1,5 @@
 """See what a policy keeps in one layer and head, next to where dense attention goes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import product
 
@@ -24,14 +22,10 @@ class BlockView:
     attention: Tensor  # fp32: share of a query block's dense attention that goes to each key block; NaN after the diagonal
 
     @property
-    def kept_blocks(self) -> int:
-        return int(self.kept.sum())
-
-    @property
     def density(self) -> float:
         """Kept block pairs over causal ones. The view is of a whole prompt, so rows and columns start at the same block."""
         rows = len(self.kept)
-        return self.kept_blocks / (rows * (rows + 1) // 2)
+        return int(self.kept.sum()) / (rows * (rows + 1) // 2)
 
     @property
     def kept_attention(self) -> float:
@@ -69,10 +63,10 @@ class HeadRecorder:
                 mass = block_mass(q[None, :, None], k[None, :, None], scale, selection.block_size, row)
                 shares[row, : row + 1] = mass[0, 0].cpu()
             views.append(BlockView(layer, head, selection.to_mask()[0, head].cpu(), shares))
-        if views:
-            return views
-        told = f"nothing to show: the chosen layers ran dense ({reading.dense_reasons})"
-        raise UnsupportedError(f"{told}; read a longer prompt or choose other layers")
+        if not views:
+            told = f"nothing to show: the chosen layers ran dense ({reading.dense_reasons})"
+            raise UnsupportedError(f"{told}; read a longer prompt or choose other layers")
+        return views
 
 
 def selections_by_layer(reading: Reading) -> dict[int, BlockSelection]:
@@ -93,8 +87,3 @@ def reach(reading: Reading) -> Tensor:
 def _median_distance(kept: Tensor) -> float:
     rows, columns = kept.nonzero(as_tuple=True)
     return (rows - columns).double().median().item()
-
-
-def row_counts(selection: BlockSelection) -> list[float]:
-    """Count the blocks that each query block keeps, averaged over heads."""
-    return list(selection.counts.double().mean((0, 1)).tolist())

@@ -1,11 +1,11 @@
 """Policies: they choose the key blocks to keep. And how they are spelt."""
 
 from stem_attention.policies.base import Policy
-from stem_attention.policies.flashprefill import FlashPrefillTopK
 from stem_attention.policies.mass import Mass
 from stem_attention.policies.oracle import Oracle
 from stem_attention.policies.patterns import BigBird, Dense, Longformer, SinkWindow, Strided
 from stem_attention.policies.ranked import Ranked
+from stem_attention.policies.rivals import FlashPrefillTopK, XAttention, XAttentionTopK
 from stem_attention.policies.spec import (
     PolicySpec,
     UnreachableDensityError,
@@ -16,7 +16,6 @@ from stem_attention.policies.spec import (
     read_policy,
 )
 from stem_attention.policies.stem import Stem
-from stem_attention.policies.xattention import XAttention, XAttentionTopK
 
 __all__ = [
     "BigBird",

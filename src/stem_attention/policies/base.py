@@ -1,7 +1,5 @@
 """A policy: a frozen object that chooses key blocks for queries and carries the numbers of its rule."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys
@@ -14,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from stem_attention.blocks import block_count
-from stem_attention.errors import bad_argument
+from stem_attention.errors import bad_argument, is_int
 from stem_attention.selection import BlockSelection
 
 _T = TypeVar("_T")
@@ -25,7 +23,8 @@ class Policy(ABC):
 
     Subclasses are frozen dataclasses with the fields of their own rule, ``block_size`` among them. A subclass outside the
     library needs no more than that, a ``name`` and :meth:`__call__`: every backend and every host then runs it. Fields hold
-    what JSON can, as a policy travels to operators, worker processes and files by its class and fields.
+    what JSON can, as a policy travels to operators, worker processes and files by its class and fields. A field of a wrong
+    type, or outside its range, is a ValueError that names it.
     """
 
     name: ClassVar[str]
@@ -89,7 +88,7 @@ class Policy(ABC):
             return None
         return sum(counts) / sum(range(1, len(counts) + 1)) if counts else 1.0
 
-    def for_layer(self, layer: int, heads: slice = slice(None)) -> Policy:
+    def for_layer(self, layer: int, heads: slice = slice(None)) -> "Policy":
         """Return what one layer of a model, counted from 0, runs: this policy, unless it has numbers for each layer.
 
         ``heads`` are those of its query heads that the call has: a rank of tensor parallelism has a part of them.
@@ -154,13 +153,13 @@ def check_integers(policy: object, **least: int) -> None:
     """Check that each named field of a policy is an integer of at least the given value."""
     for name, smallest in least.items():
         value = getattr(policy, name, None)
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+        if not is_int(value) or value < smallest:
             raise bad_argument(name, f"an integer >= {smallest}", repr(value), f"pass {name}={max(smallest, 1)} or more")
 
 
 def is_number(value: object) -> TypeGuard[float]:
     """Tell numbers, NaN and infinities among them, from all else, ``True`` and ``False`` too."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_int(value) or isinstance(value, float)
 
 
 def check_number(policy: object, name: str, low: float = 0.0, high: float = sys.float_info.max, *, above: bool = False) -> None:
@@ -180,9 +179,10 @@ def check_choice(policy: object, name: str, choices: tuple[str, ...]) -> None:
 
 
 def check_divides(policy: object, *parts: str) -> None:
-    """Check that ``block_size`` is a multiple of each named field."""
+    """Check that each named field is an integer above 0 that divides ``block_size``."""
     size: int = policy.block_size  # type: ignore[attr-defined]
     for name in parts:
+        check_integers(policy, **{name: 1})
         if size % getattr(policy, name):
             fix = f"change block_size or {name} so that one divides the other"
             raise bad_argument("block_size", f"a multiple of {name}={getattr(policy, name)}", size, fix)

@@ -1,21 +1,17 @@
 """Keep by mass: every block that may hold a noticeable share of some query's attention. Measured in docs/mass.md."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.errors import bad_argument
 from stem_attention.policies.base import Policy, check_divides, check_integers, check_number, is_number
-from stem_attention.policies.metric import accumulator_dtype, exact_dtype, grouped_product
+from stem_attention.policies.metric import accumulator_dtype, exact_dtype, grouped_product, runs
 from stem_attention.selection import BlockSelection
 
 # Estimated weights held at a time, in elements; while the softmax runs there are two of them. On a CPU they stay in its cache.
@@ -45,12 +41,9 @@ class Mass(Policy):
             in it a number for each query head. ``stem-attention calibrate`` finds them. A call of one layer takes
             :meth:`for_layer`.
         block_size: Tokens per block.
-
-    Raises:
-        ValueError: A field has the wrong type or lies outside its range; the message names it.
     """
 
-    name: ClassVar[str] = "mass"
+    name = "mass"
 
     share: float = 4.0
     spread: float = 0.5
@@ -63,14 +56,14 @@ class Mass(Policy):
     block_size: int = 64
 
     def check(self) -> None:
-        check_integers(self, query_pool=1, key_pool=1, sink_blocks=0, local_blocks=1, tail_blocks=0)
+        check_integers(self, sink_blocks=0, local_blocks=1, tail_blocks=0)
         check_number(self, "share", above=True)
         check_number(self, "spread")
         check_divides(self, "query_pool", "key_pool")
         if self.head_factors is not None:
             object.__setattr__(self, "head_factors", _checked_factors(self.head_factors))
 
-    def for_layer(self, layer: int, heads: slice = slice(None)) -> Mass:
+    def for_layer(self, layer: int, heads: slice = slice(None)) -> "Mass":
         if self.head_factors is None or (len(self.head_factors) == 1 and heads == slice(None)):
             return self
         rows = len(self.head_factors)
@@ -144,9 +137,8 @@ def pool(x: Tensor, start: int, size: int, pool_size: int) -> tuple[Tensor, Tens
     cover whole blocks of ``size``. Returns ``(batch, heads, pools, dim)``, the first pool being that of the first token's
     block, and int64 ``(pools,)``, how many tokens each pool has; one without tokens is 0.
     """
-    before, after = start % size, -(start + x.shape[1]) % size
-    sums = torch.unflatten(pad(x, (0, 0, 0, 0, before, after)), 1, (-1, pool_size)).sum(2, dtype=accumulator_dtype(x))
-    begins = torch.arange(sums.shape[1], device=x.device) * pool_size - before
+    sums = runs(x, start, size, pool_size).sum(2, dtype=accumulator_dtype(x))
+    begins = torch.arange(sums.shape[1], device=x.device) * pool_size - start % size
     counts = ((begins + pool_size).clamp(max=x.shape[1]) - begins.clamp(min=0)).clamp(min=0)
     means = sums / counts.clamp(min=1).to(sums.dtype)[:, None, None]
     return means.to(x.dtype).transpose(1, 2), counts
@@ -154,11 +146,10 @@ def pool(x: Tensor, start: int, size: int, pool_size: int) -> tuple[Tensor, Tens
 
 def pool_variances(x: Tensor, size: int, pool_size: int) -> Tensor:
     """Take the variances in each dimension of the pools of :func:`pool`, from position 0 on; not rounded."""
-    padded = pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size))
-    runs = torch.unflatten(padded, 1, (-1, pool_size)).to(accumulator_dtype(x))
-    present = torch.unflatten(torch.arange(padded.shape[1], device=x.device) < x.shape[1], 0, (-1, pool_size))
-    divisor = present.sum(1).clamp(min=1).to(runs.dtype)[:, None, None]
-    away = (runs - (runs.sum(2) / divisor)[:, :, None]) * present[:, :, None, None]
+    pools = runs(x, 0, size, pool_size).to(accumulator_dtype(x))
+    present = torch.arange(pools.shape[1] * pool_size, device=x.device).view(-1, pool_size) < x.shape[1]
+    divisor = present.sum(1).clamp(min=1).to(pools.dtype)[:, None, None]
+    away = (pools - (pools.sum(2) / divisor)[:, :, None]) * present[:, :, None, None]
     return (away.square().sum(2) / divisor).transpose(1, 2)
 
 

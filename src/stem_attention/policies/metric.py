@@ -7,8 +7,6 @@ are first summed into ``stride`` groups per block, then one block-level product 
 gives the same number as scoring every antidiagonal.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -36,23 +34,23 @@ def grouped_product(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.unflatten(grouped.flatten(2, 3) @ keys.mT, 2, grouped.shape[2:4]).flatten(1, 2)
 
 
-def group_sums(x: Tensor, start: int, block_size: int, stride: int) -> Tensor:
-    """Sum the tokens of every block into ``stride`` groups of equal ``position % stride``; absent tokens add nothing.
+def runs(x: Tensor, start: int, block_size: int, size: int) -> Tensor:
+    """Cut whole blocks into runs of ``size`` tokens: ``(batch, runs, size, heads, dim)``; absent tokens are zero.
 
-    ``x`` is ``(batch, length, heads, dim)``, its first token at position ``start``, on a block border or not. Returns
-    ``(batch, heads, blocks, stride, dim)`` in fp32 (fp64 for fp64 input).
+    ``x`` is ``(batch, length, heads, dim)``, its first token at position ``start``, on a block border or not.
     """
-    head = min(-start % block_size, x.shape[1])
-    whole = (x.shape[1] - head) // block_size * block_size
-    sums = []
-    # Only the two border blocks are ever padded; the body is summed in place through a view.
-    for piece, before in ((x[:, :head], start % block_size), (x[:, head : head + whole], 0), (x[:, head + whole :], 0)):
-        if length := piece.shape[1]:
-            after = -(before + length) % block_size
-            padded = pad(piece, (0, 0, 0, 0, before, after)) if before or after else piece
-            groups = torch.unflatten(padded, 1, (-1, block_size // stride, stride))
-            sums.append(groups.sum(2, dtype=accumulator_dtype(x)))
-    return torch.cat(sums, 1).permute(0, 3, 1, 2, 4)
+    before, after = start % block_size, -(start + x.shape[1]) % block_size
+    padded = pad(x, (0, 0, 0, 0, before, after)) if before or after else x
+    return torch.unflatten(padded, 1, (-1, size))
+
+
+def group_sums(x: Tensor, start: int, block_size: int, stride: int) -> Tensor:
+    """Sum the tokens of every block into ``stride`` groups of equal ``position % stride``; ``x`` as for :func:`runs`.
+
+    Returns ``(batch, heads, blocks, stride, dim)`` in fp32 (fp64 for fp64 input).
+    """
+    groups = torch.unflatten(runs(x, start, block_size, stride), 1, (-1, block_size // stride))
+    return groups.sum(2, dtype=accumulator_dtype(x)).permute(0, 3, 1, 2, 4)
 
 
 def block_max(x: Tensor, size: int) -> Tensor:
@@ -61,14 +59,12 @@ def block_max(x: Tensor, size: int) -> Tensor:
 
 
 def magnitude(v: Tensor, kind: str, block_size: int, stride: int) -> Tensor:
-    """Work out the value term of every key block, as :class:`stem_attention.Stem` describes each ``kind``.
+    """Work out the value term of every key block, as :class:`stem_attention.Stem` describes each ``kind`` but ``"none"``.
 
     ``v`` is ``(batch, kv_len, kv_heads, dim)``; the z-score variant cuts blocks into sub-blocks of ``stride`` tokens. Returns
     ``(batch, kv_heads, key_blocks)`` in fp32 (fp64 for fp64 input), never negative.
     """
     norm = torch.linalg.vector_norm(v, dim=-1, dtype=accumulator_dtype(v)).transpose(1, 2)
-    if kind == "none":
-        return torch.zeros_like(block_max(norm, block_size))
     if kind == "log":
         # The logarithm rises with its argument, so the largest logarithm is the logarithm of the largest norm.
         return block_max(norm, block_size).log().clamp(min=0)

@@ -1,12 +1,9 @@
 """Fixed patterns: which blocks are kept follows from their positions alone."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -63,10 +60,9 @@ class SinkWindow(Pattern):
     Attributes:
         sink_blocks: Blocks at the start of the prompt that every row keeps.
         window_blocks: Blocks up to and including the diagonal that every row keeps. At least 1.
-        block_size: Tokens per block.
     """
 
-    name: ClassVar[str] = "sink-window"
+    name = "sink-window"
 
     sink_blocks: int = 4
     window_blocks: int = 12
@@ -90,10 +86,9 @@ class Strided(Pattern):
         window_blocks: Blocks up to and including the diagonal that every row keeps. At least 1.
         stride_blocks: Of the earlier blocks, every ``stride_blocks``-th is kept, counted back from the diagonal, so that
             any block reaches any later one in two layers when ``window_blocks >= stride_blocks``.
-        block_size: Tokens per block.
     """
 
-    name: ClassVar[str] = "strided"
+    name = "strided"
 
     window_blocks: int = 8
     stride_blocks: int = 8
@@ -126,10 +121,9 @@ class Longformer(Pattern):
         window_blocks: Blocks up to and including the diagonal that every row keeps. At least 1.
         global_blocks: Global blocks at the start of the prompt.
         tail_blocks: Global blocks at the end of the whole prompt. 0 leaves the pattern of ``SinkWindow``.
-        block_size: Tokens per block.
     """
 
-    name: ClassVar[str] = "longformer"
+    name = "longformer"
 
     window_blocks: int = 8
     global_blocks: int = 4
@@ -158,10 +152,9 @@ class BigBird(Pattern):
         global_blocks: Blocks at the start of the prompt that every row keeps.
         random_blocks: Further blocks per row and query head, drawn without repetition from those in between.
         seed: Seed of the draw.
-        block_size: Tokens per block.
     """
 
-    name: ClassVar[str] = "bigbird"
+    name = "bigbird"
 
     window_blocks: int = 8
     global_blocks: int = 4
@@ -199,13 +192,9 @@ def _draw(seed: int, head: int, row: int, low: int, high: int, count: int) -> tu
 
 @dataclass(frozen=True)
 class Dense(Policy):
-    """Keep every causal block: what the sparse policies are measured against.
+    """Keep every causal block: what the sparse policies are measured against."""
 
-    Attributes:
-        block_size: Tokens per block.
-    """
-
-    name: ClassVar[str] = "dense"
+    name = "dense"
 
     block_size: int = 128
 

@@ -4,8 +4,6 @@ The schedule is the paper's Token Position-Decay (section 4). It is plain intege
 length alone, so it costs no device work and is the same for every head, chunk and backend.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,9 +48,6 @@ class Ranked(Policy):
         local_blocks: Blocks up to and including the diagonal that every row keeps. At least 1.
         tail_blocks: Last query blocks of the whole prompt, where the question usually stands, that keep everything.
         forced: ``"inside"``: sink and local blocks count against the budget. ``"extra"``: they are added to the top-k.
-
-    Raises:
-        ValueError: A field has the wrong type or lies outside its range; the message names it.
     """
 
     block_size: int = 128
@@ -152,61 +147,46 @@ class Ranked(Policy):
         shape = (q.shape[0], q.shape[2], grid.rows, max(limits, default=0))
         indices = torch.full(shape, PAD, dtype=torch.int32, device=q.device)
         for row, scores in self.scores(q, k, v, q.shape[3] ** -0.5 if scale is None else scale) if grid.rows else ():
-            ids, first = self._choose(scores, row, num_blocks), row - grid.first_row
-            indices[:, :, first : first + scores.shape[2], : ids.shape[3]] = ids
-        if self.forced == "inside":
-            counts = torch.tensor(limits, dtype=torch.int32, device=q.device).expand(shape[:3]).contiguous()
-        else:
-            counts = (indices != PAD).sum(-1, dtype=torch.int32)
+            first, stop, inside = row - grid.first_row, row + scores.shape[2], self.forced == "inside"
+            budgets = self.ranked_counts(num_blocks)[row:stop]
+            ids = choose(scores, row, budgets, self.sink_blocks, self.local_blocks, inside=inside)[..., : shape[3]]
+            indices[:, :, first : stop - grid.first_row, : ids.shape[3]] = ids
+        counts = (indices != PAD).sum(-1, dtype=torch.int32)
         return BlockSelection(indices, counts, self.block_size, grid.q_len, grid.kv_len)
 
-    def _choose(self, scores: Tensor, row: int, num_blocks: int) -> Tensor:
-        rows, (sink, local) = slice(row, row + scores.shape[2]), (self.sink_blocks, self.local_blocks)
-        budgets = self.ranked_counts(num_blocks)[rows]
-        if self.forced == "inside":
-            return choose(scores, row, budgets, sink, local)
-        free = [min(i + 1, budget) for i, budget in enumerate(budgets, row)]
-        merged = merge_forced(choose(scores, row, free, 0, 0), row, scores.shape[3], sink, local)
-        return merged[..., : max(self.row_limits(num_blocks)[rows])]
 
-
-def choose(scores: Tensor, first_row: int, budgets: Sequence[int], sink: int, local: int) -> Tensor:
+def choose(scores: Tensor, first_row: int, budgets: Sequence[int], sink: int, local: int, *, inside: bool = True) -> Tensor:
     """Keep forced blocks, then the best of the rest, ties to the smaller id.
 
     ``scores`` is ``(batch, heads, rows, columns)`` from query block ``first_row`` on, column ``J`` being key block ``J``, with
     all causal blocks of the last row. NaN ranks above everything, so what dense attention would poison stays visible.
     Forced are the ``sink`` first blocks and the ``local`` ones up to the diagonal; ``budgets[i]`` blocks are kept in a row, at
-    least these and at most the causal ones. Returns int64 ``(batch, heads, rows, max(budgets))``: ascending, padded with -1.
+    least these and at most the causal ones. If not ``inside``, these are added to the best ``budgets[i]`` of all. Returns int64
+    ``(batch, heads, rows, width)``, ascending, padded with -1; inside, ``width`` is ``max(budgets)``.
     """
     columns, device = scores.shape[3], scores.device
     rows = torch.arange(first_row, first_row + len(budgets), device=device)[:, None]
-    forced = _forced_ids(rows, columns, sink, local)
-    wanted = torch.tensor(budgets, device=device)[:, None] - (forced < columns).sum(-1, keepdim=True)
+    wanted = torch.tensor(budgets, device=device)[:, None].clamp(max=rows + 1)
+    first = torch.arange(sink, device=device).expand(len(rows), -1)
+    last = rows - torch.arange(local - 1, -1, -1, device=device)
+    # Each once; ``columns`` stands for "none".
+    forced = torch.cat([torch.where(first <= rows, first, columns), torch.where(last >= sink, last, columns)], -1)
+    if inside:
+        wanted = wanted - (forced < columns).sum(-1, keepdim=True)
+    start, end = (sink, rows - local) if inside else (0, rows)
     # Blocks that may not be chosen here all come after the candidates or before the slice, so that the stable sort
     # prefers a candidate of score -inf to them.
-    rest = scores[..., sink:].masked_fill(torch.arange(columns, device=device)[sink:] > rows - local, -torch.inf)
+    rest = scores[..., start:].masked_fill(torch.arange(columns, device=device)[start:] > end, -torch.inf)
     width = max(budgets, default=0)
-    order = rest.sort(dim=-1, descending=True, stable=True).indices[..., :width] + sink
+    order = rest.sort(dim=-1, descending=True, stable=True).indices[..., :width] + start
     picked = torch.where(torch.arange(order.shape[-1], device=device) < wanted, order, columns)
-    ids = torch.cat([picked, forced.expand(*scores.shape[:3], -1)], -1).sort(-1).values[..., :width]
+    ids = torch.cat([picked, forced.expand(*scores.shape[:3], -1)], -1).sort(-1).values
+    if inside:
+        ids = ids[..., :width]
+    else:
+        ids[..., 1:][ids[..., 1:] == ids[..., :-1]] = columns  # forced, and among the best
+        ids = ids.sort(-1).values
     return torch.where(ids < columns, ids, PAD)
-
-
-def merge_forced(ids: Tensor, first_row: int, columns: int, sink: int, local: int) -> Tensor:
-    """Add every row's sink and local blocks to ascending, -1 padded ``ids``; blocks already there count once."""
-    rows = torch.arange(first_row, first_row + ids.shape[2], device=ids.device)[:, None]
-    forced = _forced_ids(rows, columns, sink, local).expand(*ids.shape[:3], -1)
-    merged = torch.cat([torch.where(ids == PAD, columns, ids), forced], -1).sort(-1).values
-    merged[..., 1:][merged[..., 1:] == merged[..., :-1]] = columns
-    unique = merged.sort(-1).values
-    return torch.where(unique < columns, unique, PAD)
-
-
-def _forced_ids(rows: Tensor, columns: int, sink: int, local: int) -> Tensor:
-    """``(rows, sink + local)`` ids of the forced blocks, each once; ``columns`` stands for "none"."""
-    first = torch.arange(sink, device=rows.device).expand(len(rows), -1)
-    last = rows - torch.arange(local - 1, -1, -1, device=rows.device)
-    return torch.cat([torch.where(first <= rows, first, columns), torch.where(last >= sink, last, columns)], -1)
 
 
 def in_runs(rows: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:

@@ -7,8 +7,6 @@ one's own. ``@DENSITY`` tunes the policy's size for one prompt length, to a numb
 ``sink-window@0.18``, ``uniform@stem``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -28,12 +26,11 @@ from stem_attention.blocks import block_count
 from stem_attention.checks import check_flag
 from stem_attention.errors import bad_argument
 from stem_attention.policies.base import Policy, check_policy, is_number
-from stem_attention.policies.flashprefill import FlashPrefillTopK
 from stem_attention.policies.mass import Mass
 from stem_attention.policies.oracle import Oracle
 from stem_attention.policies.patterns import BigBird, Dense, Longformer, SinkWindow, Strided
+from stem_attention.policies.rivals import FlashPrefillTopK, XAttention, XAttentionTopK
 from stem_attention.policies.stem import Stem
-from stem_attention.policies.xattention import XAttention, XAttentionTopK
 
 TOLERANCE = 0.05
 """How far a tuned density may lie from its target, relative to it."""
@@ -62,14 +59,10 @@ class PolicySpec:
 
     text: str
     policy: Policy
-    density: float | PolicySpec | None = None
+    density: "float | PolicySpec | None" = None
 
     def at(self, tokens: int) -> Policy:
-        """Return the policy for a prompt of ``tokens`` tokens.
-
-        Raises:
-            UnreachableDensityError: No size comes within 5 % of the density asked for.
-        """
+        """Return the policy for a prompt of ``tokens`` tokens; UnreachableDensityError where no size comes within 5 %."""
         return self.policy if self.density is None else _tuned(self, tokens)
 
 
@@ -79,16 +72,21 @@ def policy_names() -> tuple[str, ...]:
 
 
 def parse_spec(text: str) -> PolicySpec:
-    """Read ``NAME[:FIELD=VALUE,...][@DENSITY]``.
-
-    Raises:
-        ValueError: The spec is not of that form, or names something that there is not; the message says what there is.
-    """
+    """Read ``NAME[:FIELD=VALUE,...][@DENSITY]``; the ValueError for another form or name says what there is."""
     if not isinstance(text, str):
         raise bad_argument("policy", "a spec such as mass:share=8", type(text).__name__, "pass a string")
-    policy, given, at, density = _untuned(text.strip())
+    text = text.strip()
+    found = re.match(r"(.+\.json)(?=$|[:@])", text)  # a path may hold : and @
+    file = found.group() if found and re.split("[:@]", text)[0].strip() not in _NAMED else ""
+    listed, at, density = text.removeprefix(file).partition("@")
+    name, _, listed = listed.strip().partition(":")
+    if not file and name not in _NAMED and listed and "=" not in listed.partition(":")[0]:  # as in module:Class
+        cls, _, listed = listed.partition(":")
+        name = f"{name}:{cls}"
+    given = _settings(listed)
+    policy = policy_from_dict({**_file(file), **given}) if file else _build(name, given)
     if not at:
-        return PolicySpec(text.strip(), policy)
+        return PolicySpec(text, policy)
     value = _value(density)
     if is_number(value) and not 0 < value <= 1:
         raise bad_argument("policy", "a density > 0 and <= 1 after the @", density, "0.2 keeps a fifth of the causal blocks")
@@ -97,15 +95,14 @@ def parse_spec(text: str) -> PolicySpec:
     both = [name for name in given if small[name] != large[name]]
     if both:
         raise bad_argument("policy", "settings that leave the size open", ", ".join(both), "give the size or the density")
-    return PolicySpec(text.strip(), policy, target)
+    return PolicySpec(text, policy, target)
 
 
 def read_policy(value: Policy | str | None = None) -> Policy:
     """Return the policy that an argument means: itself, a spec's, or ``Mass()`` for None.
 
-    Raises:
-        ValueError: It is neither a policy nor a spec, or the spec asks for a density, which takes a prompt's length; or
-            torch.compile meets a spec, which is to be read before.
+    A ValueError where it is neither, where a spec asks for a density, which takes a prompt's length, or where torch.compile
+    meets a spec, which is to be read before.
     """
     if value is None:
         return _DEFAULT
@@ -120,13 +117,8 @@ def read_policy(value: Policy | str | None = None) -> Policy:
 def policy_from_dict(fields: Mapping[str, Any], *, trusted: bool = True) -> Policy:
     """Build a policy from :meth:`Policy.to_dict`'s output; absent fields take their defaults.
 
-    Args:
-        fields: The policy's name under ``"policy"``, and its fields.
-        trusted: Whether a ``module:Class`` may be imported. Of a file from somebody else, pass False: then the class must
-            have been imported already.
-
-    Raises:
-        ValueError: ``fields`` is no mapping, does not name a policy, names an unknown field, or holds a bad value.
+    ``fields`` has the policy's name under ``"policy"``; a ValueError says what is wrong with it. Of a file from somebody else,
+    pass ``trusted=False``: then the class of a ``module:Class`` must have been imported already.
     """
     check_flag("trusted", trusted)
     fix = 'write it as {"policy": "mass", "share": 8}'
@@ -139,11 +131,7 @@ def policy_from_dict(fields: Mapping[str, Any], *, trusted: bool = True) -> Poli
 
 
 def policy_from_json(text: str) -> Policy:
-    """Read :meth:`Policy.to_json`'s output.
-
-    Raises:
-        ValueError: ``text`` is not a JSON object that describes a policy.
-    """
+    """Read :meth:`Policy.to_json`'s output; a ValueError where it is no JSON object that describes a policy."""
     expected = "a JSON object of a policy's name and fields"
     if not isinstance(text, str):
         raise bad_argument("policy", expected, type(text).__name__, "pass a string")
@@ -163,22 +151,6 @@ def _sized(text: str) -> Policy:
 
 
 _read_name = lru_cache(maxsize=256)(_sized)
-
-
-def _untuned(text: str) -> tuple[Policy, dict[str, Any], str, str]:
-    """The policy of a spec, its settings, and what stands at and after the ``@``."""
-    found = re.match(r"(.+\.json)(?=$|[:@])", text)  # a path may hold : and @
-    file = found.group() if found and re.split("[:@]", text)[0].strip() not in _NAMED else ""
-    listed, at, density = text.removeprefix(file).partition("@")
-    name, _, listed = listed.strip().partition(":")
-    if file:
-        given = _settings(listed)
-        return policy_from_dict({**_file(file), **given}), given, at, density
-    if name not in _NAMED and listed and "=" not in listed.partition(":")[0]:  # ``:`` parts a class from its module too
-        cls, _, listed = listed.partition(":")
-        name = f"{name}:{cls}"
-    given = _settings(listed)
-    return _build(name, given), given, at, density
 
 
 def _build(name: str, given: Mapping[str, Any], trusted: bool = True) -> Policy:
@@ -221,14 +193,11 @@ def _imported(name: str, trusted: bool) -> Callable[..., Policy]:
 
 
 def _file(path: str) -> dict[str, Any]:
-    fix = "name a JSON file of a policy, such as stem-attention calibrate writes"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}
+    except (OSError, ValueError, RecursionError, TypeError) as error:  # TypeError: no object
+        fix = "name a JSON file of a policy, such as stem-attention calibrate writes"
         raise bad_argument("policy", "a readable JSON file", f"{path!r} ({error})", fix) from None
-    if not isinstance(content, dict):
-        raise bad_argument("policy", "one JSON object", f"a {type(content).__name__} in {path!r}", fix)
-    return content
 
 
 def _settings(listed: str) -> dict[str, Any]:
@@ -243,11 +212,10 @@ def _settings(listed: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """JSON, or the text itself, so that names such as ``log`` need no quotes."""
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        return text  # names such as ``log`` need no quotes
 
 
 @lru_cache(maxsize=1024)  # every case of a length asks again

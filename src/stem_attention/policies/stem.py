@@ -1,17 +1,15 @@
 """Stem: Output-Aware Metric scores, Token Position-Decay budgets, in eager torch on any device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from stem_attention.blocks import BlockGrid
-from stem_attention.policies.base import check_choice, check_divides, check_integers, check_number
+from stem_attention.policies.base import check_choice, check_divides, check_number
 from stem_attention.policies.metric import accumulator_dtype, exact_dtype, group_sums, grouped_product, magnitude
 from stem_attention.policies.ranked import Ranked
 
@@ -28,7 +26,8 @@ _PUBLISHED: dict[str, Any] = {"sink_blocks": 4, "local_blocks": 4, "tail_blocks"
 class Stem(Ranked):
     """Rank blocks by relevance and by what they carry, early rows with the largest budgets (arXiv 2603.06274).
 
-    ``Stem()`` smooths the published schedule and adds a dense tail; :meth:`paper` is the method as published.
+    ``Stem()`` smooths the published schedule and adds a dense tail; :meth:`paper` is the method as published. What is given to
+    one of the presets overrides its fields.
 
     Attributes:
         stride: Stride ``s`` of the antidiagonal pooling of the routing score. It divides ``block_size``.
@@ -39,7 +38,7 @@ class Stem(Ranked):
     For ``block_size`` and the fields that follow see :class:`stem_attention.policies.Ranked`.
     """
 
-    name: ClassVar[str] = "stem"
+    name = "stem"
 
     stride: int = 16
     beta: float = 0.2
@@ -47,15 +46,12 @@ class Stem(Ranked):
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
-        """Build the published method: ratio 0.2 up to 16384 tokens and 0.1 beyond, 4 + 4 forced blocks, no dense tail.
-
-        ``changes`` override.
-        """
+        """Build the published method: ratio 0.2 up to 16384 tokens and 0.1 beyond, 4 + 4 forced blocks, no dense tail."""
         return cls(**{**_PUBLISHED, "schedule": "step", **changes})
 
     @classmethod
     def angelslim(cls, **changes: Any) -> Self:
-        """Build what the authors' public code (Tencent AngelSlim) runs. ``changes`` override.
+        """Build what the authors' public code (Tencent AngelSlim) runs.
 
         Its knee lies at 160 blocks of 128 tokens. Its z-score magnitude is not chunk-invariant. The public code also leaves
         the first two layers of a model dense: that is a host's setting, ``dense_layers=2``.
@@ -67,14 +63,12 @@ class Stem(Ranked):
     def uniform(cls, **changes: Any) -> Self:
         """Build the top-k of earlier methods: every row has the same budget, and values do not count.
 
-        ``changes`` override; ``ratio_short=0.17, ratio_long=0.085`` has about the compute of ``Stem()``, as in the paper's
-        ablation.
+        With ``ratio_short=0.17, ratio_long=0.085`` it has about the compute of ``Stem()``, as in the paper's ablation.
         """
         return cls(**{"decay": 1.0, "beta": 0.0, "tail_blocks": 0, **changes})
 
     def check(self) -> None:
         super().check()
-        check_integers(self, stride=1)
         check_number(self, "beta")
         check_choice(self, "magnitude", ("log", "zscore", "none"))
         check_divides(self, "stride")
@@ -84,7 +78,7 @@ class Stem(Ranked):
         size, (batch, _, q_heads, _), grid = self.block_size, q.shape, BlockGrid.of(q, k, self.block_size)
         k_sums = group_sums(k, 0, size, self.stride).flatten(3).to(exact_dtype(q))
         value = None
-        if self.beta:
+        if self.beta and self.magnitude != "none":
             value = self.beta * magnitude(v, self.magnitude, size, self.stride)
             value = value.repeat_interleave(q_heads // k.shape[2], 1)[:, :, None]
         step = max(1, min(_ROWS_PER_CHUNK, _CHUNK_ELEMENTS // max(1, batch * q_heads * grid.end_row)))

@@ -1,7 +1,5 @@
 """How wrong a result is: against fp64, and beside what torch's own attention loses on the same problem."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,8 +20,7 @@ _LSE = 2e-5
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
     """Return ``|out - ref| / |ref|``, 2-norms of the whole tensors in fp64: 0 when both are empty or zero; NaN stays NaN."""
-    difference = torch.linalg.vector_norm(out.double() - ref.double()).item()
-    return difference / torch.linalg.vector_norm(ref.double()).item() if difference else 0.0
+    return worst_row_error(out.flatten(), ref.flatten())
 
 
 def worst_row_error(out: Tensor, ref: Tensor) -> float:
@@ -75,30 +72,14 @@ def error_against_sdpa(
 
 
 def assert_accurate(
-    out: Tensor,
-    lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    scale: float | None = None,
+    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float | None = None
 ) -> None:
     """Assert that a result is attention over a selection, about as exact as torch's own attention.
 
-    The error of the worst row, against fp64, may be four times that of torch's attention in the same precision, and two
-    units in the last place more; of fp64 inputs it may be 1e-11. The log-sum-exp is right to 2e-5 of ``1 + |lse|``.
-
-    Args:
-        out: What a backend returned for the other arguments, of ``q``'s shape and dtype.
-        lse: Its log-sum-exp ``(batch, q_heads, q_len)``, or None.
-        q: ``(batch, q_len, q_heads, dim)``.
-        k: ``(batch, kv_len, kv_heads, dim)``.
-        v: The shape of ``k``.
-        selection: The blocks that were attended to.
-        scale: Softmax scale, ``1 / sqrt(dim)`` unless given.
-
-    Raises:
-        AssertionError: The message says what is off, and by how much.
+    ``out`` and ``lse`` (or None) are what a backend returned, in the shapes of :func:`exact_attention`, whose arguments the
+    others are. The error of the worst row, against fp64, may be four times that of torch's attention in the same precision,
+    and two units in the last place more; of fp64 inputs it may be 1e-11. The log-sum-exp is right to 2e-5 of ``1 + |lse|``. An
+    AssertionError says what is off, and by how much.
     """
     assert (out.shape, out.dtype) == (q.shape, q.dtype), f"out is {out.dtype} {tuple(out.shape)}"
     assert out.isfinite().all(), f"{int((~out.isfinite()).sum())} of {out.numel()} numbers of out are not finite"

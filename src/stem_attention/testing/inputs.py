@@ -1,7 +1,5 @@
 """Make q, k, v and selections. The same seed gives the same numbers on every device."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -19,17 +17,9 @@ _VALUE_SPREAD = 2.5
 
 
 def make_qkv(
-    batch: int,
-    q_len: int,
-    kv_len: int,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-    layout: str = "bshd",
-) -> tuple[Tensor, Tensor, Tensor]:
+    batch: int, q_len: int, kv_len: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu", seed: int = 0, layout: str = "bshd",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw standard normal q, k and v. Their attention is nearly flat; see :func:`structured_qkv` for the opposite.
 
     Args:
@@ -42,14 +32,11 @@ def make_qkv(
         dtype: Of all three; drawn in fp64 and rounded.
         device: Where they lie.
         seed: Of the random numbers.
-        layout: What lies in memory: ``"bshd"`` is contiguous, ``"bhsd"`` has the heads before the positions (transformers'
-            caches), ``"fused"`` slices one projection that holds the q, k and v heads of a position side by side.
+        layout: One of :data:`LAYOUTS`, or a ValueError. ``"bshd"`` is contiguous in memory, ``"bhsd"`` has the heads before the
+            positions (transformers' caches), ``"fused"`` slices a projection that has a position's q, k and v heads together.
 
     Returns:
         ``q (batch, q_len, q_heads, head_dim)`` and ``k``, ``v (batch, kv_len, kv_heads, head_dim)``, whatever the layout.
-
-    Raises:
-        ValueError: ``layout`` is not one of :data:`LAYOUTS`.
     """
     draw = torch.Generator().manual_seed(seed)
     q = _normal(draw, batch, q_len, q_heads, head_dim)
@@ -58,17 +45,9 @@ def make_qkv(
 
 
 def structured_qkv(
-    batch: int,
-    q_len: int,
-    kv_len: int,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-    layout: str = "bshd",
-) -> tuple[Tensor, Tensor, Tensor]:
+    batch: int, q_len: int, kv_len: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu", seed: int = 0, layout: str = "bshd",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw q, k and v whose attention is far from flat, as in a trained model; used as :func:`make_qkv`.
 
     The prompt is a row of passages, each about one of a few topics. Keys gather round their topic's direction, queries
@@ -94,26 +73,13 @@ def structured_qkv(
 
 
 def random_selection(
-    batch: int,
-    q_heads: int,
-    q_len: int,
-    kv_len: int,
-    block_size: int,
-    density: float = 0.4,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-) -> BlockSelection:
+    batch: int, q_heads: int, q_len: int, kv_len: int, block_size: int, density: float = 0.4,
+    device: torch.device | str = "cpu", seed: int = 0,
+) -> BlockSelection:  # fmt: skip
     """Draw a valid selection whose rows and heads keep different blocks, and different numbers of them.
 
-    Args:
-        batch: Sequences.
-        q_heads: Query heads.
-        q_len: Queries of a sequence, the last ones of its keys.
-        kv_len: Keys of a sequence.
-        block_size: Tokens per block.
-        density: Mean share of the causal blocks that are kept; every head has its own, from none to twice as many.
-        device: Where it lies.
-        seed: Of the random numbers.
+    ``density`` is the mean share of the causal blocks that are kept: every head has its own, from none to twice as many. The
+    other arguments are those of :func:`make_qkv`, and ``block_size``, tokens per block.
     """
     draw = torch.Generator().manual_seed(seed)
     grid = BlockGrid(q_len, kv_len, block_size)
@@ -151,11 +117,6 @@ def _lay_out(
         return q, k, v
     (q_len, q_heads), (kv_len, kv_heads) = q.shape[1:3], k.shape[1:3]
     fused = torch.zeros((q.shape[0], kv_len, q_heads + 2 * kv_heads, q.shape[3]), dtype=dtype, device=device)
-    fused[:, kv_len - q_len :, :q_heads] = q
-    fused[:, :, q_heads : q_heads + kv_heads] = k
-    fused[:, :, q_heads + kv_heads :] = v
-    return (
-        fused[:, kv_len - q_len :, :q_heads],
-        fused[:, :, q_heads : q_heads + kv_heads],
-        fused[:, :, q_heads + kv_heads :],
-    )
+    q_part, k_part, v_part = torch.split(fused, [q_heads, kv_heads, kv_heads], 2)
+    q_part = q_part[:, kv_len - q_len :]
+    return q_part.copy_(q), k_part.copy_(k), v_part.copy_(v)

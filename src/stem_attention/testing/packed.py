@@ -1,7 +1,5 @@
 """Packed batches: where their sequences lie, and keys scattered over the pages of a cache."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import accumulate

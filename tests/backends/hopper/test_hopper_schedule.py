@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stem_attention.backends import Request, explain_request
-from stem_attention.backends.hopper import HopperBackend
+from stem_attention.backends.hopper import HopperBackend, schedule
 from stem_attention.backends.hopper.attention import can_copy
 from stem_attention.backends.hopper.schedule import keys_of, place_of, task_of
 from stem_attention.backends.triton.layout import describable
@@ -19,23 +19,30 @@ class Numbers(list):
         return Numbers(self[offset:])
 
 
-def tasks(monkeypatch, lengths, heads, block, heavy, resident, ragged):
+class Language:
+    """What the schedule asks of Triton's language, on plain numbers."""
+
+    constexpr = schedule.gl.constexpr
+    minimum, maximum = min, max
+
+    @staticmethod
+    def where(condition, a, b):
+        return a if condition else b
+
+    @staticmethod
+    def load(pointer, mask=True, other=None):
+        return pointer[0] if mask else other
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Inside, the schedule's functions compute with plain numbers."""
+    monkeypatch.setattr(schedule, "gl", Language)
+    monkeypatch.setattr(schedule, "_block_of", schedule._block_of.fn)
+
+
+def tasks(lengths, heads, block, heavy, resident, ragged):
     """``(sequence, head, row)`` of every ticket that has a row, in order, by the kernel's own functions."""
-    from stem_attention.backends.hopper import schedule
-
-    class Language:
-        constexpr = schedule.gl.constexpr
-
-        @staticmethod
-        def where(condition, a, b):
-            return a if condition else b
-
-        @staticmethod
-        def load(pointer):
-            return pointer[0]
-
-    monkeypatch.setitem(task_of.fn.__globals__, "gl", Language)
-    monkeypatch.setitem(place_of.fn.__globals__, "gl", Language)
     cu_q, cu_k = (Numbers([sum(x[:i]) for i in range(len(x) + 1)]) for x in zip(*lengths, strict=True))
     rows = max(-(-k // block) - (k - q) // block if q else 0 for q, k in lengths)
     heavy = min(heavy, rows)
@@ -56,8 +63,8 @@ def tasks(monkeypatch, lengths, heads, block, heavy, resident, ragged):
 @pytest.mark.parametrize("lengths", [
     [(2000, 2000)], [(700, 1000)] * 3, [(1, 1)], [(300, 300), (1, 4097), (0, 900), (2500, 2500), (1300, 3011), (7, 7)],
 ], ids=["one", "even", "smallest", "ragged"])  # fmt: skip
-def test_every_row_is_done_once(lengths, block, heavy, resident, monkeypatch):
-    found = tasks(monkeypatch, lengths, 4, block, heavy, resident, len(set(lengths)) > 1)
+def test_every_row_is_done_once(lengths, block, heavy, resident, plain):
+    found = tasks(lengths, 4, block, heavy, resident, len(set(lengths)) > 1)
     expected = {
         (z, head, row)
         for z, (q, k) in enumerate(lengths) if q
@@ -71,23 +78,7 @@ def test_every_row_is_done_once(lengths, block, heavy, resident, monkeypatch):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("entries", range(1, 8))
 @pytest.mark.parametrize(("block_size", "tile"), [(64, 64), (64, 128), (128, 64), (128, 128)])
-def test_a_row_reads_the_keys_of_its_list_once_and_the_diagonal_first(block_size, tile, entries, whole, monkeypatch):
-    from stem_attention.backends.hopper import schedule
-
-    class Language:
-        constexpr = schedule.gl.constexpr
-        minimum, maximum = min, max
-
-        @staticmethod
-        def where(condition, a, b):
-            return a if condition else b
-
-        @staticmethod
-        def load(pointer, mask, other):
-            return pointer[0] if mask else other
-
-    monkeypatch.setitem(keys_of.fn.__globals__, "gl", Language)
-    monkeypatch.setitem(keys_of.fn.__globals__, "_block_of", keys_of.fn.__globals__["_block_of"].fn)
+def test_a_row_reads_the_keys_of_its_list_once_and_the_diagonal_first(block_size, tile, entries, whole, plain):
     listed = list(range(entries)) if whole else [3 * x + 1 for x in range(entries)]
     block = listed[-1]
     lists = Numbers([77777] * 5 + listed[:-1] + [99999] * 3)  # nothing behind the list, nor its last entry, may be followed
@@ -104,8 +95,8 @@ def test_a_row_reads_the_keys_of_its_list_once_and_the_diagonal_first(block_size
     assert sorted(firsts) == expected
 
 
-def test_heavy_rows_of_all_heads_start_first(monkeypatch):
-    found = tasks(monkeypatch, [(2000, 2000)], 4, 128, 2, 5, False)
+def test_heavy_rows_of_all_heads_start_first(plain):
+    found = tasks([(2000, 2000)], 4, 128, 2, 5, False)
     assert {row for _, _, row in found[:8]} == {15, 14}
     assert found[-1][2] == 0
 
@@ -159,5 +150,5 @@ def test_explain_says_which_calls_run_portably_after_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     explanation = explain_request(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
     assert explanation.chosen == "hopper"
-    assert "multiple of 64 tokens, run portably" in explanation.reasons["hopper"]
+    assert "multiple of 16 tokens, run portably" in explanation.reasons["hopper"]
     assert "portably" not in explanation.reasons["triton"]

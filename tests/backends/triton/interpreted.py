@@ -1,5 +1,6 @@
 """The Triton kernels on the CPU, by Triton's interpreter, against the reference. Run by test_triton_interpreter.py.
 
+Views, poison and malformed lists are not tried here: tests/trust runs in the interpreter too.
 Its name keeps pytest from collecting it: the interpreter must be chosen before Triton is imported, for a whole process.
 """
 
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from stem_attention import BlockSelection, Mass, Policy, Stem
 from stem_attention.backends.reference import ReferenceBackend
-from stem_attention.backends.triton import TritonBackend, attention
-from stem_attention.backends.triton import stem as by_score
+from stem_attention.backends.triton import TritonBackend, attention, layout
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
@@ -102,7 +102,6 @@ def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
     return (3 * q).to(dtype), (3 * k).to(dtype), v.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("config", "shape", "prompt_len"),
     [
@@ -115,7 +114,8 @@ def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
     ],
     ids=["chunk", "whole-blocks", "single-keys", "no-sink", "means-alone", "factors"],
 )
-def test_selection_by_mass_is_the_references(config, shape, prompt_len, dtype):
+def test_selection_by_mass_is_the_references(config, shape, prompt_len):
+    dtype = torch.float16 if shape[0] == 2 else torch.float32
     assert keeps_what_the_reference_keeps(*peaked(*shape, dtype=dtype), config, prompt_len).density() < 1
 
 
@@ -137,9 +137,9 @@ def test_each_head_keeps_what_its_own_share_keeps():
     assert kept[0] > kept[1] > kept[2]  # or these factors show nothing
 
 
-@pytest.mark.parametrize("config", [BY_MASS, replace(BY_MASS, head_factors=((0.2, 5.0),))], ids=["one-share", "factors"])
-@pytest.mark.parametrize("page", [0, 1, 12])
-def test_a_packed_batch_keeps_by_mass_what_each_sequence_keeps(page, config):
+@pytest.mark.parametrize(("page", "factors"), [(0, None), (1, ((0.2, 5.0),)), (12, None)])
+def test_a_packed_batch_keeps_by_mass_what_each_sequence_keeps(page, factors):
+    config = replace(BY_MASS, head_factors=factors)
     lengths = [(40, 90), (0, 20), (161, 161), (3, 50)]
     single = [peaked(1, q_len, kv_len, 2, 1, 16) for q_len, kv_len in lengths]
     q, k, v, batch = packed(single, page)
@@ -202,7 +202,7 @@ def test_infinite_scores_are_ranked():
 def test_a_small_workspace_changes_no_block(monkeypatch):
     q, k, v = make_qkv(1, 150, 201, 2, 1, 16)
     whole = selected(q, k, v, SMALL)
-    monkeypatch.setattr(by_score, "_WORKSPACE_BYTES", 4 * 2 * (4 * 16 + 16) * 4)  # some four rows
+    monkeypatch.setattr(layout, "WORKSPACE_BYTES", 4 * 2 * (4 * 16 + 16) * 4)  # some four rows
     chunked = selected(q, k, v, SMALL)
     assert torch.equal(chunked.indices, whole.indices)
     assert torch.equal(chunked.counts, whole.counts)
@@ -231,14 +231,6 @@ def test_attention_over_any_lists(batch, q_len, kv_len, heads, dim, block_size, 
     expected, expected_lse = exact(q.double(), k.double(), v.double(), selection)
     assert worst_row_error(out, expected) < (1e-5 if dtype == torch.float32 else 4e-3)
     torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("layout", ["bhsd", "fused"])
-def test_attention_reads_strided_inputs(layout):
-    selection = random_selection(2, 2, 30, 43, 16)
-    plain, strided = (make_qkv(2, 30, 43, 2, 1, 16, layout=name) for name in ("bshd", layout))
-    assert torch.equal(attended(*strided, selection)[0], attended(*plain, selection)[0])
-    assert torch.equal(selected(*strided, SMALL).to_mask(), selected(*plain, SMALL).to_mask())
 
 
 def test_without_lse_none_is_written():
@@ -347,25 +339,3 @@ def test_pages_and_neighbours_change_no_bit():
     for i, (low, high) in enumerate(pairwise(starts)):
         if low < high:
             assert all(map(torch.equal, run(single[i : i + 1]), (out[low:high], lse[:, low:high])))
-
-
-def test_unselected_blocks_are_not_read():
-    q, k, v = make_qkv(1, 128, 128, 2, 1, 16)
-    selection = BlockSelection.from_lists(
-        [[[[row] for row in range(8)] for _ in range(2)]], block_size=16, q_len=128, kv_len=128
-    )
-    clean, _ = attended(q, k, v, selection)
-    k[:, 16:32], v[:, 16:32] = math.nan, math.nan
-    out, _ = attended(q, k, v, selection)
-    assert torch.equal(out[:, :16], clean[:, :16])
-    assert torch.equal(out[:, 32:], clean[:, 32:])
-    assert out[:, 16:32].isnan().all()
-
-
-def test_a_malformed_selection_reads_nothing_outside():
-    q, k, v = make_qkv(1, 64, 64, 1, 1, 16)
-    selection = random_selection(1, 1, 64, 64, 16)
-    wild = torch.full_like(selection.indices, 1 << 20)
-    out, _ = attend(q, k, v, wild, selection.counts, 16)
-    assert out.isfinite().all()
-    attend(q, k, v, -wild, torch.full_like(selection.counts, 1 << 20), 16)

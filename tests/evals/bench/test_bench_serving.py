@@ -1,6 +1,6 @@
 """bench --suite serving: the batches it makes, and the checks."""
 
-from __future__ import annotations
+from functools import partial
 
 import pytest
 import torch
@@ -12,13 +12,9 @@ from stem_attention.testing import exact_attention, make_qkv
 from stem_evals.bench import serving, serving_dense
 from stem_evals.bench.checks import WrongResultError
 from stem_evals.bench.serving_batches import PAGE_SIZE, Chunk, build_steps, chunked_prefill, mixed_step
-from stem_evals.bench.setup import Setup
 
 POLICY = Stem(block_size=16)
-
-
-def setup(**changes: object) -> Setup:
-    return bench_setup(POLICY, dense_below=100, dense=False, **changes)
+setup = partial(bench_setup, POLICY, dense_below=100, dense=False)
 
 
 def test_chunked_prefill_reads_every_prompt_in_order_at_different_stages():
@@ -70,7 +66,7 @@ def test_dense_attention_passes_the_check_that_a_wrong_one_does_not():
     ((_, build),) = serving_dense.dense_runs(steps).items()
     outs = build()()
 
-    def problem(outs: list[torch.Tensor], limit: int | None) -> str | None:
+    def problem(outs, limit):
         return serving.check_steps(outs, steps, POLICY, limit, 0).problem(torch.float32)
 
     assert problem(outs, None) is None
@@ -79,7 +75,7 @@ def test_dense_attention_passes_the_check_that_a_wrong_one_does_not():
 
 
 def test_cached_and_own_keys_are_joined_by_their_log_sum_exps(monkeypatch):
-    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def masked(q, k, v, causal):
         seen = torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool)
         out, lse = exact_attention(q, k, v, seen.tril() if causal else seen)  # cuDNN's mask starts at the first key
         return out.transpose(1, 2).to(q.dtype), lse.float()

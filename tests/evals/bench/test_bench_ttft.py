@@ -1,9 +1,5 @@
 """Time to first token: the models are the right ones, the check can fail, and the parts are those of the whole."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from tests.evals.records import bench_setup
@@ -22,7 +18,7 @@ POLICY = Mass(block_size=32)
 
 
 @pytest.fixture
-def tiny() -> Any:
+def tiny():
     return build_model(ARCHITECTURES["tiny"], torch.float32, CPU, seed=0)
 
 
@@ -72,10 +68,9 @@ def test_attention_lies_inside_the_whole_and_observing_changes_nothing(tiny):
 
 
 def test_every_length_has_first_call_parts_repeats_and_density(tiny):
-    steps: list[str] = []
-    announced: list[int] = []
+    steps, announced = [], []
 
-    def start(name: str, total: int) -> Any:
+    def start(name, total):
         announced.append(total)
         return lambda: steps.append(name)
 
@@ -91,7 +86,7 @@ def test_every_length_has_first_call_parts_repeats_and_density(tiny):
 
 
 def test_density_is_that_of_the_middle_layers_own_factors(tiny):
-    def density(*factors: tuple[float, ...]) -> float:
+    def density(*factors):
         policy = Mass(block_size=32, head_factors=factors)
         return ttft.time_prefill(tiny, [STEM], 800, bench_setup(policy))["density"]
 
@@ -100,7 +95,7 @@ def test_density_is_that_of_the_middle_layers_own_factors(tiny):
 
 
 def test_out_of_memory_leaves_one_out_and_times_the_others(tiny, monkeypatch):
-    def exhausted(model: Any, *_: Any) -> float:
+    def exhausted(model, *_):
         if model.config._attn_implementation == "sdpa":
             raise torch.OutOfMemoryError
         return 1.0
@@ -113,7 +108,7 @@ def test_out_of_memory_leaves_one_out_and_times_the_others(tiny, monkeypatch):
 
 
 def test_ratios_are_to_the_fastest_dense_peer():
-    def timing(seconds: float, peak: int | None) -> dict[str, Any]:
+    def timing(seconds, peak):
         return {"seconds": seconds, "parts": {"attention": seconds / 2}, "peak": peak}
 
     found = ttft.ratios({"quick": timing(1.0, 200), "slow": timing(4.0, 150), STEM: timing(0.5, 206)})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gc
+import json
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from .served import OPTIONS, SIZES
+
 if find_spec("vllm") is not None:
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "NUMBA_NUM_THREADS": "1",  # or vLLM's n-gram lookup sets OpenMP's threads, which then wait for each other in all tests
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
-
-SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.15,
-}
-
-Engines = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
@@ -56,26 +46,37 @@ def llama(models: Callable[..., Path]) -> Path:
     return models()
 
 
-@pytest.fixture
-def engine() -> Iterator[Engines]:
-    """Starts an engine in this process: on Stem with a dict of settings, on the host's own backend with None."""
-    started: list[Any] = []
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Callable[..., Any]]:
+    """Starts an engine in this process: on Stem with a dict of settings, on the host's own backend with None.
+
+    Engines last as long as the process, and who asks for the same gets the same: one that stops takes torch's process
+    groups with it, which all share.
+    """
+    import vllm
+    from vllm.model_executor.models import registry
+    from vllm.platforms.cpu import CpuPlatform
+
+    from stem_attention.integrations.vllm import NAME
+
+    started: dict[str, Any] = {}
 
     def start(model: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
-        import vllm
-
-        from stem_attention.integrations.vllm import NAME
-
         if settings is not None:
             options |= {"attention_backend": NAME, "additional_config": {"stem_attention": settings}}
-        defaults = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 4, "max_num_batched_tokens": 4096}
-        quiet = {"enforce_eager": True, "skip_tokenizer_init": True, "disable_log_stats": True}
-        started.append(vllm.LLM(str(model), **defaults | quiet | {"enable_prefix_caching": False} | options))
-        return started[-1]
+        options = {**OPTIONS, "max_num_batched_tokens": 4096, **options}
+        key = json.dumps([str(model), options], sort_keys=True)
+        if key not in started:
+            started[key] = vllm.LLM(str(model), **options)
+        return started[key]
 
-    yield start
-    started.clear()
-    gc.collect()
+    with pytest.MonkeyPatch.context() as patch:
+        # Two things that take vLLM seconds: it reads off a model's class in a process of its own, and for every engine
+        # looks through all modules for Triton's kernels, which it has replaced already.
+        patch.setattr(registry, "_run_in_subprocess", lambda read: read())
+        replace_kernels = cache(CpuPlatform.register_triton_kernel_overrides)
+        patch.setattr(CpuPlatform, "register_triton_kernel_overrides", staticmethod(replace_kernels))
+        yield start
 
 
 @pytest.fixture
@@ -95,29 +96,3 @@ def fresh_counters() -> None:
         from stem_attention.integrations.vllm import reset_counters
 
         reset_counters()
-
-
-def answer(llm: Any, prompts: list[list[int]], tokens: int = 12) -> list[Any]:
-    """vLLM's greedy outputs."""
-    from vllm import SamplingParams
-
-    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    outputs: list[Any] = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
-    return outputs
-
-
-@pytest.fixture(scope="session")
-def generate() -> Callable[..., list[list[int]]]:
-    """Greedy tokens: ``generate(llm, prompts, tokens=12)``."""
-    return lambda llm, prompts, tokens=12: [list(o.outputs[0].token_ids) for o in answer(llm, prompts, tokens)]
-
-
-@pytest.fixture(scope="session")
-def prompts() -> Callable[..., list[list[int]]]:
-    """Random prompts of given lengths: ``prompts(700, 37)``."""
-
-    def make(*lengths: int, seed: int = 1) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        return [torch.randint(0, SIZES["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
-
-    return make

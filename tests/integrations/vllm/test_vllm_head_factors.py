@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +12,11 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 from stem_attention import Mass, select_blocks
 from stem_attention.integrations.vllm import counters
 
+from .served import generate, prompts
+
 # Forced blocks alone, blocks as by share, every block: each head of each layer keeps something else.
 FACTORS = ((1e6, 1.0, 1e-6, 4.0), (4.0, 1e-6, 1e6, 1.0))
 BLOCKS = 1500 // 64 + 1
-
-Tokens = Callable[..., list[list[int]]]
 
 
 def mass(factors: Any = None) -> dict[str, Any]:
@@ -33,9 +31,7 @@ def kept(call: Any) -> list[int]:
     return selection.counts.sum((0, 2)).tolist()
 
 
-def test_each_layer_keeps_what_its_own_factors_say(
-    llama: Path, engine: Any, prompts: Tokens, generate: Tokens, calls: list[Any]
-) -> None:
+def test_each_layer_keeps_what_its_own_factors_say(llama, engine, calls):
     tokens = generate(engine(llama, mass(FACTORS)), prompts(1500))
     assert [call.policy.head_factors for call in calls] == [(row,) for row in FACTORS]
     first, second = map(kept, calls)
@@ -46,9 +42,7 @@ def test_each_layer_keeps_what_its_own_factors_say(
     assert [call.policy.head_factors for call in calls] == [(row,) for row in FACTORS[::-1]]
 
 
-def test_chunks_of_mixed_steps_are_read_by_them_too(
-    llama: Path, engine: Any, prompts: Tokens, generate: Tokens, calls: list[Any]
-) -> None:
+def test_chunks_of_mixed_steps_are_read_by_them_too(llama, engine, calls):
     keep_all = tuple((1e-9,) * 4 for _ in range(2))
     asked = prompts(1500, 900, 37)
     expected = generate(engine(llama), asked)
@@ -57,15 +51,13 @@ def test_chunks_of_mixed_steps_are_read_by_them_too(
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_factors_of_one_change_nothing(rows: int, llama: Path, engine: Any, prompts: Tokens, generate: Tokens) -> None:
+def test_factors_of_one_change_nothing(rows, llama, engine):
     plain = generate(engine(llama, mass()), prompts(1500))
     assert generate(engine(llama, mass(((1.0,) * 4,) * rows)), prompts(1500)) == plain
     assert generate(engine(llama), prompts(1500)) != plain, "what is left out matters to this model"
 
 
-def test_a_step_makes_no_new_policies(
-    llama: Path, engine: Any, prompts: Tokens, generate: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_makes_no_new_policies(llama, engine, monkeypatch):
     llm = engine(llama, mass(FACTORS), max_num_batched_tokens=300)
     generate(llm, prompts(1500))
     made: list[Mass] = []
@@ -77,7 +69,7 @@ def test_a_step_makes_no_new_policies(
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 8)])
-def test_factors_of_another_model_are_refused(shape: tuple[int, int], llama: Path, engine: Any) -> None:
+def test_factors_of_another_model_are_refused(shape, llama, engine):
     rows, heads = shape
     message = (
         "head_factors: expected 2 x 4 of them (layers x query heads of this model), or 1 x 4 for every layer, "

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
+from vllm.distributed.parallel_state import destroy_model_parallel
+
 from stem_attention.integrations.serving import rows as serving_rows
 from stem_attention.integrations.vllm import counters, reset_counters
 from stem_attention.integrations.vllm import host as vllm_host
 
-KEEP_ALL = {"policy": "stem:block_size=64,ratio_short=1,ratio_long=1,decay=1", "dense_below": 0, "min_query_len": 32}
-LENGTHS = (700, 37, 1001, 300, 129)
+from .served import KEEP_ALL, generate, prompts
 
-Tokens = Callable[..., list[list[int]]]
+LENGTHS = (700, 37, 1001, 300, 129)
 
 
 @pytest.fixture
@@ -37,15 +36,9 @@ def mixed_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def expected(llama: Path, prompts: Tokens, generate: Tokens) -> list[list[int]]:
-    import vllm
-
+def expected(llama, engine):
     reset_counters()
-    llm = vllm.LLM(
-        str(llama), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=4,
-        enable_prefix_caching=False,
-    )  # fmt: skip
-    tokens = generate(llm, prompts(*LENGTHS))
+    tokens = generate(engine(llama), prompts(*LENGTHS))
     assert not counters()["sparse_rows"]
     assert not counters()["dense_rows"], "installed but not asked for, Stem does nothing"
     assert len({token for answer in tokens for token in answer}) > 20
@@ -57,10 +50,7 @@ def expected(llama: Path, prompts: Tokens, generate: Tokens) -> list[list[int]]:
     [(4096, {}), (97, {}), (211, {"block_size": 32}), (333, {"dtype": "bfloat16"})],
     ids=["one shot", "odd chunks", "small pages", "bfloat16"],
 )
-def test_tokens_are_the_hosts(
-    budget: int, options: dict[str, Any], llama: Path, expected: Any, engine: Any, prompts: Tokens, generate: Tokens,
-    mixed_steps: list[int],
-) -> None:  # fmt: skip
+def test_tokens_are_the_hosts(budget, options, llama, expected, engine, mixed_steps):
     llm = engine(llama, KEEP_ALL, max_num_batched_tokens=budget, **options)
     tokens = generate(llm, prompts(*LENGTHS))
     if "dtype" in options:  # rounding may turn a close choice, but not the first token
@@ -75,9 +65,7 @@ def test_tokens_are_the_hosts(
     assert mixed_steps or budget > sum(LENGTHS), "some prompts were read beside others' answers"
 
 
-def test_a_cached_prefix_is_read_from_the_cache(
-    llama: Path, engine: Any, prompts: Tokens, generate: Tokens, mixed_steps: list[int]
-) -> None:
+def test_a_cached_prefix_is_read_from_the_cache(llama, engine, mixed_steps):
     first, tail = prompts(700, 90)
     again = [first[:640] + tail, first[:300] + tail, first]
     expected = generate(engine(llama), again)
@@ -89,7 +77,7 @@ def test_a_cached_prefix_is_read_from_the_cache(
     assert counters()["sparse_tokens"] - before >= 2 * 90
 
 
-def test_a_preempted_request_reads_its_answer_again(llama: Path, engine: Any, prompts: Tokens, generate: Tokens) -> None:
+def test_a_preempted_request_reads_its_answer_again(llama, engine):
     asked = prompts(700, 600, 500)
     expected = generate(engine(llama), asked, tokens=200)
     llm = engine(llama, KEEP_ALL, block_size=128, num_gpu_blocks_override=17, max_model_len=1024)
@@ -97,16 +85,15 @@ def test_a_preempted_request_reads_its_answer_again(llama: Path, engine: Any, pr
     assert counters()["sparse_tokens"] > sum(map(len, asked)) + 500, "some prompt was read twice"
 
 
-def test_a_mixture_of_experts(models: Callable[..., Path], engine: Any, prompts: Tokens, generate: Tokens) -> None:
+def test_a_mixture_of_experts(models, engine):
+    destroy_model_parallel()  # experts have a process group too, which engines of other models have not made
     model = models("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
     expected = generate(engine(model), prompts(700, 300))
     assert generate(engine(model, KEEP_ALL, max_num_batched_tokens=222), prompts(700, 300)) == expected
     assert counters()["sparse_tokens"] > 900
 
 
-def test_rows_out_of_order_are_gathered(
-    llama: Path, expected: Any, engine: Any, prompts: Tokens, generate: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_out_of_order_are_gathered(llama, expected, engine, monkeypatch):
     """Rows are neighbours nearly always; a rule that leaves every other request to the host scatters them."""
     judge = serving_rows.Row.dense_reason
 
@@ -121,3 +108,12 @@ def test_rows_out_of_order_are_gathered(
     assert generate(llm, prompts(*LENGTHS)) == expected
     assert counters()["dense_rows"]["scattered"] >= 3
     assert any(kind is not slice for kind in indices)
+
+
+def test_guessed_tokens_are_checked_by_the_host(llama, engine):
+    asked = [[i * i * k % 509 for i in range(1, length)] for k, length in ((3, 900), (5, 60), (7, 500))]
+    guess = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    llm = engine(llama, KEEP_ALL, max_num_batched_tokens=333, speculative_config=guess)
+    assert generate(llm, asked, tokens=8) == generate(engine(llama), asked, tokens=8)
+    assert llm.llm_engine.vllm_config.speculative_config.method == "ngram"
+    assert counters()["sparse_tokens"] > 1400

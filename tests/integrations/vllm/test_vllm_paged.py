@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -44,7 +43,7 @@ def paged(keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, layout:
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_chunk_is_read_from_scrambled_pages(backend: Any, layout: str) -> None:
+def test_a_chunk_is_read_from_scrambled_pages(backend, layout):
     torch.manual_seed(0)
     q_len, kv_len, prompt_len = 150, 500, 700
     policy = Stem(block_size=32, stride=8, tail_blocks=1)
@@ -68,7 +67,7 @@ def test_a_chunk_is_read_from_scrambled_pages(backend: Any, layout: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_vllm_reads_off_the_backend(backend: Any) -> None:
+def test_what_vllm_reads_off_the_backend(backend):
     builder = backend.get_builder_cls()
     support = builder.get_cudagraph_support(VllmConfig(), None)
     assert support is AttentionCGSupport.UNIFORM_BATCH
@@ -82,7 +81,7 @@ def test_what_vllm_reads_off_the_backend(backend: Any) -> None:
     assert not backend.supports_device_cpu_query_lens_mismatch()
 
 
-def test_another_plug_in_keeps_its_place_beside_ours() -> None:
+def test_another_plug_in_keeps_its_place_beside_ours():
     if plugin.NAME == "CUSTOM":
         pytest.skip("this vLLM has one place for all plug-ins")
     register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")
@@ -95,7 +94,7 @@ def test_another_plug_in_keeps_its_place_beside_ours() -> None:
         AttentionBackendEnum.CUSTOM.clear_override()
 
 
-def test_our_name_is_known_to_a_process_that_reads_the_config_before_it_loads_plug_ins() -> None:
+def test_our_name_is_known_to_a_process_that_reads_the_config_before_it_loads_plug_ins():
     code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).name)"
     member = pickle.dumps(plugin.own_backend())
     run = subprocess.run([sys.executable, "-c", code], input=member, capture_output=True, check=True, timeout=120)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 from stem_attention import Mass
 from stem_attention.integrations.vllm import counters
 
-Tokens = Callable[..., list[list[int]]]
+from .served import generate, prompts
 
 NEAREST = """
 from dataclasses import dataclass
@@ -43,23 +41,19 @@ def served(policy: Any) -> dict[str, Any]:
     return {"policy": policy, "dense_below": 0, "min_query_len": 32}
 
 
-def test_the_default_is_keep_by_mass(llama: Path, engine: Any, prompts: Tokens, generate: Tokens, calls: list[Any]) -> None:
+def test_the_default_is_keep_by_mass(llama, engine, calls):
     generate(engine(llama, {"dense_below": 0}), prompts(700), tokens=1)
     assert [call.policy for call in calls] == [Mass()] * 2
 
 
 @pytest.mark.parametrize("spec", ["paper", "longformer:block_size=64", "xattention"])
-def test_a_policy_is_served_in_chunks_by_its_name(
-    spec: str, llama: Path, engine: Any, prompts: Tokens, generate: Tokens, calls: list[Any]
-) -> None:
+def test_a_policy_is_served_in_chunks_by_its_name(spec, llama, engine, calls):
     generate(engine(llama, served(spec), max_num_batched_tokens=300), prompts(700, 310), tokens=2)
     assert len({call.policy for call in calls}) == 1
     assert counters()["sparse_tokens"] == 1010
 
 
-def test_a_users_own_class_is_served(
-    llama: Path, tmp_path: Path, engine: Any, prompts: Tokens, generate: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_users_own_class_is_served(llama, tmp_path, engine, monkeypatch):
     (tmp_path / "users_policies.py").write_text(NEAREST)
     monkeypatch.syspath_prepend(tmp_path)
     window = "sink-window:block_size=64,sink_blocks=1,window_blocks=2"

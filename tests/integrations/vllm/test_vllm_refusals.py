@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
@@ -24,39 +20,39 @@ from stem_attention.integrations.vllm import layers
     ],
     ids=["value", "backend"],
 )
-def test_bad_settings(settings: Any, message: str, llama: Path, engine: Any) -> None:
+def test_bad_settings(settings, message, llama, engine):
     with pytest.raises(ValueError, match=message):
         engine(llama, settings)
 
 
-def test_a_bad_environment_stops_vllm_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_environment_stops_vllm_before_anything_is_loaded(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "stem:decay=2")
     with pytest.raises(ValueError, match="^STEM_ATTENTION_SETTINGS: decay: expected"):
         plugin.register()
 
 
-def test_two_places_that_speak(llama: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_places_that_speak(llama, engine, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "paper")
     with pytest.raises(ValueError, match="keep one of the two"):
         engine(llama, {})
 
 
-def test_a_backend_that_cannot_run_here_says_why(llama: Path, engine: Any) -> None:
+def test_a_backend_that_cannot_run_here_says_why(llama, engine):
     with pytest.raises(UnsupportedError, match="triton: cannot run: "):
         engine(llama, {"backend": "triton"})
 
 
-def test_a_quantised_cache(llama: Path, engine: Any) -> None:
+def test_a_quantised_cache(llama, engine):
     with pytest.raises(UnsupportedError, match=r"none of this model's 2 attention layers: 2 x KV cache of torch\.\w+ under"):
         engine(llama, {}, kv_cache_dtype="fp8", dtype="bfloat16")
 
 
-def test_a_model_of_sliding_windows_alone(models: Callable[..., Path], engine: Any) -> None:
+def test_a_model_of_sliding_windows_alone(models, engine):
     with pytest.raises(UnsupportedError, match="none of this model's 2 attention layers: 2 x sliding window"):
         engine(models("MistralConfig", sliding_window=128), {})
 
 
-def test_a_vllm_whose_metadata_lacks_what_is_needed(llama: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_whose_metadata_lacks_what_is_needed(llama, engine, monkeypatch):
     monkeypatch.setattr(layers, "fields", lambda cls: [])
     with pytest.raises(UnsupportedError, match=r"does not know this vLLM \(.*\): its attention metadata has no is_prefilling"):
         engine(llama, {})

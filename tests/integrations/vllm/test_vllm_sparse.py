@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +11,9 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 from stem_attention import select_blocks
 from stem_attention.integrations.vllm import counters
 
-SPARSE = {"policy": "stem:block_size=32,stride=8,tail_blocks=1", "dense_below": 256, "min_query_len": 32}
+from .served import KEEP_ALL, generate, prompts
 
-Tokens = Callable[..., list[list[int]]]
+SPARSE = {"policy": "stem:block_size=32,stride=8,tail_blocks=1", "dense_below": 256, "min_query_len": 32}
 
 
 def selections(call: Any) -> list[Any]:
@@ -25,9 +23,7 @@ def selections(call: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("budget", [4096, 177], ids=["one shot", "odd chunks"])
-def test_density_is_that_of_the_selection(
-    budget: int, llama: Path, engine: Any, prompts: Tokens, generate: Tokens, calls: list[Any]
-) -> None:
+def test_density_is_that_of_the_selection(budget, llama, engine, calls):
     generate(engine(llama, SPARSE, max_num_batched_tokens=budget), prompts(1500, 900, 400))
     count, layers_and_heads = counters(), 2 * 4
     made = [selection for call in calls for selection in selections(call)]
@@ -36,9 +32,7 @@ def test_density_is_that_of_the_selection(
     assert 0.2 < count["density"] < 0.6
 
 
-def test_chunks_keep_what_the_whole_prompt_keeps(
-    llama: Path, engine: Any, prompts: Tokens, generate: Tokens, calls: list[Any]
-) -> None:
+def test_chunks_keep_what_the_whole_prompt_keeps(llama, engine, calls):
     prompt = prompts(1500)
     one_shot = generate(engine(llama, SPARSE), prompt)
     whole = counters()["kept_blocks"]
@@ -50,9 +44,7 @@ def test_chunks_keep_what_the_whole_prompt_keeps(
     assert generate(engine(llama), prompt) != one_shot, "and what is left out matters to this model"
 
 
-def test_short_prompts_short_chunks_and_answers_are_the_hosts_and_counted(
-    llama: Path, engine: Any, prompts: Tokens, generate: Tokens
-) -> None:
+def test_short_prompts_short_chunks_and_answers_are_the_hosts_and_counted(llama, engine):
     generate(engine(llama, SPARSE, max_num_batched_tokens=300), prompts(255), tokens=5)
     assert counters() == {**counters(), "sparse_rows": 0, "dense_rows": {"short prompt": 1, "decode": 4}}
     llm = engine(llama, {**SPARSE, "min_query_len": 50}, max_num_batched_tokens=300)
@@ -61,34 +53,26 @@ def test_short_prompts_short_chunks_and_answers_are_the_hosts_and_counted(
     assert counters()["dense_rows"] == {"short prompt": 1, "short chunk": 1, "decode": 8}
 
 
-def test_the_first_layers_can_be_left_dense(
-    llama: Path, engine: Any, prompts: Tokens, generate: Tokens, calls: list[Any]
-) -> None:
+def test_the_first_layers_can_be_left_dense(llama, engine, calls):
     llm = engine(llama, {**SPARSE, "dense_layers": 1})
     generate(llm, prompts(500))
     assert len(calls) == 1
 
 
-def test_a_window_that_no_request_outgrows_is_none(
-    models: Callable[..., Path], engine: Any, prompts: Tokens, generate: Tokens, calls: list[Any]
-) -> None:
+def test_a_window_that_no_request_outgrows_is_none(models, engine, calls):
     model = models("MistralConfig", sliding_window=4096)  # the engine's max_model_len
     expected = generate(engine(model), prompts(500, 300))
-    keep_all = {"policy": "stem:block_size=32,ratio_short=1,ratio_long=1,decay=1", "dense_below": 0, "min_query_len": 32}
-    assert generate(engine(model, keep_all, max_num_batched_tokens=200), prompts(500, 300)) == expected
+    assert generate(engine(model, KEEP_ALL, max_num_batched_tokens=200), prompts(500, 300)) == expected
     assert counters()["sparse_tokens"] > 700
     assert len(calls) >= 2 * 4
 
 
-def test_sliding_layers_of_a_mixed_model_are_the_hosts(
-    models: Callable[..., Path], engine: Any, prompts: Tokens, generate: Tokens, calls: list[Any]
-) -> None:
+def test_sliding_layers_of_a_mixed_model_are_the_hosts(models, engine, calls):
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     model = models("Gemma3TextConfig", num_hidden_layers=3, layer_types=kinds, sliding_window=96)
-    keep_all = {"policy": "stem:block_size=32,ratio_short=1,ratio_long=1,decay=1", "dense_below": 0, "min_query_len": 32}
     expected = generate(engine(model, max_num_batched_tokens=200), prompts(500, 300))
     for hybrid in (True, False):  # without it, all layers share one group of the KV cache
         calls.clear()
-        llm = engine(model, keep_all, max_num_batched_tokens=200, disable_hybrid_kv_cache_manager=not hybrid)
+        llm = engine(model, KEEP_ALL, max_num_batched_tokens=200, disable_hybrid_kv_cache_manager=not hybrid)
         assert generate(llm, prompts(500, 300)) == expected
         assert 4 <= len(calls) <= 6, "one sparse layer in each step"

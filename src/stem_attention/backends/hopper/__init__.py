@@ -1,7 +1,5 @@
 """The attention kernel for Hopper in Gluon, Triton's lower-level language; selection is the Triton backend's."""
 
-from __future__ import annotations
-
 import torch
 
 from stem_attention.backends.triton.backend import BLOCK_SIZES, AttentionKernel, TritonBackend
@@ -15,13 +13,11 @@ HEAD_DIMS = (64, 128, 256)
 class HopperBackend(TritonBackend):
     """Warp-specialised attention behind the Triton backend's selection.
 
-    Calls that the copy engine cannot serve run the portable kernel instead. Those are: queries, keys or values whose address or
-    strides are no multiple of 16 bytes or whose strides are 0, and caches whose pages hold no whole multiple of 64 tokens.
-    :meth:`why_not` does not see either, but ``explain()`` says so.
+    Calls that the copy engine cannot serve run the portable kernel instead: what ``caveat`` says, and strides of 0.
     """
 
     name = "hopper"
-    caveat = "addresses and strides that are no multiple of 16 bytes, and pages of no multiple of 64 tokens, run portably"
+    caveat = "addresses and strides that are no multiple of 16 bytes, and pages of no multiple of 16 tokens, run portably"
     # H200: at 8192 tokens the whole call beats cuDNN 2.19x (32/8/128), 2.09x (32/8/64), 1.62x (8/4/256); at 4096 1.28x
     # (32/8/128), but there it keeps the host longer than the GPU.
     crossover = 8192

@@ -1,7 +1,5 @@
 """Launch of the Hopper attention kernel: its choices of tiles, ring depths and programs per multiprocessor, and its start."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +17,7 @@ from stem_attention.backends.triton.tables import kept_per_stream
 from stem_attention.call import Call
 
 _LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
+_LEAST_BOX = 16  # keys
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,9 @@ LAUNCHES = {
 
 
 def can_copy(call: Call) -> bool:
-    """Tell whether the copy engine takes a call's tensors: 16-byte aligned, and pages of whole boxes of 64 keys."""
-    return all(describable(x) for x in (call.q, call.k, call.v)) and (not call.paged or call.k.shape[1] % 64 == 0)
+    """Tell whether the copy engine takes a call's tensors: 16-byte aligned, and pages of whole boxes of 16 keys."""
+    tensors = (call.q, call.k, call.v) if call.out is None else (call.q, call.k, call.v, call.out)
+    return all(describable(x) for x in tensors) and (not call.paged or call.k.shape[1] % _LEAST_BOX == 0)
 
 
 def attend(
@@ -64,8 +64,7 @@ def attend(
     out, lse = call.empty_results()
     if layout.rows == 0:
         return out, lse
-    q4, o4 = (q[None], out[None]) if layout.packed else (q, out)
-    k4, v4 = (x[None] if x.dim() == 3 else x for x in (call.k, call.v))
+    q4, k4, v4, o4 = (x[None] if x.dim() == 3 else x for x in (q, call.k, call.v, out))
     batch, heads, dim, rows, page = layout.batch, layout.heads, layout.dim, layout.rows, layout.page
     choice = LAUNCHES[block_size, dim]
     heavy = min(heavy, rows)
@@ -73,8 +72,8 @@ def attend(
     resident = multiprocessors(q.device) * choice.programs
     band = max(1, min(resident // layout.group, rows - heavy))
     tickets = batch * heads * (heavy + -(-(rows - heavy) // band) * band)
-    # Boxes of 64 keys fit into every page, and two blocks of 64 lie apart.
-    box = choice.tile if page % choice.tile == 0 and choice.tile <= block_size else 64
+    # The copy engine fetches a tile in boxes that lie in one page and in one block.
+    box = next(box for box in (128, 64, 32, _LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
     queue = _queue(q.device)
     launches.keep(queue)
     columns = dim if box == choice.tile else 64

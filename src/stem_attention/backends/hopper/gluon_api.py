@@ -3,8 +3,6 @@
 Everything else in this folder takes these from here, so that a new Triton is a change of this one file.
 """
 
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma

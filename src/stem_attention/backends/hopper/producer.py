@@ -22,7 +22,7 @@ def _copy_rows(tiles, ring, full, empty, t, z, head, position, second, k_first, 
     for part in gl.static_range(BN // BOX):
         at = position + part * BOX
         if part * BOX >= B:
-            at = second
+            at = second + (part * BOX - B)
         if PAGE:
             # A block's later boxes may begin after the last key, where the table may end.
             page = gl.load(page_table + z.to(gl.int64) * table_stride + at // PAGE, mask=at < kv_len, other=0)

@@ -1,7 +1,5 @@
 """The oracle: every equation as the paper states it, to be read beside it. Slow, any device, fp32 or fp64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor
@@ -16,6 +14,9 @@ from stem_attention.policies.mass import Mass
 from stem_attention.policies.stem import Stem
 from stem_attention.selection import BlockSelection
 
+# A subclass of one of these may choose as it likes: it is asked itself.
+_TWINS: dict[type[Policy], Callable[..., BlockSelection]] = {Mass: select_by_mass, Stem: select_by_score}
+
 
 class ReferenceBackend(Backend):
     """Never picked by ``backend="auto"``."""
@@ -27,19 +28,14 @@ class ReferenceBackend(Backend):
         return None
 
     def chooser(self, policy: Policy) -> Callable[..., object]:
-        """Name the twins written as their pages say."""
-        twins: dict[type[Policy], Callable[..., object]] = {Mass: select_by_mass, Stem: select_by_score}
-        return twins.get(type(policy)) or super().chooser(policy)
+        return _TWINS.get(type(policy)) or super().chooser(policy)
 
     def select(self, call: Call) -> BlockSelection:
         """Score every antidiagonal of every block pair, or estimate every pool's attention; other policies as they are."""
-        policy = call.policy
-        # A subclass may choose as it likes: it is asked itself.
-        if type(policy) is Mass:
-            return select_by_mass(call.q, call.k, policy, call.scale, call.prompt_len)
-        if type(policy) is Stem:
-            return select_by_score(call.q, call.k, call.v, policy, call.scale, call.prompt_len)
-        return policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len)
+        twin = _TWINS.get(type(call.policy))
+        if twin is None:
+            return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len)
+        return twin(call.q, call.k, call.v, call.policy, call.scale, call.prompt_len)
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Take a masked softmax, one query block at a time."""

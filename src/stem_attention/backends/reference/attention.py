@@ -1,7 +1,5 @@
 """Section 6, as written: softmax over { j <= i, block(j) kept for block(i) } of scale * q.k, times v."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

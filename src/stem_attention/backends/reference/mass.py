@@ -1,7 +1,5 @@
 """Keep by mass, as written in docs/mass.md and independent of the fast path: one pool, one row, one head at a time."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -12,8 +10,8 @@ from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 
-def select_by_mass(q: Tensor, k: Tensor, policy: Mass, scale: float, prompt_len: int) -> BlockSelection:
-    """Choose blocks row by row. fp64 inputs are estimated in fp64, all others in fp32."""
+def select_by_mass(q: Tensor, k: Tensor, v: Tensor, policy: Mass, scale: float, prompt_len: int) -> BlockSelection:
+    """Choose blocks row by row; values do not matter. fp64 inputs are estimated in fp64, all others in fp32."""
     batch, q_len, q_heads, _ = q.shape
     kv_len, group, size = k.shape[1], q.shape[2] // k.shape[2], policy.block_size
     rows = range((kv_len - q_len) // size, math.ceil(kv_len / size)) if q_len else range(0)

@@ -1,7 +1,5 @@
 """Sections 3 to 5, as written, and independent of the fast path: no factorisation, no shared budget code."""
 
-from __future__ import annotations
-
 import math
 
 import torch

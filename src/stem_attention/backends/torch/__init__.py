@@ -1,7 +1,5 @@
 """Eager torch that does only the kept work: CPU, and any other device torch runs on."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from stem_attention.backends.base import Backend, Request

@@ -6,8 +6,6 @@ runs on that thread alone: products that share the cores among them wait for the
 costs several times their work.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Threads that each run whole units of work, with one thread inside every operation."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

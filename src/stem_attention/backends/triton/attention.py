@@ -1,7 +1,5 @@
 """Launch of the portable attention kernel."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -36,8 +34,7 @@ def attend(
     out, lse = call.empty_results()
     if layout.rows == 0:
         return out, lse
-    q4, o4 = (q[None], out[None]) if layout.packed else (q, out)
-    k4, v4 = (x[None] if x.dim() == 3 else x for x in (call.k, call.v))
+    q4, k4, v4, o4 = (x[None] if x.dim() == 3 else x for x in (q, call.k, call.v, out))
     heads, dim, rows, page = layout.heads, layout.dim, layout.rows, layout.page
     card = architecture(q.device)
     choice = attention_launch(card, dim, block_size)

@@ -1,7 +1,5 @@
 """The Triton backend: selection on the device, and attention right behind it, without waiting for either."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from typing import Any, TypeAlias
@@ -12,7 +10,7 @@ from torch import Tensor
 from stem_attention.backends.base import Backend, Request, qualified
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.pieces import pieces
-from stem_attention.backends.triton.program import Launches, Program, form_of
+from stem_attention.backends.triton.program import Launches, Program, current_stream, form_of, repeatable
 from stem_attention.call import Call
 from stem_attention.errors import UnsupportedError
 from stem_attention.policies.base import Policy
@@ -125,13 +123,12 @@ class TritonBackend(Backend):
         """Select and attend back to back, a packed batch in one launch of each kernel. Returns as :meth:`forward`."""
         limit = self.dense_limit(call.dense_below)
         programs = self._programs if call.batch is None else call.batch.once("programs", dict)
-        # A graph of CUDA would go on reading tables that a program may give away.
-        repeatable = call.q.is_cuda and not torch.cuda.is_current_stream_capturing()
-        stream = torch.cuda.current_stream().cuda_stream if repeatable else 0
-        form = (id(self), limit, stream, *form_of(call)) if repeatable else ()
+        again = repeatable(call)
+        stream = current_stream(call.q.device) if again else 0
+        form = (id(self), limit, stream, *form_of(call)) if again else ()
         program = programs.get(form)
         if program is not None:
-            return program.run(call, stream)
+            return program.run(call)
         _check_grid(call)
         selector = self.selector(call.policy)
         assert selector is not None  # or this would not be the runner
@@ -151,7 +148,7 @@ class TritonBackend(Backend):
                     whole[1][(slice(None), *queries)] = lse
         if whole is not None:
             return whole
-        if repeatable and (program := launches.program(call, out, lse)) is not None:
+        if again and (program := launches.program(call, stream, out, lse)) is not None:
             if len(programs) >= _MOST_PROGRAMS:
                 programs.clear()
             programs[form] = program

@@ -1,7 +1,5 @@
 """Launch choices by architecture: what was measured to be fastest, as data, and the nearest match for what was not."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import cache

@@ -10,6 +10,9 @@ from stem_attention.backends.triton.program import Launches
 from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.call import Call
 
+WORKSPACE_BYTES = 128 << 20
+"""Bytes that one run of query blocks may take in a selection."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -57,6 +60,11 @@ class Layout:
     def packed(self) -> bool:
         """Tell whether sequences lie one after the other and have lengths of their own."""
         return self.cu_q is not None
+
+    def rows_at_once(self, row_bytes: int, tile_rows: int) -> int:
+        """Return how many query blocks are selected for in a run: all, or the whole tiles that there is room for."""
+        step = WORKSPACE_BYTES // (self.batch * self.heads * row_bytes)
+        return self.rows if step >= self.rows else max(1, step // tile_rows * tile_rows or step)
 
     @property
     def table_stride(self) -> int:

@@ -1,7 +1,5 @@
 """Launch of the selection by mass: statistics of pools of keys and queries, and one kernel from there to the lists."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -10,15 +8,12 @@ from torch import Tensor
 
 from stem_attention.backends.triton.launch import architecture, tile_launch
 from stem_attention.backends.triton.layout import Layout
-from stem_attention.backends.triton.mass_kernels import keep_kernel, pool_key_means, pool_query_means
+from stem_attention.backends.triton.mass_kernels import keep_kernel, pool_kernel
 from stem_attention.backends.triton.program import Launches
 from stem_attention.backends.triton.tables import device_table, kept_per_stream
 from stem_attention.blocks import block_count
 from stem_attention.call import Call, PackedBatch, to_device
 from stem_attention.policies.mass import Mass
-
-# Pooled queries of one run of query blocks.
-_WORKSPACE_BYTES = 128 << 20
 
 
 def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool, launches: Launches) -> tuple[Tensor, Tensor]:
@@ -42,29 +37,25 @@ def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool,
     # The interpreter, on a CPU, computes bfloat16 wrongly.
     kind = torch.float32 if k.device.type == "cpu" or k.dtype == torch.float32 else torch.bfloat16
     variances = launches.empty(keys.shape, kind, k.device) if spread else keys
-    launches.start(
-        pool_key_means, (layout.blocks, layout.kv_heads, layout.batch),
-        k, keys, variances, layout.cu_k, layout.page_table, *layout.k_strides, layout.table_stride, k.shape[0], layout.kv_len,
-        layout.blocks, B=size, P=policy.key_pool, D=dim, BD=padded, SPREAD=spread, RAGGED=packed, PAGE=layout.page,
-        num_warps=_pool_warps(policy.key_pool, padded),
-    )  # fmt: skip
     tile = tile_launch("mass", architecture(q.device))
     # A tile holds whole blocks, also where a block has more pools than the tile was measured with; and no more keys or blocks
     # than its registers and shared memory do.
     tile_rows = max(tile.rows, per_row)
     tile_columns = max(min(tile.columns * 128 // max(128, padded), 32 * per_column), per_column)
     factor = call.scale * math.log2(math.e)
-    step = max(1, min(layout.rows, _WORKSPACE_BYTES // (layout.batch * heads * per_row * dim * q.element_size())))
-    step = step // (tile_rows // per_row) * (tile_rows // per_row) or step  # whole tiles, when there is room for one
+    step = layout.rows_at_once(per_row * dim * q.element_size(), tile_rows // per_row)
     shares = _head_shares(q.device, policy, heads) if policy.head_factors is not None else None
     launches.keep(shares)
     means = launches.empty((layout.batch, heads, step, per_row, dim), q.dtype, q.device)
     for first in range(0, layout.rows, step):
         rows = min(step, layout.rows - first)
+        key_blocks = layout.blocks * layout.kv_heads if first == 0 else 0  # keys are pooled once, with the first queries
         launches.start(
-            pool_query_means, (rows, heads, layout.batch),
-            q, means, layout.cu_q, layout.cu_k, *layout.q_strides, layout.q_len, layout.kv_len, first, rows,
-            B=size, P=policy.query_pool, D=dim, BD=padded, RAGGED=packed, num_warps=_pool_warps(policy.query_pool, padded),
+            pool_kernel, (rows * heads + key_blocks, layout.batch),
+            q, means, k, keys, variances, layout.cu_q, layout.cu_k, layout.page_table, *layout.q_strides, *layout.k_strides,
+            layout.table_stride, k.shape[0], layout.q_len, layout.kv_len, first, rows, layout.blocks, heads, layout.kv_heads,
+            B=size, QP=policy.query_pool, KP=policy.key_pool, D=dim, BD=padded, SPREAD=spread, RAGGED=packed, PAGE=layout.page,
+            num_warps=max(1, max(policy.query_pool, policy.key_pool) * padded // 4096),  # so few were by far the fastest
         )  # fmt: skip
         launches.start(
             keep_kernel, (triton.cdiv(rows, tile_rows // per_row), heads, layout.batch),
@@ -100,8 +91,3 @@ def _prompts(batch: PackedBatch, policy: Mass, dense_below: int, implicit: bool,
 def _head_shares(device: torch.device, policy: Mass, heads: int) -> Tensor:
     """fp32 ``(1, heads)``."""
     return device_table([[policy.head_share(head) for head in range(heads)]], torch.float32, device)
-
-
-def _pool_warps(pool: int, dim: int) -> int:
-    """One, as long as its registers hold a pool: by far the fastest that was measured."""
-    return max(1, pool * dim // 4096)

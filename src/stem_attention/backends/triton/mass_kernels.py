@@ -1,6 +1,6 @@
 """Estimated attention mass: means of short pools of queries and keys, and a softmax over the key pools.
 
-``pool_query_means`` and ``pool_key_means`` read Q and K once; tile: one block of one head. Means are rounded to the inputs'
+``pool_kernel`` reads Q and K once; tile: one block of one head. Means are rounded to the inputs'
 dtype, and variances to bfloat16, whose range they need, so that the products run on the matrix units in one pass.
 ``keep_kernel``: ``BM`` query pools of one head against all key pools they see, ``BN`` at a time, twice: once for the softmax's
 sums, once for the masses, which go straight into lists.
@@ -27,20 +27,19 @@ def _store_pool(means, variances, at, tile, valid, D: tl.constexpr, BD: tl.const
         tl.store(variances + at * D + dims, (tl.sum(away * away, 0) / count).to(variances.dtype.element_ty), mask=dims < D)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows"])
-def pool_query_means(
-    q, means, cu_q, cu_k, stride_b, stride_s, stride_h, q_len, kv_len, first_row, rows,
+@triton.jit
+def _pool_queries(
+    q, means, cu_q, cu_k, stride_b, stride_s, stride_h, q_len, kv_len, first_row, rows, row, head, heads, z,
     B: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Average the query block ``first_row + program`` of every head in runs of ``P``."""
-    row, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Average the query block ``first_row + row`` of a head in runs of ``P``."""
     q_first, q_len = query_span(z, cu_q, q_len, RAGGED)
     _, kv_len = key_span(z, cu_k, kv_len, RAGGED)
     start = kv_len - q_len
     first = (start // B + first_row + row) * B
     outer = 0 if RAGGED else z.to(tl.int64)
     base = q + outer * stride_b + head.to(tl.int64) * stride_h
-    at = ((z.to(tl.int64) * tl.num_programs(1) + head) * rows + row) * (B // P)
+    at = ((z.to(tl.int64) * heads + head) * rows + row) * (B // P)
     dims = tl.arange(0, BD)
     for i in range(B // P):
         positions = first + i * P + tl.arange(0, P)
@@ -50,16 +49,15 @@ def pool_query_means(
         _store_pool(means, means, at + i, tile, valid, D, BD, False)
 
 
-@triton.jit(do_not_specialize=["table_stride", "pages", "kv_len", "blocks"])
-def pool_key_means(
-    k, means, variances, cu_k, page_table, stride_b, stride_s, stride_h, table_stride, pages, kv_len, blocks,
-    B: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr,
-    PAGE: tl.constexpr,
+@triton.jit
+def _pool_keys(
+    k, means, variances, cu_k, page_table, stride_b, stride_s, stride_h, table_stride, pages, kv_len, blocks, block, head,
+    heads, z, B: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr,
+    RAGGED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Average a key block of every head in runs of ``P``; SPREAD: the variances of each dimension too."""
-    block, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Average a key block of a head in runs of ``P``; SPREAD: the variances of each dimension too."""
     k_first, kv_len = key_span(z, cu_k, kv_len, RAGGED)
-    at = ((z.to(tl.int64) * tl.num_programs(1) + head) * blocks + block) * (B // P)
+    at = ((z.to(tl.int64) * heads + head) * blocks + block) * (B // P)
     dims = tl.arange(0, BD)
     for i in range(B // P):
         positions = block * B + i * P + tl.arange(0, P)
@@ -68,6 +66,28 @@ def pool_key_means(
         offsets = outer * stride_b + inner * stride_s + head.to(tl.int64) * stride_h
         tile = tl.load(k + offsets[:, None] + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
         _store_pool(means, variances, at + i, tile, valid, D, BD, SPREAD)
+
+
+@triton.jit(do_not_specialize=["table_stride", "pages", "q_len", "kv_len", "first_row", "rows", "blocks", "heads", "kv_heads"])
+def pool_kernel(
+    q, q_means, k, k_means, k_variances, cu_q, cu_k, page_table, q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s,
+    k_stride_h, table_stride, pages, q_len, kv_len, first_row, rows, blocks, heads, kv_heads,
+    B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr,
+    RAGGED: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Pool ``rows`` query blocks of every head, and behind them, where there are programs left, the key blocks."""
+    program, z = tl.program_id(0), tl.program_id(1)
+    if program < rows * heads:
+        _pool_queries(
+            q, q_means, cu_q, cu_k, q_stride_b, q_stride_s, q_stride_h, q_len, kv_len, first_row, rows, program % rows,
+            program // rows, heads, z, B, QP, D, BD, RAGGED,
+        )  # fmt: skip
+    else:
+        program -= rows * heads
+        _pool_keys(
+            k, k_means, k_variances, cu_k, page_table, k_stride_b, k_stride_s, k_stride_h, table_stride, pages, kv_len, blocks,
+            program % blocks, program // blocks, kv_heads, z, B, KP, D, BD, SPREAD, RAGGED, PAGE,
+        )  # fmt: skip
 
 
 @triton.jit

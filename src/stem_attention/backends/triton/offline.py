@@ -5,8 +5,6 @@ compile at run time and keeps it in the cache on disk under the same key. Nothin
 where there is no NVIDIA driver is a stub of C for every kernel, tenths of a second each.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

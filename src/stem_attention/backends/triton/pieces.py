@@ -1,7 +1,5 @@
 """Calls cut so that the lists of kept blocks stay small where nobody knows beforehand how long they are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -30,7 +28,7 @@ def _runs(call: Call) -> list[Piece]:
     cut: list[Piece] = []
     for low, high in run_borders(call.grid, call.q.shape[0] * call.q.shape[2]):
         own = slice(low - start, high - start)
-        cut.append((replace(call, q=call.q[:, own], k=call.k[:, :high], v=call.v[:, :high]), (slice(None), own)))
+        cut.append((replace(call, q=call.q[:, own], k=call.k[:, :high], v=call.v[:, :high], out=None), (slice(None), own)))
     return cut
 
 
@@ -52,7 +50,7 @@ def _packed(call: Call, batch: PackedBatch) -> list[Piece]:
     cut: list[Piece] = []
     for queries, keys, inside in spans:
         k, v = (call.k, call.v) if call.paged else (call.k[keys], call.v[keys])
-        cut.append((replace(call, q=call.q[queries], k=k, v=v, batch=inside), (queries,)))
+        cut.append((replace(call, q=call.q[queries], k=k, v=v, batch=inside, out=None), (queries,)))
     return cut
 
 

@@ -7,7 +7,9 @@ recording costs a quarter of that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,8 +42,8 @@ class Launches:
         """Start ``kernel[grid](*args, **constants)``: a kernel's constants come last, and the compiler's options with them."""
         self._started.append((kernel, kernel[grid](*args, **constants), grid, args, constants))
 
-    def program(self, call: Call, out: Tensor, lse: Tensor) -> Program | None:
-        """Turn what was started for a call into a program for others like it.
+    def program(self, call: Call, stream: int, out: Tensor, lse: Tensor) -> Program | None:
+        """Turn what was started for a call into a program for others like it, on the same stream.
 
         None where something was started that does not run on a GPU, or that read a tensor from nobody knows where.
         """
@@ -74,7 +76,11 @@ class Launches:
                 else:
                     tiles.append((at, place[0]))
                     template[at] = _with_base(x, None)
-            steps.append(_Step(compiled[(*grid, 1, 1)[:3]], template, pointers, tiles))
+            # As Triton starts kernels, but for what it would tell profilers, which takes as long as the launch.
+            start = partial(
+                compiled.run, *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None
+            )
+            steps.append(_Step(start, template, pointers, tiles))
         return Program(steps, end, self._kept, lse.new_empty(0))
 
 
@@ -82,7 +88,7 @@ class Launches:
 class _Step:
     """One launch, and what goes where among its arguments."""
 
-    launch: Any
+    start: Callable[..., None]
     template: list[Any]
     pointers: list[tuple[int, int, int]]  # argument, role, bytes behind it
     tiles: list[tuple[int, int]]  # descriptor, role
@@ -97,9 +103,9 @@ class Program:
     kept: list[Tensor]  # tables that they read
     no_lse: Tensor  # what is returned where the log-sum-exp is not wanted
 
-    def run(self, call: Call, stream: int) -> tuple[Tensor, Tensor]:
-        """Run for a call of the form that was recorded, on the current stream."""
-        out = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+    def run(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Run for a call of the form that was recorded."""
+        out = torch.empty_like(call.q, memory_format=torch.contiguous_format) if call.out is None else call.out
         lse = call.empty_lse() if call.return_lse else self.no_lse
         space = torch.empty(self.workspace, dtype=torch.uint8, device=call.q.device)
         tensors = (call.q, call.k, call.v, out, lse, space)
@@ -110,7 +116,7 @@ class Program:
                 args[at] = addresses[role] + offset
             for at, role in step.tiles:
                 args[at] = _with_base(args[at], tensors[role])
-            step.launch(*args, stream=stream)
+            step.start(*args)
         return out, lse
 
 
@@ -122,13 +128,40 @@ def _with_base(tile: Any, base: Tensor | None) -> Any:
 
 
 def form_of(call: Call) -> tuple[Any, ...]:
-    """Return what calls must have in common to launch the same, beside their batch.
+    """Return what calls on one stream must have in common to launch the same, beside their batch.
 
     Kernels are compiled for the alignment of addresses, and what two tensors share at one address they may share at another.
     """
     q, k, v = call.q, call.k, call.v
-    at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    at, out = (q.data_ptr(), k.data_ptr(), v.data_ptr()), 0 if call.out is None else call.out.data_ptr()
     return (
-        q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16, at[2] % 16,
+        q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16, at[2] % 16, out % 16,
         at[0] == at[1], at[1] == at[2], at[0] == at[2], call.policy, call.scale, call.prompt_len, call.return_lse,
     )  # fmt: skip
+
+
+def repeatable(call: Call) -> bool:
+    """Tell whether launches may be recorded and run again: on a GPU, with no profiler that Triton tells of every launch.
+
+    A graph of CUDA that is being captured would go on reading tables that a program may give away.
+    """
+    if not call.q.is_cuda or torch.cuda.is_current_stream_capturing():
+        return False
+    runtime, _ = _triton()
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return not any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the handle of a GPU's current stream; torch's own way there takes as long as a launch."""
+    handle: int = _triton()[1].get_current_stream(device.index)
+    return handle
+
+
+@cache
+def _triton() -> tuple[Any, Any]:
+    """Triton's settings for launches, and its driver. Triton is imported at the first call."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    return knobs.runtime, driver.active

@@ -1,7 +1,5 @@
 """Launch of Stem's selection: pool, score and choose, a bounded run of query blocks at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -18,9 +16,6 @@ from stem_attention.blocks import block_count
 from stem_attention.call import Call
 from stem_attention.policies.metric import zscore_magnitude
 from stem_attention.policies.stem import Stem
-
-# Pooled queries and scores of one run of query blocks.
-_WORKSPACE_BYTES = 128 << 20
 
 _COLUMNS_PER_WARP = 512
 
@@ -62,8 +57,7 @@ def select_by_score(call: Call, layout: Layout, dense_below: int, implicit: bool
 
     tile = tile_launch("score", architecture(q.device))
     pitch = triton.cdiv(blocks, 16) * 16  # rows that begin at aligned addresses: else the score kernel spills
-    step = max(1, min(layout.rows, _WORKSPACE_BYTES // (batch * heads * (inner + pitch) * 4)))
-    step = step // tile.rows * tile.rows or step  # whole tiles, when there is room for one
+    step = layout.rows_at_once((inner + pitch) * 4, tile.rows)  # of pooled queries and scores
     q_high = launches.empty((batch, heads, step, inner), kind, q.device)
     q_low = launches.empty(q_high.shape, kind, q.device) if split else q_high
     scores = launches.empty((batch, heads, step, pitch), torch.float32, q.device)

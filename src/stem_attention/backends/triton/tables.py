@@ -1,7 +1,5 @@
 """Small tables of numbers that kernels read: copied to a device without waiting for it, and kept there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any

@@ -1,7 +1,5 @@
 """Counters of what the plug-in has done so far in this process."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,9 +48,7 @@ class Counters:
 
     def to_dict(self) -> dict[str, Any]:
         """Return them as plain JSON types."""
-        names = ("sparse_rows", "sparse_tokens", "kept_blocks", "causal_blocks", "is_bound")
-        numbers = {name: getattr(self, name) for name in names}
-        return {**numbers, "dense_rows": dict(self.dense_rows), "density": self.density}
+        return {**vars(self), "dense_rows": dict(self.dense_rows), "density": self.density}
 
     def reset(self) -> None:
         """Start again from nothing."""

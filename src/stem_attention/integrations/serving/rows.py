@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -48,6 +48,18 @@ class Row:
         return "short prompt" if self.whole_len < dense_below else None
 
 
+def split(rows: Sequence[Row], min_query_len: int, dense_below: int) -> tuple[list[int], dict[int, str]]:
+    """Return which of a step's rows take Stem, and why each of the others that have tokens does not."""
+    reasons = {i: row.dense_reason(min_query_len, dense_below) for i, row in enumerate(rows)}
+    dense = {i: reason for i, reason in reasons.items() if reason is not None and rows[i].q_len > 0}
+    return [i for i, reason in reasons.items() if reason is None], dense
+
+
+def first_reason(reasons: Mapping[str, bool]) -> str | None:
+    """Return the first reason that applies, or None."""
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
 @dataclass(frozen=True)
 class SparseRows:
     """Requests of a step that run together.
@@ -63,27 +75,18 @@ class SparseRows:
     @classmethod
     def of(cls, rows: Sequence[Row], chosen: Sequence[int], pages: Tensor) -> SparseRows:
         """Take the chosen ones of a step's rows; ``pages``, int32 ``(rows, max_pages)``, has a line for each of all rows."""
-        picked = [rows[i] for i in chosen]
-        batch = PackedBatch.plan(
-            [row.q_len for row in picked],
-            [row.kv_len for row in picked],
-            prompt_lens=[row.whole_len for row in picked],
-            page_table=pages[row_index(chosen, pages.device)],
-            device=pages.device,
-        )
-        return cls(token_index(rows, chosen, pages.device), batch)
+        lengths = [(rows[i].q_len, rows[i].kv_len, rows[i].whole_len) for i in chosen]
+        q_lens, kv_lens, prompt_lens = zip(*lengths, strict=True)
+        index, tokens = index_rows(rows, chosen, pages.device)
+        batch = PackedBatch.plan(q_lens, kv_lens, prompt_lens=prompt_lens, page_table=pages[index], device=pages.device)
+        return cls(tokens, batch)
 
 
-def row_index(chosen: Sequence[int], device: torch.device) -> Index:
-    """Index rows by a slice if they are neighbours, else by integers on the device."""
-    if chosen[-1] - chosen[0] + 1 == len(chosen):
-        return slice(chosen[0], chosen[-1] + 1)
-    return to_device(chosen, torch.int64, device)
-
-
-def token_index(rows: Sequence[Row], chosen: Sequence[int], device: torch.device) -> Index:
-    """Index the tokens of the chosen rows, likewise. Rows lie one after the other."""
-    starts = list(accumulate((row.q_len for row in rows), initial=0))
-    if chosen[-1] - chosen[0] + 1 == len(chosen):
-        return slice(starts[chosen[0]], starts[chosen[-1] + 1])
-    return to_device([token for i in chosen for token in range(starts[i], starts[i + 1])], torch.int64, device)
+def index_rows(rows: Sequence[Row], chosen: Sequence[int], device: torch.device) -> tuple[Index, Index]:
+    """Index the chosen rows and their tokens: by slices if they are neighbours, else by integers on the device."""
+    starts = list(accumulate((row.q_len for row in rows), initial=0))  # rows lie one after the other
+    first, end = chosen[0], chosen[-1] + 1
+    if end - first == len(chosen):
+        return slice(first, end), slice(starts[first], starts[end])
+    tokens = [token for i in chosen for token in range(starts[i], starts[i + 1])]
+    return to_device(chosen, torch.int64, device), to_device(tokens, torch.int64, device)

@@ -1,7 +1,5 @@
 """Settings of a server's plug-in: read once, from the environment or from what the server hands on, and checked."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
@@ -12,9 +10,10 @@ import torch
 
 from stem_attention.api import explain
 from stem_attention.backends import Explanation
-from stem_attention.checks import check_backend
+from stem_attention.checks import check_backend, check_dense_below
 from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.policies import Mass, Policy, policy_from_dict, read_policy
+from stem_attention.policies.base import check_integers
 
 ENVIRONMENT = "STEM_ATTENTION_SETTINGS"
 ADDITIONAL_CONFIG = "stem_attention"
@@ -41,16 +40,8 @@ class Settings:
     source: str = "the defaults"
 
     def __post_init__(self) -> None:
-        for name, least, fix in (
-            ("dense_below", 0, "0 reads every prompt sparsely; leave it out for the measured length"),
-            ("dense_layers", 0, "it counts from the first layer"),
-            ("min_query_len", 2, "1 is a decode step"),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "dense_below":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise bad_argument(name, f"an integer >= {least}", repr(value), fix)
+        check_dense_below(self.dense_below)
+        check_integers(self, dense_layers=0, min_query_len=2)
         check_backend(self.backend)
 
     def __str__(self) -> str:
@@ -77,32 +68,26 @@ def read_settings(additional_config: object = None) -> Settings:
     """Read the settings of this process.
 
     They are a JSON object with the fields of :class:`Settings`, ``policy`` being a spec such as ``"mass:share=8"`` or an object
-    such as ``{"policy": "mass", "share": 8}``, or such a spec alone. They stand under ``"stem_attention"`` in
-    ``additional_config`` or in the environment variable ``STEM_ATTENTION_SETTINGS``.
-
-    Args:
-        additional_config: vLLM's ``additional_config``; anything but a mapping says nothing about Stem.
+    such as ``{"policy": "mass", "share": 8}``, or such a spec alone. They stand under ``"stem_attention"`` in vLLM's
+    ``additional_config``, if that is a mapping, or in the environment variable ``STEM_ATTENTION_SETTINGS``.
 
     Raises:
         ValueError: Both places speak, or the JSON or a field is bad; the message names the place and the field.
     """
     given = additional_config.get(ADDITIONAL_CONFIG) if isinstance(additional_config, Mapping) else None
     text = os.environ.get(ENVIRONMENT, "").strip()
-    if text and given is not None:
-        expected = f"nothing while --additional-config has {ADDITIONAL_CONFIG!r}"
-        raise bad_argument(ENVIRONMENT, expected, text, "keep one of the two")
     if given is not None:
+        if text:
+            expected = f"nothing while --additional-config has {ADDITIONAL_CONFIG!r}"
+            raise bad_argument(ENVIRONMENT, expected, text, "keep one of the two")
         return _settings(f"--additional-config {ADDITIONAL_CONFIG}", given)
-    return _settings(ENVIRONMENT, _parsed(text)) if text else Settings()
-
-
-def _parsed(text: str) -> object:
-    if not text.startswith("{"):
-        return text
+    if not text:
+        return Settings()
     try:
-        return json.loads(text)
+        given = json.loads(text) if text.startswith("{") else text
     except json.JSONDecodeError as error:
         raise bad_argument(ENVIRONMENT, "a JSON object", f"invalid JSON ({error})", "fix the JSON") from None
+    return _settings(ENVIRONMENT, given)
 
 
 def _settings(source: str, given: object) -> Settings:
@@ -112,9 +97,8 @@ def _settings(source: str, given: object) -> Settings:
         raise bad_argument(source, "a JSON object or a policy's spec", repr(given), 'write it as {"policy": "mass:share=8"}')
     options: dict[str, Any] = dict(given)
     names = [field.name for field in fields(Settings) if field.name != "source"]
-    unknown = [str(name) for name in options if name not in names]
     try:
-        if unknown:
+        if unknown := [str(name) for name in options if name not in names]:
             fix = 'a policy\'s own fields go into it: {"policy": {"policy": "mass", "share": 8}} or {"policy": "mass:share=8"}'
             raise bad_argument("settings", f"names among {', '.join(names)}", ", ".join(unknown), fix)
         policy = options.pop("policy", None)

@@ -1,8 +1,5 @@
 """Limits of Stem in SGLang: models that are refused at start-up, layers that stay with the dense backend."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from typing import Any
 
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -10,37 +7,33 @@ from sglang.srt.runtime_context import get_exec, get_parallel
 
 from stem_attention.checks import DTYPES
 from stem_attention.errors import UnsupportedError
+from stem_attention.integrations.serving.rows import first_reason
 
 
 def check_model(runner: Any) -> None:
-    """Refuse what no layer of could take Stem, before a token is served.
-
-    Args:
-        runner: SGLang's ``ModelRunner``, its pools allocated.
+    """Refuse a ``ModelRunner``, its pools allocated, of which no layer could take Stem, before a token is served.
 
     Raises:
         UnsupportedError: The model, its cache or the way it is run is out of reach; the message says why and the way out.
     """
-    pool, graphs = runner.token_to_kv_pool, get_exec().graph.cuda_graph_config
+    pool, dtype, parallel = runner.token_to_kv_pool, runner.kv_cache_dtype, get_parallel()
+    graphs = get_exec().graph.cuda_graph_config
+    in_graphs = graphs is not None and graphs.prefill.backend != "disabled"
     obstacles = {
         "multi-head latent attention keeps no keys per head": runner.use_mla_backend,
-        f"its KV cache holds {runner.kv_cache_dtype}; start with --kv-cache-dtype auto": runner.kv_cache_dtype not in DTYPES,
-        f"its KV cache holds {runner.kv_cache_dtype} and the model computes {runner.dtype}": runner.kv_cache_dtype
-        != runner.dtype,
+        f"its KV cache holds {dtype}; start with --kv-cache-dtype auto": dtype not in DTYPES,
+        f"its KV cache holds {dtype} and the model computes {runner.dtype}": dtype != runner.dtype,
         f"its KV cache is a {type(pool).__name__}, not one pool of keys and values for all layers; for sliding-window hybrids "
         "start with --disable-hybrid-swa-memory": not isinstance(pool, MHATokenToKVPool),
         "its KV cache is not laid out token by token": getattr(pool, "kv_cache_layout", "nhd") != "nhd",
         "its KV cache is addressed by virtual slots": runner.kv_index_translator.is_translating,
-        "prefill runs in CUDA graphs, which hold no lengths of new prompts; start with --disable-prefill-cuda-graph": graphs
-        is not None
-        and graphs.prefill.backend != "disabled",
-        "context parallelism splits sequences over ranks": get_parallel().attn_cp_size > 1 or get_parallel().attn_dcp_size > 1,
+        "prefill runs in CUDA graphs, which hold no lengths of new prompts; start with --disable-prefill-cuda-graph": in_graphs,
+        "context parallelism splits sequences over ranks": max(parallel.attn_cp_size, parallel.attn_dcp_size) > 1,
     }
-    for reason, applies in obstacles.items():
-        if applies:
-            raise UnsupportedError(
-                f"--prefill-attention-backend stem cannot serve this model: {reason}. Leave the option out to serve it dense."
-            )
+    if (reason := first_reason(obstacles)) is not None:
+        raise UnsupportedError(
+            f"--prefill-attention-backend stem cannot serve this model: {reason}. Leave the option out to serve it dense."
+        )
 
 
 def rank_heads(model: Any) -> slice:
@@ -50,32 +43,17 @@ def rank_heads(model: Any) -> slice:
 
 
 def layer_obstacle(layer: Any, dense_layers: int, context_len: int) -> str | None:
-    """Tell why the dense backend must run a layer, or None.
-
-    Args:
-        layer: SGLang's ``RadixAttention``.
-        dense_layers: First layers that the settings leave dense.
-        context_len: Most tokens of a request: a window that none outgrows is none.
-    """
-    if layer.layer_id < dense_layers:
-        return "dense_layers"
-    if layer.is_cross_attention:
-        return "cross-attention"
-    if layer.attn_type.value != "decoder":
-        return f"{layer.attn_type.value} attention"
-    if -1 < layer.sliding_window_size < context_len - 1:  # earlier tokens that a token sees beside itself
-        return "sliding window"
-    if layer.use_irope:
-        return "chunked local attention"
-    if layer.logit_cap > 0:
-        return "soft-capped scores"
-    if layer.xai_temperature_len > 0:
-        return "scores scaled by length"
-    if layer.pos_encoding_mode != "NONE":
-        return f"positions inside attention ({layer.pos_encoding_mode})"
-    return "values of another head dimension" if layer.qk_head_dim != layer.v_head_dim else None
-
-
-def unknown_arguments(extra: Mapping[str, object]) -> bool:
-    """Tell whether a model passed something beside q, k and v that attention would have to heed."""
-    return any(value is not None and value is not False for value in extra.values())
+    """Tell why the dense backend must run a ``RadixAttention``, or None. A window that no request outgrows is none."""
+    obstacles = {
+        "dense_layers": layer.layer_id < dense_layers,
+        "cross-attention": layer.is_cross_attention,
+        f"{layer.attn_type.value} attention": layer.attn_type.value != "decoder",
+        # SGLang counts the earlier tokens that a token sees beside itself.
+        "sliding window": -1 < layer.sliding_window_size < context_len - 1,
+        "chunked local attention": layer.use_irope,
+        "soft-capped scores": layer.logit_cap > 0,
+        "scores scaled by length": layer.xai_temperature_len > 0,
+        f"positions inside attention ({layer.pos_encoding_mode})": layer.pos_encoding_mode != "NONE",
+        "values of another head dimension": layer.qk_head_dim != layer.v_head_dim,
+    }
+    return first_reason(obstacles)

@@ -9,8 +9,6 @@ SGLang finds the plug-in by its entry point. Prompts are read sparsely, straight
 and behind cached prefixes; whatever else prefill does goes to the decode backend's own prefill. docs/sglang.md tells more.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

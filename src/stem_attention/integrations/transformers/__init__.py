@@ -5,9 +5,7 @@ they came alone. Everything else goes to the host's own dense attention: decode,
 ``dense_layers``, windows that hide keys, layers without causality, soft caps, sinks, biases, packed sequences, masks with
 holes, dropout, and classes that support eager attention alone.
 
-A graph of ``torch.compile`` cannot read padding: in it a prefill is sparse over a dynamic cache and without an
-``attention_mask``, or under a mask without padding that was built outside. With ``use_cache=False``, where the host looks for
-packed sequences, it is dense.
+docs/transformers.md tells more, also of graphs of ``torch.compile``, which cannot read padding.
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface

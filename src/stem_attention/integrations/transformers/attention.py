@@ -1,7 +1,5 @@
 """The attention function of "stem": sparse where a policy can choose, dense as the host would be everywhere else."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from time import perf_counter
 from typing import Any
@@ -89,9 +87,8 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
             return "padding inside the text"
     if 0 <= call.layer < now.dense_layers:
         return "dense layer"
-    if extra.get("dropout", 0.0) > 0 and not (torch.is_grad_enabled() and call.query.requires_grad):
-        return "dropout"
-    return None
+    needs_gradient = torch.is_grad_enabled() and call.query.requires_grad
+    return "dropout" if extra.get("dropout", 0.0) > 0 and not needs_gradient else None
 
 
 def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:

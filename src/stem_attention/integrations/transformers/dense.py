@@ -1,7 +1,5 @@
 """Run a call as the host would: with "sdpa", or with the model's own eager function where "sdpa" has no answer."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -79,20 +77,21 @@ def host_attention(call: HostCall) -> Output:
         extra = {**extra, "position_bias": extra["position_bias"][..., :kv_len]}
     attend: Callable[..., Output] = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if reason is not None:
-        attend = _eager_function(call, reason)
+        attend = eager_function(call.module, reason)
         if mask is not None and mask.dtype == torch.bool:  # it is added to the scores
             zeros = torch.zeros(mask.shape, dtype=call.query.dtype, device=mask.device)
             mask = zeros.masked_fill(~mask, torch.finfo(call.query.dtype).min)
     return attend(call.module, call.query, call.key[:, :, :kv_len], call.value[:, :, :kv_len], mask, **extra)
 
 
-def _eager_function(call: HostCall, reason: str) -> Callable[..., Output]:
-    for cls in type(call.module).__mro__:
+def eager_function(module: torch.nn.Module, reason: str) -> Callable[..., Output]:
+    """Find the eager attention function of a layer's model: transformers registers it under no name."""
+    for cls in type(module).__mro__:
         eager: Callable[..., Output] | None = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if eager is not None:
             return eager
     raise UnsupportedError(
-        f"{type(call.module).__name__} needs eager attention ({reason}), which its model does not offer; load the model with "
+        f"{type(module).__name__} needs eager attention ({reason}), which its model does not offer; load the model with "
         'attn_implementation="eager"'
     )
 

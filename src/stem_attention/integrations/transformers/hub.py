@@ -4,8 +4,6 @@ transformers then makes the masks that it makes for "sdpa", and says nothing of 
 go is sparse, and padded batches and continued prefills are dense; ``"stem"`` runs those sparse too.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -126,19 +126,11 @@ def causal_entries(q_len: int, kv_len: int, first: int, window: int | None, devi
 
 
 def stem_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    local_size: int | None = None,
-    config: PreTrainedConfig | None = None,
-    device: Any = "cpu",
-    **kwargs: Any,
-) -> Tensor | None:
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True, local_size: int | None = None, config: PreTrainedConfig | None = None,
+    device: Any = "cpu", **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
     """Build a mask for "stem". transformers calls this; it names and passes the arguments.
 
     Returns:
@@ -157,9 +149,8 @@ def stem_mask(
     if allow_is_causal_skip and q_length > 1 and readable:
         first = int(q_offset) - kv_offset
         reached = local_size is not None and int(q_offset) + q_length > local_size
-        is_window = (
-            local_size == getattr(config, "sliding_window", None) and getattr(config, "attention_chunk_size", None) is None
-        )
+        size, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+        is_window = local_size == size and chunk is None
         if mask_function is causal_mask_function or (local_size is not None and (not reached or is_window)):
             padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + first + q_length]
             if padding is not None:

@@ -1,7 +1,5 @@
 """Describe what a model class of transformers supports, and what is checked when a model takes "stem" or settings."""
 
-from __future__ import annotations
-
 import sys
 from functools import wraps
 from typing import Any

@@ -18,6 +18,7 @@ import torch
 from stem_attention.checks import check_dense_below
 from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.policies import Mass, Policy, policy_from_dict, read_policy
+from stem_attention.policies.base import check_integers
 from stem_attention.selection import BlockSelection
 
 KEY = "stem_attention"
@@ -55,11 +56,6 @@ class LayerCall:
 Observer = Callable[[LayerCall], object]
 
 
-def _check_count(name: str, value: object, least: int, fix: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise bad_argument(name, f"an integer >= {least}", repr(value), fix)
-
-
 @dataclass(frozen=True)
 class Settings:
     """Describe what a model runs with unless a ``with`` block says otherwise; fields as the arguments of ``set_policy``."""
@@ -70,7 +66,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_dense_below(self.dense_below)
-        _check_count("dense_layers", self.dense_layers, 0, "it counts from the first layer")
+        check_integers(self, dense_layers=0)
         for layer in range(1024):  # torch.compile can read what each layer runs, but not make it
             try:
                 if self.policy.for_layer(layer) is self.policy:
@@ -134,34 +130,28 @@ class use_policy(ContextDecorator):  # spelt as the verb it is, like torch.no_gr
     threads: WeakSet[threading.Thread]
 
     def __init__(
-        self,
-        policy: Policy | str | None = None,
-        *,
-        dense_below: int | None = None,
-        dense_layers: int | None = None,
-        observer: Observer | None = None,
-        prompt_len: int | None = None,
-    ) -> None:
+        self, policy: Policy | str | None = None, *, dense_below: int | None = None, dense_layers: int | None = None,
+        observer: Observer | None = None, prompt_len: int | None = None,
+    ) -> None:  # fmt: skip
         checked = Settings(read_policy(policy), dense_below, 0 if dense_layers is None else dense_layers)
-        if prompt_len is not None:
-            _check_count("prompt_len", prompt_len, 1, "count the tokens of the whole prompt")
         if observer is not None and not callable(observer):
             raise bad_argument("observer", "a callable or None", type(observer).__name__, "pass a function of one LayerCall")
         self.policy = None if policy is None else checked.policy
         self.dense_below, self.dense_layers, self.observer, self.prompt_len = dense_below, dense_layers, observer, prompt_len
-        self.is_open = self.is_used = self.left_early = False
+        if prompt_len is not None:
+            check_integers(self, prompt_len=1)
+        self.is_used = self.left_early = False
 
     def __enter__(self) -> use_policy:
-        if self.is_open:
+        if self in _OPEN:
             raise RuntimeError("this use_policy block is open already; build one for every `with`")
-        self.outer, self.is_open, self.is_used, self.left_early = OUTSIDE.innermost, True, True, False
+        self.outer, self.is_used, self.left_early = OUTSIDE.innermost, True, False
         self.threads = WeakSet(threading.enumerate())
         _OPEN.add(self)
         _INNERMOST.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.is_open = False
         _OPEN.discard(self)
         self.left_early = OUTSIDE.innermost is not self  # as blocks of interleaved generators are
         if not self.left_early:
@@ -208,10 +198,8 @@ def settings_now(config: Any) -> Now:
     if block is OUTSIDE and _OPEN and not compiling:
         thread = threading.current_thread()
         if any(thread not in each.threads for each in list(_OPEN)):
-            text = (
-                "a use_policy block does not reach a thread started inside it; start it with target=use_policy(...)(function)"
-            )
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            said = "use_policy does not reach a thread started inside its block; start it with target=use_policy(...)(function)"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
     stored = getattr(config, KEY, None)
     if stored is None:
         own = Default.settings
@@ -225,9 +213,8 @@ def settings_now(config: Any) -> Now:
         own.policy if block.policy is None else block.policy,
         own.dense_below if block.dense_below is None else block.dense_below,
         own.dense_layers if block.dense_layers is None else block.dense_layers,
-        block.observer,
-        block.prompt_len,
-    )
+        block.observer, block.prompt_len,
+    )  # fmt: skip
 
 
 def store(config: Any, given: object) -> Settings:

@@ -1,30 +1,20 @@
 """vLLM's CPU backend with Stem. Its cache holds keys and values in an order that depends on the processor."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
 from stem_attention.blocks import block_count
 from stem_attention.call import PackedBatch
 from stem_attention.errors import UnsupportedError
-from stem_attention.integrations.vllm.host import StemBackend, StemBuilder, StemImpl
+from stem_attention.integrations.vllm.host import StemBackend, StemImpl
 from stem_attention.integrations.vllm.plugin import own_backend
 
 _DIGIT_BITS = 7  # numbers below 128 are exact in every dtype
-
-
-class StemCPUBuilder(StemBuilder, CPUAttentionMetadataBuilder):
-    """Plans a step's rows on the CPU."""
 
 
 class StemCPUImpl(StemImpl, CPUAttentionBackendImpl):
@@ -35,26 +25,24 @@ class StemCPUImpl(StemImpl, CPUAttentionBackendImpl):
     def keys_and_values(self, layer: Any, kv_cache: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, PackedBatch]:
         """Return packed keys and values of all rows, ``(total_k, kv_heads, head_dim)``, and a batch without pages."""
         assert batch.page_table is not None
+        kind = (getattr(layer, "isa", getattr(self, "isa", None)), kv_cache.dtype, *kv_cache.shape[2:])
+        if kind not in self.orders:
+            self.orders[kind] = self._probe(layer, kv_cache)
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        order, page_size = self._order(layer, kv_cache), kv_cache.shape[2]
+        page_size = kv_cache.shape[2]
         for i in range(batch.sequences):
             length = batch.k_starts[i + 1] - batch.k_starts[i]
             raw = kv_cache[batch.page_table[i, : block_count(length, page_size)].long()].flatten(2)
-            for places, into in zip(order, parts, strict=True):
+            for places, into in zip(self.orders[kind], parts, strict=True):
                 page = raw.index_select(2, places).view(*raw.shape[:2], page_size, self.head_size)
                 into.append(page.transpose(1, 2).flatten(0, 1)[:length])
         return torch.cat(parts[0]), torch.cat(parts[1]), replace(batch, page_table=None)
 
-    def _order(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Find where a page holds its keys and its values: ``(page_size * head_dim)`` places each, in the order of tokens."""
-        isa = getattr(layer, "isa", getattr(self, "isa", None))
-        kind = (isa, kv_cache.dtype, *kv_cache.shape[2:])
-        if kind not in self.orders:
-            self.orders[kind] = self._probe(layer, kv_cache)
-        return self.orders[kind]
-
     def _probe(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Let the host store a page of numbered entries, digit by digit, and see where they went."""
+        """Find where a page holds its keys and its values: ``(page_size * head_dim)`` places each, in the order of tokens.
+
+        The host stores a page of numbered entries, digit by digit: see where they went.
+        """
         _, heads, page_size, width = kv_cache.shape
         entries = page_size * self.head_size
         numbers = torch.arange(entries).view(page_size, 1, self.head_size).expand(-1, heads, -1)
@@ -80,13 +68,11 @@ class StemCPUBackend(StemBackend, CPUAttentionBackend):
 
     @classmethod
     def get_impl_cls(cls) -> type:
-        """Return what computes."""
         return StemCPUImpl if _is_asked_for() else CPUAttentionBackendImpl
 
     @classmethod
     def get_builder_cls(cls) -> type:
-        """Return what plans."""
-        return StemCPUBuilder if _is_asked_for() else CPUAttentionMetadataBuilder
+        return super().get_builder_cls() if _is_asked_for() else CPUAttentionMetadataBuilder
 
 
 def _is_asked_for() -> bool:

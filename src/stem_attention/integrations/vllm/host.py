@@ -4,15 +4,15 @@ The host's metadata stays as it is, for the layers that stay dense and for every
 it in steps that have sparse rows. The host's implementation runs the other rows of such a step on metadata of their own.
 """
 
-from __future__ import annotations
-
 import atexit
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, ClassVar
+from functools import cache
+from inspect import signature
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ from vllm.v1.attention.backend import (
 from stem_attention.backends import run
 from stem_attention.call import Call, PackedBatch, to_device
 from stem_attention.integrations.serving.counters import COUNTERS
-from stem_attention.integrations.serving.rows import Index, Row, SparseRows, row_index, token_index
+from stem_attention.integrations.serving.rows import Index, Row, SparseRows, first_reason, index_rows, split
 from stem_attention.integrations.serving.settings import read_settings
-from stem_attention.integrations.vllm.layers import LayerTraits, check_engine, layer_policy, layer_reasons, start_line
+from stem_attention.integrations.vllm.layers import check_engine, layer_policy, layer_reasons, start_line
 from stem_attention.integrations.vllm.plugin import NAME
 from stem_attention.integrations.vllm.runner import PromptLens, prompt_lengths, watch_runners
 from stem_attention.policies import Policy
@@ -41,25 +41,14 @@ from stem_attention.policies import Policy
 logger = init_logger("vllm.stem_attention")
 
 _LOG_SECONDS = 60.0
-_PLAN = "stem_plan"
-_PAGE = 64
-"""Tokens of a page that the fastest kernels read at full speed."""
-
-
-@dataclass(frozen=True)
-class DenseRows:
-    """The other rows of a step: where their tokens are, and the host's metadata for them alone."""
-
-    tokens: Index
-    metadata: Any
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the layers that Stem serves compute a step."""
+    """Rows of a step that take Stem; of the others, if any, where their tokens are and the host's metadata for them alone."""
 
     sparse: SparseRows
-    dense: DenseRows | None
+    dense: tuple[Index, Any] | None
 
 
 class StemBuilder(AttentionMetadataBuilder):
@@ -107,64 +96,68 @@ class StemBuilder(AttentionMetadataBuilder):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kw)
         if self._dense_below is None or self._capturing or fast_build:
             return metadata
-        settings, obstacle = self._settings, _step_obstacle(common_attn_metadata)
-        if obstacle is not None or common_attn_metadata.max_query_len < settings.min_query_len:
-            _count_dense(common_attn_metadata, obstacle)  # nearly every step of a server that answers: no row is looked at
+        common, settings = common_attn_metadata, self._settings
+        is_unknown = common.is_prefilling is None or common.seq_lens_cpu_upper_bound is None
+        obstacle = "not causal" if common.causal is not True else "no request" if is_unknown else None
+        if obstacle is not None or common.max_query_len < settings.min_query_len:
+            # Nearly every step of a server that answers: rows are counted, and none is looked at.
+            count = int((common.query_start_loc_cpu[: common.num_reqs + 1].diff() > 0).sum())
+            prefilling = 0 if obstacle is not None else int(common.is_prefilling.sum())
+            COUNTERS.dense_rows += Counter({obstacle or "decode": count - prefilling, "short chunk": prefilling})
             return metadata
-        rows = _rows(common_attn_metadata, self._prompt_lens)
-        reasons = [row.dense_reason(settings.min_query_len, self._dense_below) for row in rows]
-        sparse = [i for i, reason in enumerate(reasons) if reason is None]
-        dense = [i for i, reason in enumerate(reasons) if reason is not None and rows[i].q_len > 0]
-        COUNTERS.dense_rows.update(str(reasons[i]) for i in dense)
+        rows = _rows(common, self._prompt_lens)
+        sparse, dense = split(rows, settings.min_query_len, self._dense_below)
+        COUNTERS.dense_rows.update(dense.values())
         if sparse:
             COUNTERS.count_sparse([rows[i] for i in sparse], settings.policy)
-            taken = SparseRows.of(rows, sparse, common_attn_metadata.block_table_tensor)
-            setattr(metadata, _PLAN, Plan(taken, self._dense(common_attn_metadata, rows, dense)))
+            taken = SparseRows.of(rows, sparse, common.block_table_tensor)
+            metadata.stem_plan = Plan(taken, self._dense(common, rows, list(dense)))
             _log_counters_now_and_then()
         return metadata
 
-    def _dense(self, common: CommonAttentionMetadata, rows: Sequence[Row], chosen: Sequence[int]) -> DenseRows | None:
+    def _dense(self, common: CommonAttentionMetadata, rows: Sequence[Row], chosen: list[int]) -> tuple[Index, Any] | None:
+        """Return where the tokens of the chosen rows are, and the host's metadata of a step that has just these rows."""
         if not chosen:
             return None
-        tokens = token_index(rows, chosen, common.block_table_tensor.device)
+        device = common.block_table_tensor.device
+        index, tokens = index_rows(rows, chosen, device)
+        starts = list(accumulate((rows[i].q_len for i in chosen), initial=0))
+        keys, images = common.seq_lens_cpu_upper_bound[chosen], common.mm_req_doc_ranges
+        step = CommonAttentionMetadata(
+            query_start_loc=to_device(starts, torch.int32, device), query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=common.seq_lens[index], num_reqs=len(chosen), num_actual_tokens=starts[-1],
+            max_query_len=max(rows[i].q_len for i in chosen), max_seq_len=int(keys.max()),
+            block_table_tensor=common.block_table_tensor[index], slot_mapping=common.slot_mapping[tokens], causal=common.causal,
+            positions=None if common.positions is None else common.positions[tokens],
+            is_prefilling=common.is_prefilling[chosen], seq_lens_cpu_upper_bound=keys,
+            mm_req_doc_ranges=images and {place: images[i] for place, i in enumerate(chosen) if i in images},
+        )  # fmt: skip
         # A fast build writes nothing into the buffers that the metadata of the whole step may share with it.
-        metadata = super().build(0, _only(common, rows, chosen, tokens), True)
-        return DenseRows(tokens, metadata)
+        return tokens, super().build(0, step, True)
 
 
 class StemImpl(AttentionImpl):
-    """Goes before an attention implementation of the host."""
+    """Goes before an attention implementation of the host. Why Stem cannot compute its layer, ``stem_obstacle`` tells."""
 
     head_size: int
     scale: float
     policy: Policy | None = None
     stem_backend: str = "auto"
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: Tensor | None = None,
-        **other: Any,
-    ) -> None:
-        extra = other if sinks is None else {"sinks": sinks, **other}
-        super().__init__(
-            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap, attn_type,
-            kv_sharing_target_layer_name, **extra,
-        )  # fmt: skip
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         watch_runners()  # now: a runner that builds layers has been loaded, and has not yet built its metadata builders
-        meant = tuple(sorted(name for name, value in other.items() if value not in (None, False)))
-        self.traits = LayerTraits(
-            alibi_slopes is not None, sliding_window, logits_soft_cap, attn_type, sinks is not None, meant
-        )
+        given = signature(super().__init__).bind(*args, **options).arguments
+        other = sorted(given.keys() - signature(AttentionImpl.__init__).parameters.keys())
+        meant = [name for name in other if isinstance(given[name], Tensor) or given[name] not in (None, False)]
+        obstacles = {
+            "not causal self-attention": given.get("attn_type", AttentionType.DECODER) != AttentionType.DECODER,
+            "ALiBi": given.get("alibi_slopes") is not None,
+            "soft-capped scores": bool(given.get("logits_soft_cap")),
+            "attention sinks": "sinks" in meant,
+            f"unknown options {', '.join(meant)}": bool(meant),
+        }
+        self.stem_obstacle = first_reason(obstacles)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Refuse: results of sparse rows are not quantised on the way out."""
@@ -175,24 +168,22 @@ class StemImpl(AttentionImpl):
         output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute attention of a step into ``output``; arguments are those of the host."""
-        plan: Plan | None = getattr(attn_metadata, _PLAN, None)
-        host = super().forward
+        plan: Plan | None = getattr(attn_metadata, "stem_plan", None)
+        host: Callable[..., Tensor] = super().forward
         if plan is None or self.policy is None:
-            whole: Tensor = host(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale=output_scale,
-                output_block_scale=output_block_scale,
-            )  # fmt: skip
-            return whole
+            return host(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if plan.dense is not None:
-            tokens = plan.dense.tokens
+            tokens, metadata = plan.dense
             part = output[tokens]
-            host(layer, query[tokens], key[tokens], value[tokens], kv_cache, plan.dense.metadata, part)
+            host(layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, part)
             if isinstance(tokens, Tensor):  # indices gave a copy, a slice a view
                 output[tokens] = part
         tokens = plan.sparse.tokens
         k, v, batch = self.keys_and_values(layer, kv_cache, plan.sparse.batch)
-        call = Call(query[tokens], k, v, self.policy, self.scale, batch=batch, dense_below=0, backend=self.stem_backend)
-        output[tokens] = run(call)[0]
+        part = output[tokens]
+        run(Call(query[tokens], k, v, self.policy, self.scale, batch=batch, dense_below=0, backend=self.stem_backend, out=part))
+        if isinstance(tokens, Tensor):
+            output[tokens] = part
         return output
 
     def keys_and_values(self, layer: Any, kv_cache: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, PackedBatch]:
@@ -205,31 +196,25 @@ class StemImpl(AttentionImpl):
 
 
 class StemBackend(AttentionBackend):
-    """Goes before an attention backend of the host."""
-
-    impl_cls: ClassVar[type]
-    builder_cls: ClassVar[type]
+    """Goes before an attention backend of the host, and our classes before those that it names."""
 
     @staticmethod
     def get_name() -> str:
-        """Return the name that vLLM has a place for."""
         return NAME
 
     @classmethod
     def get_impl_cls(cls) -> type:
-        """Return what computes."""
-        return cls.impl_cls
+        return _before(StemImpl, super().get_impl_cls())
 
     @classmethod
     def get_builder_cls(cls) -> type:
-        """Return what plans."""
-        return cls.builder_cls
+        return _before(StemBuilder, super().get_builder_cls())
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Ask for pages of 64 tokens where the user has not said ``--block-size``; those that the host supports still run."""
+        """Ask for pages of 64 tokens, which the fastest kernels read at full speed; the user's ``--block-size`` goes before."""
         host: int = super().get_preferred_block_size(default_block_size)
-        return max(host, _PAGE)
+        return max(host, 64)
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
@@ -237,62 +222,22 @@ class StemBackend(AttentionBackend):
         return False
 
 
-def _step_obstacle(common: CommonAttentionMetadata) -> str | None:
-    """Tell why Stem can take no row of a step, or None."""
-    if common.causal is not True:
-        return "not causal"
-    return "no request" if common.is_prefilling is None or common.seq_lens_cpu_upper_bound is None else None
-
-
-def _count_dense(common: CommonAttentionMetadata, obstacle: str | None) -> None:
-    """Count the rows of a step that has no sparse one, without looking at each."""
-    rows = int((common.query_start_loc_cpu[: common.num_reqs + 1].diff() > 0).sum())
-    prefilling = 0 if obstacle is not None else int(common.is_prefilling.sum())
-    COUNTERS.dense_rows += Counter({obstacle or "decode": rows - prefilling, "short chunk": prefilling})
+@cache
+def _before(ours: type, hosts: type) -> type:
+    return type(ours.__name__, (ours, hosts), {})
 
 
 def _rows(common: CommonAttentionMetadata, prompt_lens: PromptLens | None) -> list[Row]:
     """Read the rows of a step from what the host holds on the CPU: nothing here waits for the device."""
     starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-    prefilling, keys = common.is_prefilling.tolist(), common.seq_lens_cpu_upper_bound.tolist()
+    prefilling, keys = iter(common.is_prefilling.tolist()), iter(common.seq_lens_cpu_upper_bound.tolist())
+    whole = iter([] if prompt_lens is None else prompt_lens(common))
     images = common.mm_req_doc_ranges or {}
-    lengths = [] if prompt_lens is None else prompt_lens(common)
-    lengths += [0] * (common.num_reqs - len(lengths))
     rows = []
-    for i, (start, end) in enumerate(pairwise(starts)):
-        is_prompt = i < len(prefilling) and prefilling[i]  # rows behind the last request only pad the step
-        obstacle = "decode" if not is_prompt else "image tokens" if images.get(i) else None
-        rows.append(Row(end - start, keys[i] if i < len(keys) else 0, lengths[i], obstacle))
+    for i, (start, end) in enumerate(pairwise(starts)):  # those behind the last request, of which nothing is said, only pad
+        obstacle = "decode" if not next(prefilling, False) else "image tokens" if images.get(i) else None
+        rows.append(Row(end - start, next(keys, 0), next(whole, 0), obstacle))
     return rows
-
-
-def _only(
-    common: CommonAttentionMetadata, rows: Sequence[Row], chosen: Sequence[int], tokens: Index
-) -> CommonAttentionMetadata:
-    """Describe to the host a step that has just the chosen rows."""
-    device, index = common.block_table_tensor.device, row_index(chosen, common.block_table_tensor.device)
-    host_index = index if isinstance(index, slice) else torch.tensor(chosen)
-    starts = [0]
-    for i in chosen:
-        starts.append(starts[-1] + rows[i].q_len)
-    kept = common.seq_lens_cpu_upper_bound[host_index]
-    return CommonAttentionMetadata(
-        query_start_loc=to_device(starts, torch.int32, device),
-        query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
-        seq_lens=common.seq_lens[index],
-        num_reqs=len(chosen),
-        num_actual_tokens=starts[-1],
-        max_query_len=max(rows[i].q_len for i in chosen),
-        max_seq_len=int(kept.max()),
-        block_table_tensor=common.block_table_tensor[index],
-        slot_mapping=common.slot_mapping[tokens],
-        causal=common.causal,
-        positions=None if common.positions is None else common.positions[tokens],
-        is_prefilling=common.is_prefilling[host_index],
-        seq_lens_cpu_upper_bound=kept,
-        mm_req_doc_ranges=common.mm_req_doc_ranges
-        and {place: common.mm_req_doc_ranges[i] for place, i in enumerate(chosen) if i in common.mm_req_doc_ranges},
-    )
 
 
 _said: set[str] = set()

@@ -1,10 +1,8 @@
 """The layers of a model that Stem serves in vLLM, and what it refuses when the engine starts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import vllm
@@ -12,40 +10,15 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from stem_attention.backends import Explanation
 from stem_attention.errors import UnsupportedError
+from stem_attention.integrations.serving.rows import first_reason
 from stem_attention.integrations.serving.settings import Settings
 from stem_attention.integrations.vllm.plugin import NAME
 from stem_attention.policies import Policy
-
-
-@dataclass(frozen=True)
-class LayerTraits:
-    """Demands of a layer on its attention, as vLLM tells the implementation when it builds it."""
-
-    alibi: bool
-    sliding_window: int | None
-    soft_cap: float | None
-    attn_type: str
-    sinks: bool
-    other: tuple[str, ...]
-
-    def obstacle(self, max_model_len: int) -> str | None:
-        """Tell why Stem cannot compute this layer, or None. A window that no request outgrows is none."""
-        if self.attn_type != AttentionType.DECODER:
-            return "not causal self-attention"
-        if self.alibi:
-            return "ALiBi"
-        if self.sliding_window is not None and self.sliding_window < max_model_len:
-            return "sliding window"
-        if self.soft_cap:
-            return "soft-capped scores"
-        if self.sinks:
-            return "attention sinks"
-        return f"unknown options {', '.join(self.other)}" if self.other else None
 
 
 def check_engine(config: VllmConfig) -> None:
@@ -60,15 +33,15 @@ def check_engine(config: VllmConfig) -> None:
         what = f"its attention metadata has no {' and no '.join(missing)}"
         raise UnsupportedError(f"Stem does not know this vLLM ({vllm.__version__}): {what}; it knows 0.26 to 0.32")
     parallel = config.parallel_config
-    for option, is_on in (
-        ("decode context parallelism", parallel.decode_context_parallel_size > 1),
-        ("prefill context parallelism", getattr(parallel, "prefill_context_parallel_size", 1) > 1),
-        ("dual batch overlap (--enable-dbo)", parallel.use_ubatching),
-        ("--kv-sharing-fast-prefill", config.cache_config.kv_sharing_fast_prefill),
-        ("a window over answers alone (R-SWA)", getattr(config.model_config, "rswa_window", None) is not None),
-    ):
-        if is_on:
-            raise UnsupportedError(f"Stem does not run with {option}; turn it off, or start without --attention-backend {NAME}")
+    options = {
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "dual batch overlap (--enable-dbo)": parallel.use_ubatching,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+        "a window over answers alone (R-SWA)": getattr(config.model_config, "rswa_window", None) is not None,
+    }
+    if (option := first_reason(options)) is not None:
+        raise UnsupportedError(f"Stem does not run with {option}; turn it off, or start without --attention-backend {NAME}")
 
 
 def layer_reasons(config: VllmConfig, settings: Settings) -> dict[str, str | None]:
@@ -78,7 +51,8 @@ def layer_reasons(config: VllmConfig, settings: Settings) -> dict[str, str | Non
         UnsupportedError: They all stay dense: then Stem was asked for in vain.
     """
     layers = get_layers_from_vllm_config(config, Attention)
-    reasons = {name: _reason(name, layer, config, settings) for name, layer in layers.items() if hasattr(layer.impl, "traits")}
+    ours = {name: layer for name, layer in layers.items() if hasattr(layer.impl, "stem_obstacle")}
+    reasons = {name: _reason(name, layer, config, settings) for name, layer in ours.items()}
     if all(reason is not None for reason in reasons.values()):
         raise UnsupportedError(
             f"Stem can run none of this model's {len(reasons)} attention layers: {_listed(reasons)}; "
@@ -88,24 +62,24 @@ def layer_reasons(config: VllmConfig, settings: Settings) -> dict[str, str | Non
 
 
 def _reason(name: str, layer: Any, config: VllmConfig, settings: Settings) -> str | None:
-    longest = config.model_config.max_model_len
-    obstacle: str | None = layer.impl.traits.obstacle(longest)
+    model, obstacle = config.model_config, layer.impl.stem_obstacle
+    if layer.sliding_window is not None and layer.sliding_window < model.max_model_len:  # one that no request outgrows is none
+        return "sliding window"
     if obstacle is not None:
-        return obstacle
+        return str(obstacle)
     spec = layer.get_kv_cache_spec(config)
     if spec is None:  # the layer reads another one's cache
         return "shared KV cache"
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or getattr(spec, "attention_chunk_size", None) is not None:
         return f"{type(spec).__name__} cache"
-    if (spec.sliding_window or longest) < longest:
-        return "sliding window"
-    if getattr(spec, "non_causal", False):
-        return "not causal self-attention"
-    if spec.dtype != config.model_config.dtype:
-        return f"KV cache of {spec.dtype} under {config.model_config.dtype}"
-    if getattr(spec, "head_size_v", spec.head_size) != spec.head_size:
-        return "value dimension differs from key dimension"
-    return "dense_layers" if settings.dense_layers and extract_layer_index(name) < settings.dense_layers else None
+    reasons = {
+        "sliding window": (spec.sliding_window or model.max_model_len) < model.max_model_len,
+        "not causal self-attention": getattr(spec, "non_causal", False),
+        f"KV cache of {spec.dtype} under {model.dtype}": spec.dtype != model.dtype,
+        "value dimension differs from key dimension": getattr(spec, "head_size_v", spec.head_size) != spec.head_size,
+        "dense_layers": settings.dense_layers > 0 and extract_layer_index(name) < settings.dense_layers,
+    }
+    return first_reason(reasons)
 
 
 def layer_policy(name: str, impl: Any, config: VllmConfig, policy: Policy) -> Policy:
@@ -122,8 +96,7 @@ def layer_policy(name: str, impl: Any, config: VllmConfig, policy: Policy) -> Po
 def start_line(reasons: dict[str, str | None], settings: Settings, chosen: Explanation, lengths_known: bool) -> str:
     """Write what the log says when the engine starts."""
     count = sum(reason is None for reason in reasons.values())
-    dense = {name: reason for name, reason in reasons.items() if reason is not None}
-    rest = f" (dense: {_listed(dense)})" if dense else ""
+    rest = f" (dense: {_listed(reasons)})" if count < len(reasons) else ""
     unknown = "" if lengths_known else "this vLLM's runner does not tell prompt lengths: a chunk counts as its prompt's end; "
     return (
         f"Stem is on in {count} of {len(reasons)} attention layers{rest}: prompts of {chosen.dense_below} tokens and more are "
@@ -133,5 +106,4 @@ def start_line(reasons: dict[str, str | None], settings: Settings, chosen: Expla
 
 
 def _listed(reasons: Mapping[str, str | None]) -> str:
-    counts = Counter(reason for reason in reasons.values() if reason is not None)
-    return ", ".join(f"{count} x {reason}" for reason, count in counts.items())
+    return ", ".join(f"{count} x {reason}" for reason, count in Counter(filter(None, reasons.values())).items())

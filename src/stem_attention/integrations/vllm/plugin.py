@@ -8,8 +8,6 @@ cached prefixes and beside requests that already answer. Everything else goes to
 and chunks, sliding windows, ALiBi, soft caps, sinks, encoders, cross-attention, quantised caches. docs/vllm.md tells more.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -51,14 +49,10 @@ def own_backend() -> Any:
 
 
 def counters(_worker: object = None) -> dict[str, Any]:
-    """Return what the plug-in has done in this process so far, see :class:`..serving.counters.Counters`.
-
-    Args:
-        _worker: Ignored; ``llm.collective_rpc(counters)`` passes it and asks every worker.
-    """
+    """Return the :class:`..serving.counters.Counters` of this process as JSON types; ``collective_rpc`` asks all workers."""
     return COUNTERS.to_dict()
 
 
 def reset_counters(_worker: object = None) -> None:
-    """Start counting again. Argument as in :func:`counters`."""
+    """Start counting again; :func:`counters` tells how to in every worker."""
     COUNTERS.reset()

@@ -6,8 +6,6 @@ them by request; which request a row of a step belongs to, its metadata say sinc
 prepares for the step, which is kept. Nothing else of vLLM is touched.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -35,11 +33,7 @@ def watch_runners() -> None:
 
 
 def prompt_lengths() -> PromptLens | None:
-    """Find where the runner that is building now holds the lengths.
-
-    Returns:
-        How to read them in a step; None where this kind of runner is not known.
-    """
+    """Return how to read in a step what the runner that is building now holds; None where its kind is not known."""
     runner = _building.get()
     if hasattr(getattr(runner, "input_batch", None), "num_prompt_tokens_cpu_tensor"):
         return lambda common: list(runner.input_batch.num_prompt_tokens_cpu_tensor[: common.num_reqs].tolist())

@@ -1,19 +1,20 @@
-"""XAttention (arXiv 2503.16428): antidiagonal scores, softmax, and blocks until enough mass is covered."""
-
-from __future__ import annotations
+"""Scores of other methods: XAttention's antidiagonals (arXiv 2503.16428), FlashPrefill's mean keys (arXiv 2603.06199)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from stem_attention.blocks import BlockGrid, block_count
-from stem_attention.policies.base import Policy, check_divides, check_integers, check_number
-from stem_attention.policies.metric import accumulator_dtype, grouped_product
+from stem_attention.policies.base import Policy, check_divides, check_number
+from stem_attention.policies.mass import pool
+from stem_attention.policies.metric import accumulator_dtype, exact_dtype, grouped_product, runs
 from stem_attention.policies.ranked import Ranked, in_runs
 from stem_attention.selection import BlockSelection
+
+# Logits held at a time, in elements (64 MiB in fp32); while their exponentials are summed there are three of them.
+_WORKSPACE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,13 @@ class XAttention(Policy):
         block_size: Tokens per block. A multiple of ``stride``.
     """
 
-    name: ClassVar[str] = "xattention"
+    name = "xattention"
 
     stride: int = 16
     threshold: float = 0.9
     block_size: int = 128
 
     def check(self) -> None:
-        check_integers(self, stride=1)
         check_divides(self, "stride")
         check_number(self, "threshold", 0.0, 1.0, above=True)
 
@@ -71,34 +71,7 @@ class XAttention(Policy):
 
     def _tiles(self, x: Tensor, before: int) -> Tensor:
         """``(batch, heads, tiles, stride, dim)``, in whole blocks; absent tokens are zero."""
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, before, -(before + x.shape[1]) % self.block_size))
-        return torch.unflatten(x.to(accumulator_dtype(x)).transpose(1, 2), 2, (-1, self.stride))
-
-
-@dataclass(frozen=True)
-class XAttentionTopK(Ranked):
-    """Keep the blocks of most mass by XAttention's estimate, under a budget.
-
-    With a threshold every head keeps as much as it needs and nobody knows beforehand how much. Here the same masses rank
-    the blocks and a budget says how many are kept, so that the two scores can be compared at equal density.
-
-    Attributes:
-        stride: Tokens per tile side. It divides ``block_size``.
-
-    For ``block_size`` and the fields that follow see :class:`stem_attention.policies.Ranked`.
-    """
-
-    name: ClassVar[str] = "xattention-topk"
-
-    stride: int = 16
-
-    def check(self) -> None:
-        super().check()
-        check_integers(self, stride=1)
-        check_divides(self, "stride")
-
-    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
-        return in_runs(XAttention(self.stride, block_size=self.block_size).masses(q, k, scale))
+        return runs(x, before, self.block_size, self.stride).to(accumulator_dtype(x)).permute(0, 3, 1, 2, 4)
 
 
 def cover(mass: Tensor, threshold: float) -> Tensor:
@@ -116,3 +89,57 @@ def cover(mass: Tensor, threshold: float) -> Tensor:
     kept = torch.zeros_like(reached).scatter_(-1, order, ~reached)
     kept[..., 0] = kept[..., -1] = True
     return kept
+
+
+@dataclass(frozen=True)
+class XAttentionTopK(Ranked):
+    """Keep the blocks of most mass by XAttention's estimate, under a budget.
+
+    With a threshold every head keeps as much as it needs and nobody knows beforehand how much. Here the same masses rank
+    the blocks and a budget says how many are kept, so that the two scores can be compared at equal density.
+
+    Attributes:
+        stride: Tokens per tile side. It divides ``block_size``.
+
+    For ``block_size`` and the fields that follow see :class:`stem_attention.policies.Ranked`.
+    """
+
+    name = "xattention-topk"
+
+    stride: int = 16
+
+    def check(self) -> None:
+        super().check()
+        check_divides(self, "stride")
+
+    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+        return in_runs(XAttention(self.stride, block_size=self.block_size).masses(q, k, scale))
+
+
+@dataclass(frozen=True)
+class FlashPrefillTopK(Ranked):
+    """Rank blocks by FlashPrefill's score, under a budget.
+
+    A block's score is the sum of ``exp(scale * q · mean key)`` over the queries of the row, as in the authors' code; here its
+    logarithm, which ranks alike. The sum is over unlike queries as they are: no query's exponentials are divided by their own
+    total, so those with large logits decide. A query counts for a block from the block's last token on. FlashPrefill itself
+    keeps every block within a factor of the row's best; here a budget says how many are kept. For the fields see
+    :class:`stem_attention.policies.Ranked`.
+    """
+
+    name = "flashprefill-topk"
+
+    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+        size, (batch, _, q_heads, _), grid = self.block_size, q.shape, BlockGrid.of(q, k, self.block_size)
+        keys = pool(k, 0, size, size)[0].to(exact_dtype(q))
+        ends = torch.arange(1, keys.shape[2] + 1, device=q.device) * size
+        step = max(1, _WORKSPACE // (batch * q_heads * size * grid.end_row))
+        for row in range(grid.first_row, grid.end_row, step):
+            stop = min(row + step, grid.end_row)
+            low, high = grid.row_positions(row)[0], grid.row_positions(stop - 1)[1]
+            queries = runs(q[:, grid.query_slice(row, stop)], low, size, size).flatten(1, 2).transpose(1, 2)
+            logits = grouped_product(queries.to(keys.dtype) * scale, keys[:, :, :stop])
+            positions = torch.arange(row * size, stop * size, device=q.device)[:, None]
+            absent = (positions < low) | (positions >= high)
+            logits.masked_fill_(absent | (ends[:stop] > positions + 1), -torch.inf)
+            yield row, torch.unflatten(logits, 2, (-1, size)).logsumexp(3)
