@@ -119,6 +119,7 @@ class Call:
         return_lse: Whether the log-sum-exp is wanted.
         backend: Name of the backend, or ``"auto"``.
         out: Where the result goes, a contiguous tensor like ``q``; None for a new one.
+        kept: int64 ``(1,)``, to which the block pairs that a policy keeps are added, of all heads; None: they are not counted.
     """
 
     q: Tensor
@@ -132,6 +133,7 @@ class Call:
     return_lse: bool = False
     backend: str = "auto"
     out: Tensor | None = None
+    kept: Tensor | None = None
 
     @property
     def paged(self) -> bool:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from stem_attention import Mass, Stem, UnsupportedError, select_blocks
+from stem_attention.backends import run
+from stem_attention.call import Call
 from stem_attention.integrations.serving.counters import Counters
 from stem_attention.integrations.serving.rows import Row, SparseRows
 from stem_attention.integrations.serving.settings import ENVIRONMENT, Settings, read_settings
@@ -119,7 +121,7 @@ def test_tokens_and_pages_are_those_of_the_chosen_rows(chosen):
     rows = [Row(3, 9, 20), Row(1, 5, 5), Row(4, 4, 8), Row(2, 12, 0)]
     owner = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3, 3])
     pages = torch.arange(8, dtype=torch.int32).view(4, 2)
-    sparse = SparseRows.of(rows, chosen, pages)
+    sparse = SparseRows.of(rows, chosen, pages, Mass())
     assert owner[sparse.tokens].tolist() == [i for i in chosen for _ in range(rows[i].q_len)]
     assert torch.equal(sparse.batch.page_table, pages[chosen])
     assert sparse.batch.cu_q.diff().tolist() == [rows[i].q_len for i in chosen]
@@ -130,7 +132,7 @@ def test_tokens_and_pages_are_those_of_the_chosen_rows(chosen):
 
 
 @pytest.mark.parametrize(
-    ("policy", "is_exact"),
+    ("policy", "is_known"),
     [
         (Stem(block_size=16, stride=4), True),
         (SinkWindow(block_size=16), True),
@@ -138,27 +140,34 @@ def test_tokens_and_pages_are_those_of_the_chosen_rows(chosen):
         (Mass(block_size=16, query_pool=4, key_pool=4), False),
     ],
 )
-def test_counters_tell_what_the_selection_keeps(policy, is_exact):
+def test_counters_tell_what_the_selection_keeps(policy, is_known):
     count, kept, causal = Counters(), 0, 0
     for q_len, kv_len, prompt_len in ((500, 500, 500), (77, 350, 500), (64, 64, 300), (33, 1000, 1000)):
-        q, k = torch.randn(1, q_len, 2, 8), torch.randn(1, kv_len, 1, 8)
-        selection = select_blocks(q, k, k, policy=policy, prompt_len=prompt_len)
-        kept += int(selection.counts[0, 0].sum())
-        causal += round(int(selection.counts.sum()) / selection.density()) // 2
-        count.count_sparse([Row(q_len, kv_len, prompt_len)], policy)
+        rows, pages = [Row(q_len, kv_len, prompt_len)], torch.arange(-(-kv_len // 16), dtype=torch.int32)[None]
+        q, cache = torch.randn(q_len, 2, 8), torch.randn(pages.numel(), 16, 1, 8)
+        k = cache.flatten(0, 1)[None, :kv_len]
+        selection = select_blocks(q[None], k, k, policy=policy, scale=0.3, prompt_len=prompt_len)
+        kept += int(selection.counts.sum())
+        causal += round(int(selection.counts.sum()) / selection.density())
+        sparse = SparseRows.of(rows, [0], pages, policy)
+        count.count_sparse(rows)
+        told = count.count_layer(sparse, heads=2)
+        assert (told is None) == is_known
+        run(Call(q, cache, cache, policy, 0.3, batch=sparse.batch, dense_below=0, kept=told))
     assert (count.sparse_rows, count.sparse_tokens, count.causal_blocks) == (4, 674, causal)
-    assert count.is_bound != is_exact
-    assert count.kept_blocks == kept if is_exact else count.kept_blocks >= kept
-    assert ("at most" in str(count)) != is_exact
+    assert count.kept_blocks == kept
+    assert f"{kept / causal:.3f}" in str(count)
 
 
 def test_counters_are_plain_json_and_start_again():
-    count = Counters()
+    count, policy = Counters(), Stem(block_size=16, stride=4, local_blocks=1, tail_blocks=0)
     assert count.density == 1
-    count.count_sparse([Row(64, 64, 64)], Stem(block_size=16, stride=4, local_blocks=1, tail_blocks=0))
+    rows = [Row(64, 64, 64)]
+    count.count_sparse(rows)
+    assert count.count_layer(SparseRows.of(rows, [0], torch.zeros(1, 4, dtype=torch.int32), policy), heads=3) is None
     count.dense_rows.update(["decode", "decode", "short prompt"])
     assert json.loads(json.dumps(count.to_dict())) == {
-        "sparse_rows": 1, "sparse_tokens": 64, "kept_blocks": 7, "causal_blocks": 10, "density": 0.7, "is_bound": False,
+        "sparse_rows": 1, "sparse_tokens": 64, "kept_blocks": 21, "causal_blocks": 30, "density": 0.7,
         "dense_rows": {"decode": 2, "short prompt": 1},
     }  # fmt: skip
     count.reset()

@@ -98,7 +98,10 @@ class Backend(ABC):
             elif short:
                 out, lse = self.attend(part, keep_everything(part.q, part.k, part.policy.block_size))
             else:
-                out, lse = self.attend(part, check_chosen(part, self.select(part)))
+                selection = check_chosen(part, self.select(part))
+                out, lse = self.attend(part, selection)
+                if part.kept is not None:
+                    part.kept.add_(selection.counts.sum())
             if results is None:
                 return out, lse
             results[0][queries] = out[0]

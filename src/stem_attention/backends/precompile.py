@@ -67,5 +67,6 @@ def precompile(architecture: str, calls: Calls, policy: Policy, on_kernel: Calla
                 cache = k.new_empty((pages, calls.page_size, calls.kv_heads, calls.head_dim))
                 table = k.new_empty((1, pages), dtype=torch.int32)
                 batch = PackedBatch.plan([length], [length], page_table=table, device=q.device)
-                backend.fused(Call(q[0], cache, cache, policy, scale, batch=batch, dense_below=0))
+                kept = k.new_empty(1, dtype=torch.int64)  # servers count
+                backend.fused(Call(q[0], cache, cache, policy, scale, batch=batch, dense_below=0, kept=kept))
     return backend.name

@@ -10,7 +10,7 @@ from stem_attention.blocks import BlockGrid
 from stem_attention.policies.metric import accumulator_dtype, grouped_product
 from stem_attention.policies.ranked import Ranked, in_runs
 
-# Weights held at a time, in elements (64 MiB in fp32; while the softmax runs there are two of them); one kv head's at least.
+# Weights held at a time, in elements (64 MiB in fp32; while the softmax runs there are two of them).
 _WORKSPACE = 1 << 24
 
 
@@ -40,11 +40,14 @@ def block_mass(q: Tensor, k: Tensor, scale: float, block_size: int, row: int) ->
     low, high = grid.row_positions(row)
     queries = (q[:, grid.query_slice(row, row + 1)].to(dtype) * scale).transpose(1, 2)
     future = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
-    step = max(1, _WORKSPACE // (q.shape[0] * group * (high - low) * high))  # kv heads
+    room = max(1, _WORKSPACE // (q.shape[0] * (high - low) * high))  # query heads
+    outer, inner = max(1, room // group), min(room, group)  # of kv heads, and of each one's query heads
     masses = []
-    for some, keys in zip(torch.split(queries, step * group, 1), torch.split(k[:, :high], step, 2), strict=True):
-        weights = grouped_product(some, keys.to(dtype).transpose(1, 2))
-        weights[..., low:].masked_fill_(future, -torch.inf)
-        masses.append(torch.softmax(weights, -1).mean(2))
+    for g in range(0, k.shape[2], outer):
+        keys, end = k[:, :high, g : g + outer].to(dtype).transpose(1, 2), (g + outer) * group
+        for head in range(g * group, end, outer * inner):
+            weights = grouped_product(queries[:, head : min(head + outer * inner, end)], keys)
+            weights[..., low:].masked_fill_(future, -torch.inf)
+            masses.append(torch.softmax(weights, -1).mean(2))
     mean = torch.nn.functional.pad(torch.cat(masses, 1), (0, -high % block_size))
     return torch.unflatten(mean, 2, (-1, block_size)).sum(3)

@@ -31,10 +31,10 @@ SMALL = Stem(block_size=16, stride=4, ratio_short=0.3, sink_blocks=1, local_bloc
 
 def select(
     q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int = 0, *, batch: PackedBatch | None = None,
-    implicit: bool = False,
+    implicit: bool = False, kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices and counts as the kernels write them."""
-    call = Call(q, k, v, policy, q.shape[-1] ** -0.5, prompt_len, batch)
+    call = Call(q, k, v, policy, q.shape[-1] ** -0.5, prompt_len, batch, kept=kept)
     selector = TritonBackend().selector(policy)
     assert selector is not None
     launches = Launches()
@@ -143,7 +143,9 @@ def test_a_packed_batch_keeps_by_mass_what_each_sequence_keeps(page, factors):
     lengths = [(40, 90), (0, 20), (161, 161), (3, 50)]
     single = [peaked(1, q_len, kv_len, 2, 1, 16) for q_len, kv_len in lengths]
     q, k, v, batch = packed(single, page)
-    indices, counts = select(q, k, v, config, batch=batch)
+    kept = torch.ones(1, dtype=torch.int64)
+    indices, counts = select(q, k, v, config, batch=batch, kept=kept)
+    assert int(kept) == 1 + int(counts.sum())
     for i, (one_q, one_k, one_v) in enumerate(single):
         if lengths[i][0]:
             alone = selected(one_q, one_k, one_v, config)

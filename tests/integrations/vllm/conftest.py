@@ -25,6 +25,11 @@ if find_spec("vllm") is not None:
     }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what starts processes of its own: no process of pytest is to be left alone with it at the end."""
+    items.sort(key=lambda item: not item.path.stem.endswith(("_workers", "_second_runner")))
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes the directory of a random model: ``models("LlamaConfig", num_hidden_layers=2)``."""

@@ -60,5 +60,5 @@ def test_a_users_own_class_is_served(llama, tmp_path, engine, monkeypatch):
     same = generate(engine(llama, served(window), max_num_batched_tokens=300), prompts(700, 310))
     for own in ("users_policies:Nearest", {"policy": "users_policies:Nearest", "blocks": 2}):
         assert generate(engine(llama, served(own), max_num_batched_tokens=300), prompts(700, 310)) == same
-    assert counters()["is_bound"]
+    assert 0.2 < counters()["density"] < 0.9
     assert generate(engine(llama), prompts(700, 310)) != same, "what is left out matters to this model"

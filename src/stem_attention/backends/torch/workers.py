@@ -13,10 +13,7 @@ _T = TypeVar("_T")
 
 
 def run_all(work: Callable[[_T], None], units: Sequence[_T], device: torch.device) -> None:
-    """Run ``work`` on every unit: on a CPU by as many threads as torch uses, elsewhere one after the other.
-
-    Units must not depend on one another. What one raises is raised here.
-    """
+    """Run ``work`` on units that do not depend on one another, on a CPU by as many threads as torch has; raise their errors."""
     threads = min(torch.get_num_threads(), len(units)) if device.type == "cpu" else 1
     if threads < 2:
         for unit in units:

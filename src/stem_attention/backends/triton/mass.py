@@ -45,7 +45,7 @@ def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool,
     factor = call.scale * math.log2(math.e)
     step = layout.rows_at_once(per_row * dim * q.element_size(), tile_rows // per_row)
     shares = _head_shares(q.device, policy, heads) if policy.head_factors is not None else None
-    launches.keep(shares)
+    launches.keep(shares, call.kept)
     means = launches.empty((layout.batch, heads, step, per_row, dim), q.dtype, q.device)
     for first in range(0, layout.rows, step):
         rows = min(step, layout.rows - first)
@@ -60,10 +60,11 @@ def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool,
         launches.start(
             keep_kernel, (triton.cdiv(rows, tile_rows // per_row), heads, layout.batch),
             means, keys, variances, indices, counts, prompts, layout.cu_q, layout.cu_k, layout.q_len, layout.kv_len, first,
-            rows, layout.rows, layout.blocks, width, policy.share, shares, factor, policy.spread * abs(factor), B=size,
-            QP=policy.query_pool, KP=policy.key_pool, G=layout.group, SINK=policy.sink_blocks, LOCAL=policy.local_blocks,
-            TAIL=policy.tail_blocks, IMPLICIT=implicit, BM=tile_rows, BN=tile_columns, D=dim, BD=padded, SPREAD=spread,
-            RAGGED=packed, ONE_LENGTH=call.batch is None, num_warps=tile.warps, num_stages=tile.stages,
+            rows, layout.rows, layout.blocks, width, policy.share, shares, call.kept, factor, policy.spread * abs(factor),
+            B=size, QP=policy.query_pool, KP=policy.key_pool, G=layout.group, SINK=policy.sink_blocks,
+            LOCAL=policy.local_blocks, TAIL=policy.tail_blocks, IMPLICIT=implicit, BM=tile_rows, BN=tile_columns, D=dim,
+            BD=padded, SPREAD=spread, RAGGED=packed, ONE_LENGTH=call.batch is None, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
     return indices, counts
 

@@ -164,14 +164,14 @@ def _list_noticed(
 @triton.jit(do_not_specialize=["prompts", "q_len", "kv_len", "first_row", "rows", "total_rows", "blocks", "width"])
 def keep_kernel(
     q_means, k_means, k_variances, indices, counts, prompts, cu_q, cu_k, q_len, kv_len, first_row, rows, total_rows, blocks,
-    width, share, head_shares, scale, spread, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, G: tl.constexpr,
+    width, share, head_shares, kept, scale, spread, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, G: tl.constexpr,
     SINK: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, IMPLICIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr, ONE_LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Write ids and counts of rows ``first_row`` to ``first_row + rows`` (of each sequence's rows).
 
     ``prompts[z]``: blocks of the whole prompt, 0 for one that keeps everything; ONE_LENGTH: the number itself, for all.
-    ``head_shares[head]``, unless None, stands for ``share``.
+    ``head_shares[head]``, unless None, stands for ``share``. ``kept``, unless None, grows by the blocks that are kept.
     ``scale`` is the softmax scale times log2(e), ``spread`` its size times the config's; without SPREAD that is 0. IMPLICIT:
     rows known to keep everything get a count and no list, and lists end without padding.
     """
@@ -235,6 +235,8 @@ def keep_kernel(
         )  # fmt: skip
     count = tl.where(exists, count, 0)
     tl.store(counts + at * total_rows + first_row + row, count, mask=row < rows)
+    if kept is not None:
+        tl.atomic_add(kept, tl.sum(count.to(tl.int64)), sem="relaxed")
     if not IMPLICIT:
         for first_slot in range(0, width, BN):
             slot = first_slot + tl.arange(0, BN)[None, :]

@@ -133,10 +133,11 @@ def form_of(call: Call) -> tuple[Any, ...]:
     Kernels are compiled for the alignment of addresses, and what two tensors share at one address they may share at another.
     """
     q, k, v = call.q, call.k, call.v
-    at, out = (q.data_ptr(), k.data_ptr(), v.data_ptr()), 0 if call.out is None else call.out.data_ptr()
+    at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    out, kept = (0 if x is None else x.data_ptr() for x in (call.out, call.kept))
     return (
         q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16, at[2] % 16, out % 16,
-        at[0] == at[1], at[1] == at[2], at[0] == at[2], call.policy, call.scale, call.prompt_len, call.return_lse,
+        kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], call.policy, call.scale, call.prompt_len, call.return_lse,
     )  # fmt: skip
 
 

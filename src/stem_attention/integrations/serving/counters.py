@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stem_attention.blocks import BlockGrid, block_count
-from stem_attention.integrations.serving.rows import Row
-from stem_attention.policies import Policy
+import torch
+from torch import Tensor
+
+from stem_attention.integrations.serving.rows import Row, SparseRows
 
 
 @dataclass
@@ -18,37 +19,46 @@ class Counters:
         sparse_rows: Rows that took Stem.
         sparse_tokens: Their tokens.
         dense_rows: Rows that the host's attention ran, by reason.
-        kept_blocks: Block pairs that the policy let sparse rows keep, for one head of one layer.
-        causal_blocks: Block pairs that dense attention would have read there.
-        is_bound: Whether fewer may have been kept: what policies such as Mass keep, only the device knows.
+        causal_blocks: Block pairs that dense attention would have read in the sparse rows, of all heads and layers.
     """
 
     sparse_rows: int = 0
     sparse_tokens: int = 0
     dense_rows: Counter[str] = field(default_factory=Counter)
-    kept_blocks: int = 0
     causal_blocks: int = 0
-    is_bound: bool = False
+    _known: int = 0
+    _on_devices: dict[torch.device, Tensor] = field(default_factory=dict)
 
-    def count_sparse(self, rows: Sequence[Row], policy: Policy) -> None:
-        """Count rows that take Stem."""
-        for row in rows:
-            blocks, grid = block_count(row.whole_len, policy.block_size), BlockGrid(row.q_len, row.kv_len, policy.block_size)
-            counts = policy.row_counts(blocks)
-            self.is_bound |= counts is None
-            self.sparse_rows += 1
-            self.sparse_tokens += row.q_len
-            self.kept_blocks += sum((counts or policy.row_limits(blocks))[grid.first_row : grid.end_row])
-            self.causal_blocks += grid.causal_pairs
+    def count_sparse(self, rows: Sequence[Row]) -> None:
+        """Count rows of a step that take Stem."""
+        self.sparse_rows += len(rows)
+        self.sparse_tokens += sum(row.q_len for row in rows)
+
+    def count_layer(self, rows: SparseRows, heads: int) -> Tensor | None:
+        """Count what ``heads`` heads of a layer read of sparse rows; where the device alone knows, return where it adds it."""
+        self.causal_blocks += heads * rows.causal_blocks
+        if rows.kept_blocks is not None:
+            self._known += heads * rows.kept_blocks
+            return None
+        device = rows.batch.cu_q.device
+        if device not in self._on_devices:
+            self._on_devices[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._on_devices[device]
+
+    @property
+    def kept_blocks(self) -> int:
+        """Those of the causal block pairs that sparse rows kept. Waits for a GPU that knows of some."""
+        return self._known + sum(int(kept) for kept in self._on_devices.values())
 
     @property
     def density(self) -> float:
-        """Kept share of the causal block pairs in the sparse rows; 1 before there are any."""
+        """Kept share of the causal block pairs in the sparse rows; 1 before there are any. Waits as :attr:`kept_blocks`."""
         return self.kept_blocks / self.causal_blocks if self.causal_blocks else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return them as plain JSON types."""
-        return {**vars(self), "dense_rows": dict(self.dense_rows), "density": self.density}
+        names = ("sparse_rows", "sparse_tokens", "causal_blocks", "kept_blocks", "density")
+        return {**{name: getattr(self, name) for name in names}, "dense_rows": dict(self.dense_rows)}
 
     def reset(self) -> None:
         """Start again from nothing."""
@@ -56,10 +66,9 @@ class Counters:
 
     def __str__(self) -> str:
         dense = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dense_rows.items())) or "none"
-        bound = "at most " if self.is_bound else ""
         return (
-            f"{self.sparse_rows} rows ({self.sparse_tokens} tokens) took Stem and read {bound}{self.density:.3f} of their "
-            f"causal blocks; rows left to the host: {dense}"
+            f"{self.sparse_rows} rows ({self.sparse_tokens} tokens) took Stem and read {self.density:.3f} of their causal "
+            f"blocks; rows left to the host: {dense}"
         )
 
 

@@ -9,7 +9,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.call import PackedBatch, to_device
+from stem_attention.policies import Policy
 
 Index = slice | Tensor
 
@@ -67,19 +69,28 @@ class SparseRows:
     Attributes:
         tokens: Where their tokens are in the step's.
         batch: Where each one's queries, keys and pages lie; all layers share it.
+        causal_blocks: Block pairs that dense attention would read, for one head of one layer.
+        kept_blocks: Those that the policy keeps of them; None where that depends on the data.
     """
 
     tokens: Index
     batch: PackedBatch
+    causal_blocks: int
+    kept_blocks: int | None
 
     @classmethod
-    def of(cls, rows: Sequence[Row], chosen: Sequence[int], pages: Tensor) -> SparseRows:
+    def of(cls, rows: Sequence[Row], chosen: Sequence[int], pages: Tensor, policy: Policy) -> SparseRows:
         """Take the chosen ones of a step's rows; ``pages``, int32 ``(rows, max_pages)``, has a line for each of all rows."""
+        size, causal, kept = policy.block_size, 0, list[int]()
+        for row in (rows[i] for i in chosen):
+            grid, counts = BlockGrid(row.q_len, row.kv_len, size), policy.row_counts(block_count(row.whole_len, size))
+            causal += grid.causal_pairs
+            kept += [] if counts is None else [sum(counts[grid.first_row : grid.end_row])]
         lengths = [(rows[i].q_len, rows[i].kv_len, rows[i].whole_len) for i in chosen]
         q_lens, kv_lens, prompt_lens = zip(*lengths, strict=True)
         index, tokens = index_rows(rows, chosen, pages.device)
         batch = PackedBatch.plan(q_lens, kv_lens, prompt_lens=prompt_lens, page_table=pages[index], device=pages.device)
-        return cls(tokens, batch)
+        return cls(tokens, batch, causal, sum(kept) if len(kept) == len(chosen) else None)
 
 
 def index_rows(rows: Sequence[Row], chosen: Sequence[int], device: torch.device) -> tuple[Index, Index]:

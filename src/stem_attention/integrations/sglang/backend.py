@@ -79,7 +79,8 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
         backend, scale = self.settings.backend, layer.scaling
         for rows, limit in self._parts:
             mine = queries[rows.tokens]
-            call = Call(mine, keys, values, policy, scale, batch=rows.batch, dense_below=limit, backend=backend)
+            kept = COUNTERS.count_layer(rows, mine.shape[1]) if limit == 0 else None  # the others are not sparse
+            call = Call(mine, keys, values, policy, scale, batch=rows.batch, dense_below=limit, backend=backend, kept=kept)
             out[rows.tokens] = run(call)[0]
         return out.flatten(1)
 

@@ -45,9 +45,9 @@ def plan(batch: Any, req_to_token: Tensor, settings: Settings, dense_below: int)
     if not sparse:
         COUNTERS.dense_rows[obstacle or "short prompts and chunks"] += batch.batch_size
         return []
-    COUNTERS.count_sparse([rows[i] for i in sparse], settings.policy)
+    COUNTERS.count_sparse([rows[i] for i in sparse])
     COUNTERS.dense_rows.update(dense.values())
     longest = max(row.kv_len for row in rows)
     slots = req_to_token[batch.req_pool_indices[: len(rows)].long(), :longest].to(torch.int32)
     parts = [(sparse, 0), (list(dense), _KEEP_ALL_BELOW)]
-    return [(SparseRows.of(rows, chosen, slots), limit) for chosen, limit in parts if chosen]
+    return [(SparseRows.of(rows, chosen, slots, settings.policy), limit) for chosen, limit in parts if chosen]

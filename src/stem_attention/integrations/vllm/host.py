@@ -109,8 +109,8 @@ class StemBuilder(AttentionMetadataBuilder):
         sparse, dense = split(rows, settings.min_query_len, self._dense_below)
         COUNTERS.dense_rows.update(dense.values())
         if sparse:
-            COUNTERS.count_sparse([rows[i] for i in sparse], settings.policy)
-            taken = SparseRows.of(rows, sparse, common.block_table_tensor)
+            COUNTERS.count_sparse([rows[i] for i in sparse])
+            taken = SparseRows.of(rows, sparse, common.block_table_tensor, settings.policy)
             metadata.stem_plan = Plan(taken, self._dense(common, rows, list(dense)))
             _log_counters_now_and_then()
         return metadata
@@ -181,7 +181,8 @@ class StemImpl(AttentionImpl):
         tokens = plan.sparse.tokens
         k, v, batch = self.keys_and_values(layer, kv_cache, plan.sparse.batch)
         part = output[tokens]
-        run(Call(query[tokens], k, v, self.policy, self.scale, batch=batch, dense_below=0, backend=self.stem_backend, out=part))
+        kept, backend = COUNTERS.count_layer(plan.sparse, query.shape[1]), self.stem_backend
+        run(Call(query[tokens], k, v, self.policy, self.scale, 0, batch, 0, backend=backend, out=part, kept=kept))
         if isinstance(tokens, Tensor):
             output[tokens] = part
         return output
