@@ -65,7 +65,7 @@ def attention_kernel(
     lists = (indices, counts, width, tickets, group)
     pages = (page_table, table_stride, page_count)
     results = (out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h)
-    # Triton keeps constants constant only where they are arguments of the call itself. Small boxes take the producer registers.
+    # Triton keeps constants constant only where they are arguments of the call itself.
     if WGS == 2:
         gl.warp_specialize([
             (first_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
@@ -76,4 +76,4 @@ def attention_kernel(
         gl.warp_specialize([
             (first_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
             (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX)),
-        ], [1], [40 if BOX < 64 and D > 64 else 24])  # fmt: skip
+        ], [1], [24])  # fmt: skip
