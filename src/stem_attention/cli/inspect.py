@@ -17,21 +17,14 @@ _WIDEST = 76  # characters of a picture in text
 
 
 def inspect(
-    model: options.Model = None,
-    policy: options.PolicyOption = options.MASS,
-    prompt_file: options.PromptFile = None,
+    model: options.Model = None, policy: options.PolicyOption = options.MASS, prompt_file: options.PromptFile = None,
     context: options.Context = None,
     layer: Annotated[list[int] | None, options.option("Layer to show. Repeatable.", shown="first, middle and last")] = None,
     head: Annotated[list[int] | None, options.option("Query head to show. Repeatable.", shown="0")] = None,
-    device: options.Device = options.AUTO,
-    dtype: options.Dtype = options.DtypeName.auto,
-    seed: options.Seed = 0,
-    depth: options.Depth = 0.5,
-    no_chat_template: options.NoChatTemplate = False,
-    plot: options.Plot = None,
-    panels: options.Panels = None,
-    as_json: options.Json = False,
-) -> int:
+    device: options.Device = options.AUTO, dtype: options.Dtype = options.DtypeName.auto, seed: options.Seed = 0,
+    depth: options.Depth = 0.5, no_chat_template: options.NoChatTemplate = False, plot: options.Plot = None,
+    panels: options.Panels = None, as_json: options.Json = False,
+) -> int:  # fmt: skip
     """Show which blocks chosen layers and heads keep, as a picture and in numbers, without generating."""
     progress = progress_console()
     job = prepare(

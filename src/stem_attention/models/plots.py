@@ -17,14 +17,12 @@ _WIDTH, _HEIGHT = 5.2, 4.4  # inches of a panel
 
 
 def draw(
-    title: str,
-    views: list[BlockView],
-    curves: dict[str, list[float]],  # blocks kept per query block, by name
-    reach: Tensor,  # median distance of the kept blocks, (layers, heads), NaN where a layer ran dense
-    file: Path | None,
-    directory: Path | None,
+    title: str, views: list[BlockView], curves: dict[str, list[float]], reach: Tensor, file: Path | None, directory: Path | None
 ) -> None:
-    """Write two panels for each view, then blocks per row and reach: all in one PNG, each in one of a directory, or both."""
+    """Write two panels for each view, then blocks per row and reach: all in one PNG, each in one of a directory, or both.
+
+    ``curves`` are blocks kept per query block, by name; ``reach`` is as :func:`stem_attention.models.views.reach` returns it.
+    """
     parts = {}
     for view in views:
         parts[f"layer{view.layer}-head{view.head}-kept"] = partial(_draw_kept, view=view)

@@ -154,7 +154,7 @@ def check_integers(policy: object, **least: int) -> None:
     for name, smallest in least.items():
         value = getattr(policy, name, None)
         if not is_int(value) or value < smallest:
-            raise bad_argument(name, f"an integer >= {smallest}", repr(value), f"pass {name}={max(smallest, 1)} or more")
+            raise bad_argument(name, f"an integer >= {smallest}", repr(value), f"pass {name}={smallest} or more")
 
 
 def is_number(value: object) -> TypeGuard[float]:

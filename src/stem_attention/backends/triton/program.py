@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Launches:
             if x.numel():
                 places[x.data_ptr()] = (role, 0)
         kept = {x.data_ptr() for x in self._kept}
-        steps = []
+        steps: list[_Step] = []
         for kernel, compiled, grid, args, constants in self._started:
             if compiled is None or not hasattr(compiled, "packed_metadata"):
                 return None
@@ -80,18 +80,13 @@ class Launches:
             start = partial(
                 compiled.run, *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None
             )
-            steps.append(_Step(start, template, pointers, tiles))
+            steps.append((start, template, pointers, tiles))
         return Program(steps, end, self._kept, lse.new_empty(0))
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One launch, and what goes where among its arguments."""
-
-    start: Callable[..., None]
-    template: list[Any]
-    pointers: list[tuple[int, int, int]]  # argument, role, bytes behind it
-    tiles: list[tuple[int, int]]  # descriptor, role
+# One launch: what starts it, its arguments, and which of them are addresses (argument, role, bytes behind it) and which
+# descriptors (argument, role).
+_Step: TypeAlias = tuple[Callable[..., None], list[Any], list[tuple[int, int, int]], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -110,13 +105,13 @@ class Program:
         space = torch.empty(self.workspace, dtype=torch.uint8, device=call.q.device)
         tensors = (call.q, call.k, call.v, out, lse, space)
         addresses = [x.data_ptr() for x in tensors]
-        for step in self.steps:
-            args = step.template.copy()
-            for at, role, offset in step.pointers:
+        for start, template, pointers, tiles in self.steps:
+            args = template.copy()
+            for at, role, offset in pointers:
                 args[at] = addresses[role] + offset
-            for at, role in step.tiles:
+            for at, role in tiles:
                 args[at] = _with_base(args[at], tensors[role])
-            step.start(*args)
+            start(*args)
         return out, lse
 
 

@@ -52,11 +52,7 @@ class Settings:
         return f"settings from {self.source}: {json.dumps(policy)}{count}"
 
     def explain(self, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Explanation:
-        """Say which backend serves a model, and from which length on.
-
-        Raises:
-            UnsupportedError: None does; the message gives each one's reason.
-        """
+        """Say which backend serves a model, and from which length on; UnsupportedError with all reasons where none does."""
         asked = {"policy": self.policy, "dense_below": self.dense_below, "backend": self.backend}
         explanation = explain(device=device, dtype=dtype, head_dim=head_dim, **asked)  # type: ignore[arg-type]
         if explanation.chosen is None:

@@ -25,15 +25,11 @@ Output = tuple[Tensor, Tensor | None]
 
 
 class HostCall:
-    """Describe what a layer passes to its attention function, and what it says of itself.
+    """Describe what a layer passes to its attention function, ``(batch, heads, length, dim)``, and what it says of itself.
 
-    Attributes:
-        query, key, value: ``(batch, heads, length, dim)``.
-        mask: The layer's; its entries where it no longer is what it says.
-        causal: The mask, if it is one that says what it is made of.
-        kv_len: Keys that exist; a static cache hands over its whole buffer.
-        layer: Index of the layer in its model, -1 when the module does not say.
-        is_causal: Whether a query sees no later keys, as far as the mask does not say.
+    ``mask`` is the layer's, or its entries where it no longer is what it says; ``causal`` is the mask if it says of what it is
+    made. ``kv_len`` counts the keys that exist: a static cache hands over its whole buffer. ``layer`` is -1 when the module
+    does not say. ``is_causal``: a query sees no later keys, as far as the mask does not say.
     """
 
     def __init__(

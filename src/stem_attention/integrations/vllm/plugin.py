@@ -1,11 +1,7 @@
-"""Serve models in vLLM with Stem.
+"""Serve models in vLLM with Stem: ``vllm serve MODEL --attention-backend STEM``.
 
-    pip install 'stem-attention[vllm]'
-    vllm serve MODEL --attention-backend STEM
-
-vLLM finds the plug-in by its entry point. Prompts are read sparsely, straight from the paged cache, also in chunks, behind
-cached prefixes and beside requests that already answer. Everything else goes to vLLM's own attention: answers, short prompts
-and chunks, sliding windows, ALiBi, soft caps, sinks, encoders, cross-attention, quantised caches. docs/vllm.md tells more.
+vLLM finds the plug-in by its entry point. Long prompts are read sparsely, straight from the paged cache; all else goes to
+vLLM's own attention. docs/vllm.md tells more.
 """
 
 from typing import Any
