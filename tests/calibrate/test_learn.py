@@ -111,13 +111,13 @@ def test_other_windows_share_no_token_with_those_learnt_from(tokenizer, count):
 
 
 def test_the_loss_of_texts_is_what_sparse_attention_adds(model, lessons):
-    whole, sparse = calibrate.text_losses(model, lessons, [replace(POLICY, share=1e-6), replace(POLICY, share=100.0)])
+    whole, sparse = calibrate.loss_rises(model, lessons, [replace(POLICY, share=1e-6), replace(POLICY, share=100.0)])
     assert abs(whole) < 1e-5
     assert abs(sparse) > 1e-5
 
 
 def test_needle_lessons_ask_for_a_number_among_others_from_start_to_end(tokenizer):
-    lessons = needle_lessons(tokenizer, HAYSTACK, 1500, 4, 0)
+    lessons = needle_lessons(tokenizer, HAYSTACK, 1500, 4, "any")
     depths = []
     for lesson in lessons:
         prompt, answer = tokenizer.decode(lesson.ids), tokenizer.decode(lesson.answer)
@@ -153,7 +153,7 @@ def test_learning_is_repeated_by_its_seed_and_tells_of_each_lesson(model, lesson
 
 
 def test_costs_add_up_and_densities_are_averaged_over_lessons(model, tokenizer):
-    answers = needle_lessons(tokenizer, HAYSTACK, 700, 2, 0)
+    answers = needle_lessons(tokenizer, HAYSTACK, 700, 2, "any")
     both = learn(model, answers, POLICY, 0, lambda: None)
     first, second = (learn(model, part, POLICY, 0, lambda: None) for part in (answers[:1], answers[1:]))
     torch.testing.assert_close(both.density, (first.density + second.density) / 2)

@@ -1,7 +1,6 @@
 """``stem-attention calibrate`` on a tiny random model: a file for its layers and heads, and mistakes in one line."""
 
 import json
-import math
 import re
 
 import pytest
@@ -25,11 +24,17 @@ def command(model, folder, *more):
             "--windows", "1", "--needles", "1", "--density", "0.4", *SMALL, *more]  # fmt: skip
 
 
+def first_is_best(model, lessons, policies):
+    return [0.1 * place for place, _ in enumerate(policies)]
+
+
 @pytest.fixture(scope="module")
 def calibrated(tiny_llama, tmp_path_factory):
     """The file that the command writes."""
     folder = tmp_path_factory.mktemp("calibrate")
-    assert main(command(tiny_llama, folder)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate.learning, "loss_rises", first_is_best)
+        assert main(command(tiny_llama, folder)) == 0
     return folder / "heads.json"
 
 
@@ -41,14 +46,17 @@ def test_file_is_a_policy_for_every_layer_and_head(calibrated):
     assert sorted(path.name for path in calibrated.parent.iterdir()) == ["heads.json", "text.txt"]
 
 
-def test_same_command_again_writes_the_same_and_another_seed_something_else(calibrated, tiny_llama, tmp_path, capsys):
+def test_same_command_again_writes_the_same_and_another_seed_something_else(
+    calibrated, tiny_llama, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(calibrate.learning, "loss_rises", first_is_best)
     (tmp_path / "heads.json").write_text("{}")  # replaced
     assert main(command(tiny_llama, tmp_path)) == 0
     assert (tmp_path / "heads.json").read_text() == calibrated.read_text()
     captured = capsys.readouterr()
     said = " ".join(captured.err.split())
     assert captured.out == ""
-    found = re.search(rf"wrote {tmp_path / 'heads.json'}: density (\S+) on these prompts, share (\S+)", said)
+    found = re.search(rf"wrote {tmp_path / 'heads.json'}: the factors, .* density (\S+) on these prompts, share (\S+)", said)
     assert found is not None
     assert float(found[1]) == pytest.approx(0.4, rel=0.06)  # a tiny model's heads step far from share to share
     assert float(found[2]) == pytest.approx(json.loads(calibrated.read_text())["share"], rel=0.01)
@@ -57,21 +65,55 @@ def test_same_command_again_writes_the_same_and_another_seed_something_else(cali
     assert other.head_factors != policy_from_json(calibrated.read_text()).head_factors
 
 
-@pytest.mark.parametrize(("ours", "theirs", "code"), [(0.05, 0.02, 3), (0.02, 0.05, 0), (0.009, 0.001, 0), (-0.01, -0.02, 0)])
-def test_it_says_what_the_file_does_to_other_windows(ours, theirs, code, tiny_llama, tmp_path, monkeypatch, capsys):
-    def losses(model, windows, policies):
-        return [ours if policy.head_factors else theirs for policy in policies]
+@pytest.mark.parametrize(
+    ("text", "answer", "best"),
+    [
+        ((0.01, 0.02, 0.03), (0.1, 0.2, 0.3), "the factors"),
+        ((0.03, 0.01, 0.02), (0.1, 0.1, 0.1), "their square roots"),
+        ((0.01, 0.02, 0.03), (0.3, 0.2, 0.1), "one share"),
+    ],
+)
+def test_the_file_holds_what_loses_least_of_other_prompts(text, answer, best, tiny_llama, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def rises(model, lessons, policies):
+        asked.append((lessons, policies))
+        return list(answer if lessons[0].answer else text)
 
     rise = torch.rand(2, 4, len(SHARES), generator=torch.Generator().manual_seed(0)).double().cumsum(-1)
     curves = Curves(rise, rise, 1 - 0.9 * rise / rise[..., -1:])
     monkeypatch.setattr(calibrate.learning, "learn", lambda *arguments: curves)
-    monkeypatch.setattr(calibrate.learning, "text_losses", losses)
-    assert main(command(tiny_llama, tmp_path)) == code
+    monkeypatch.setattr(calibrate.learning, "loss_rises", rises)
+    assert main(command(tiny_llama, tmp_path)) == 0
     said = " ".join(capsys.readouterr().err.split())
-    lost = f"perplexity {math.expm1(ours):+.2%}, with one share for all heads at that density {math.expm1(theirs):+.2%}"
-    assert f"other windows of the texts: {lost}" in said
-    assert ("that is a loss" in said) == (code == 3)
-    assert policy_from_json((tmp_path / "heads.json").read_text()).head_factors is not None
+    for name, of_text, of_answer in zip(("the factors", "their square roots", "one share"), text, answer, strict=True):
+        assert f"other prompts with {name}: loss {of_text:+.4f} nats a token of a text, {of_answer:+.4f} of an answer" in said
+    assert f"{best}, which loses least there" in said
+    (_, (factors, roots, single)), _ = asked
+    written = policy_from_json((tmp_path / "heads.json").read_text())
+    assert written == {"the factors": factors, "their square roots": roots, "one share": single}[best]
+    assert single.head_factors is None
+    tables = [torch.tensor(policy.head_factors) for policy in (factors, roots)]
+    torch.testing.assert_close(tables[0].sqrt(), tables[1])
+
+
+def test_other_prompts_are_not_those_learnt_from(tiny_llama, tmp_path, monkeypatch):
+    seen = {"learnt": [], "tried": []}
+    learn, rises = calibrate.learning.learn, calibrate.learning.loss_rises
+
+    def learnt(model, lessons, *more):
+        seen["learnt"] += [lesson.ids for lesson in lessons]
+        return learn(model, lessons, *more)
+
+    def tried(model, lessons, policies):
+        seen["tried"] += [lesson.ids for lesson in lessons]
+        return rises(model, lessons, policies)
+
+    monkeypatch.setattr(calibrate.learning, "learn", learnt)
+    monkeypatch.setattr(calibrate.learning, "loss_rises", tried)
+    assert main(command(tiny_llama, tmp_path)) == 0
+    assert len(seen["learnt"]) == len(seen["tried"]) == 2
+    assert not any(ids in seen["learnt"] for ids in seen["tried"])
 
 
 def test_run_takes_the_file_and_a_share_of_its_own(calibrated, tiny_llama, capsys):

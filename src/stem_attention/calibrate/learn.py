@@ -66,12 +66,12 @@ def other_windows(tokenizer: Tokenizer, texts: Sequence[Text], tokens: int, coun
     return [Lesson(text.window(start, tokens), []) for text in sources for start in text.starts(tokens, both)[1::2]]
 
 
-def needle_lessons(tokenizer: Tokenizer, haystack: str | None, tokens: int, count: int, seed: int) -> list[Lesson]:
+def needle_lessons(tokenizer: Tokenizer, haystack: str | None, tokens: int, count: int, seed: str) -> list[Lesson]:
     """Make ``count`` prompts that hide four numbers and ask for one, at depths from the start to the end of the text."""
     lessons = []
     for i in range(count):
         prompt = planted_prompt(
-            tokenizer, tokens - _ANSWER_ROOM, seed=f"calibrate {seed} {i}", depth=(i + 0.5) / count, kind="multikey",
+            tokenizer, tokens - _ANSWER_ROOM, seed=f"{seed} {i}", depth=(i + 0.5) / count, kind="multikey",
             count=_COMPETING, haystack=haystack,
         )  # fmt: skip
         lessons.append(Lesson(prompt.ids, list(tokenizer(f" {prompt.answers[0]}", add_special_tokens=False).input_ids)))
@@ -190,8 +190,8 @@ def tuned(
 
 
 @torch.no_grad()
-def text_losses(model: Model, lessons: Sequence[Lesson], policies: Sequence[Mass]) -> list[float]:
-    """Measure what the loss of a token of these windows rises by under each policy, in nats; dense they are read once."""
+def loss_rises(model: Model, lessons: Sequence[Lesson], policies: Sequence[Mass]) -> list[float]:
+    """Measure what the loss of a token that counts rises by under each policy, in nats; dense the prompts are read once."""
 
     def loss(lesson: Lesson, policy: Mass | None) -> float:
         with attending(model, policy, dense_below=0, dense_layers=0):

@@ -1,6 +1,5 @@
 """``stem-attention calibrate``: a share for every head of a model, written as a policy."""
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Annotated
@@ -15,9 +14,6 @@ from stem_attention.cli.system import progress_console
 from stem_attention.models.load import context_length
 from stem_attention.models.texts import stdlib_text
 from stem_attention.policies import Mass
-
-LOSES = 3  # exit code where the file loses more of other windows than one share for all heads does, and more than a little
-_BEARABLE = 0.01  # nats a token, about 1 % of perplexity
 
 
 def calibrate(
@@ -45,8 +41,8 @@ def calibrate(
 ) -> int:
     """Find out how much each head of a model may drop, from the model's own gradients, and write it as a policy.
 
-    At the same density the policy can then lose less: its effect on other windows of the texts is said at the end, and exit
-    code 3 means that they suffer. Weights stay as they are; the file is for this model alone.
+    At the same density the policy can then lose less. It is tried on other prompts of the same kinds, and the file holds what
+    loses least there: the factors, their square roots, or one share for all heads. Weights stay as they are.
     """
     console = progress_console()
     say = partial(console.print, markup=False, soft_wrap=True)
@@ -63,24 +59,29 @@ def calibrate(
     with blaming("calibrate: ", tokens="--length", density="--density", text="--text", haystack="--haystack"):
         kinds = [(learning.text_lessons(tokenizer, texts, length, windows), 1.0)]
         if needle_weight:
-            kinds.append((learning.needle_lessons(tokenizer, haystack, length, needles, seed), needle_weight))
+            kinds.append((learning.needle_lessons(tokenizer, haystack, length, needles, f"calibrate {seed}"), needle_weight))
         lessons = [lesson for kind, _ in kinds for lesson in kind]
         learning.check_density(density, lessons, start)
-        others = learning.other_windows(tokenizer, texts, length, windows)
+        others = [(learning.other_windows(tokenizer, texts, length, windows), 1.0)]
+        if needle_weight:
+            others.append((learning.needle_lessons(tokenizer, haystack, length, needles, f"others {seed}"), needle_weight))
         with ticking(console, "reading backwards", len(lessons)) as tick:
             curves = [(learning.learn(loaded, kind, start, seed, tick), weight) for kind, weight in kinds]
-        shares: Tensor = learning.allocate(curves, density) / start.share
-        start, firsts = replace(start, head_factors=tuple(map(tuple, shares.tolist()))), [kind[0] for kind, _ in kinds]
+        factors: Tensor = learning.allocate(curves, density) / start.share
+        firsts, tried = [kind[0] for kind, _ in kinds], dict[str, tuple[Mass, float]]()
         with ticking(console, "finding the density", None) as tick:
-            found, kept = learning.tuned(loaded, firsts, start, density, tick)
+            for name, table in (("the factors", factors), ("their square roots", factors.sqrt()), ("one share", None)):
+                own = replace(start, head_factors=None if table is None else tuple(map(tuple, table.tolist())))
+                tried[name] = learning.tuned(loaded, firsts, own, density, tick)
+    with console.status("trying them on other prompts"):
+        rises = [learning.loss_rises(loaded, kind, [each for each, _ in tried.values()]) for kind, _ in others]
+    costs = dict[str, float]()
+    for name, of_text, *of_answer in zip(tried, *rises, strict=True):
+        costs[name] = of_text + needle_weight * sum(of_answer)
+        answers = "".join(f", {rise:+.4f} of an answer" for rise in of_answer)
+        say(f"other prompts with {name}: loss {of_text:+.4f} nats a token of a text{answers}")
+    best = min(costs, key=costs.__getitem__)
+    found, kept = tried[best]
     out.write_text(found.to_json() + "\n", encoding="utf-8")
-    say(f"wrote {out}: density {kept:.3f} on these prompts, share {found.share:.3g}")
-    with ticking(console, "trying it on other windows", None) as tick:
-        single, _ = learning.tuned(loaded, firsts, replace(start, head_factors=None), kept, tick)
-        ours, theirs = learning.text_losses(loaded, others, (found, single))
-    lost = f"perplexity {math.expm1(ours):+.2%}, with one share for all heads at that density {math.expm1(theirs):+.2%}"
-    say(f"other windows of the texts: {lost}")
-    if ours <= max(theirs, _BEARABLE):
-        return 0
-    say("that is a loss: learn from more --windows, or lower --needle-weight")
-    return LOSES
+    say(f"wrote {out}: {best}, which loses least there; density {kept:.3f} on these prompts, share {found.share:.3g}")
+    return 0

@@ -57,7 +57,7 @@ def test_a_chunk_is_read_from_scrambled_pages(backend, layout):
         impl = backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, None, "auto")
     impl.policy = policy
     output = torch.zeros_like(query)
-    step = SimpleNamespace(stem_plan=Plan(SparseRows.of(rows, [1], table), None))
+    step = SimpleNamespace(stem_plan=Plan(SparseRows.of(rows, [1], table, policy), None))
     impl.forward(None, query, None, None, cache, step, output)
     own = query[None, 7 : 7 + q_len]
     expected = stem_attention(own, keys[None], values[None], policy=policy, dense_below=0, prompt_len=prompt_len)
