@@ -42,7 +42,7 @@ def text(report: dict[str, Any]) -> str:
         f"Medians of rounds in which everyone ran once, in an order drawn anew. {_NOTES[report['suite']]}",
     ]
     if any(result.get("launch_medians") for result in results):
-        lines.append("Times are the GPU's own, its queue kept busy; host: how long a call keeps the host.")
+        lines.append("Times are the GPU's own, with work always waiting for it; host: how long a call keeps the host.")
     if policy_from_dict(report["policy"]).density(1) is None:
         lines.append("Density is that of random inputs; how much of a text this policy keeps is another matter.")
     if limit and any(result.get("length", limit) < limit for result in results):
