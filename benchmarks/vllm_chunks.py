@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_chunks.py --out benchmarks/results/vllm-chunks-cpu.json
 
-Prints the table of docs/vllm.md. SmolLM2 reads one window of source code. Every budget starts three engines: on vLLM's own
+Prints the numbers of docs/vllm.md. SmolLM2 reads one window of source code. Every budget starts three engines: on vLLM's own
 attention, with Stem, and with Stem where the runner does not tell how long prompts are, as in vLLM 0.26's second one.
 """
 
