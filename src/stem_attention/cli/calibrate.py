@@ -62,9 +62,9 @@ def calibrate(
             kinds.append((learning.needle_lessons(tokenizer, haystack, length, needles, f"calibrate {seed}"), needle_weight))
         lessons = [lesson for kind, _ in kinds for lesson in kind]
         learning.check_density(density, lessons, start)
-        others = [(learning.other_windows(tokenizer, texts, length, windows), 1.0)]
+        others = [learning.other_windows(tokenizer, texts, length, windows)]
         if needle_weight:
-            others.append((learning.needle_lessons(tokenizer, haystack, length, needles, f"others {seed}"), needle_weight))
+            others.append(learning.needle_lessons(tokenizer, haystack, length, needles, f"others {seed}"))
         with ticking(console, "reading backwards", len(lessons)) as tick:
             curves = [(learning.learn(loaded, kind, start, seed, tick), weight) for kind, weight in kinds]
         factors: Tensor = learning.allocate(curves, density) / start.share
@@ -74,7 +74,7 @@ def calibrate(
                 own = replace(start, head_factors=None if table is None else tuple(map(tuple, table.tolist())))
                 tried[name] = learning.tuned(loaded, firsts, own, density, tick)
     with console.status("trying them on other prompts"):
-        rises = [learning.loss_rises(loaded, kind, [each for each, _ in tried.values()]) for kind, _ in others]
+        rises = [learning.loss_rises(loaded, kind, [each for each, _ in tried.values()]) for kind in others]
     costs = dict[str, float]()
     for name, of_text, *of_answer in zip(tried, *rises, strict=True):
         costs[name] = of_text + needle_weight * sum(of_answer)

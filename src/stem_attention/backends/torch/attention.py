@@ -13,11 +13,10 @@ from itertools import groupby, product
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from stem_attention.backends.torch.workers import run_all
 from stem_attention.blocks import BlockGrid
-from stem_attention.policies.metric import accumulator_dtype
+from stem_attention.policies.metric import accumulator_dtype, runs
 from stem_attention.selection import BlockSelection
 
 # Elements of gathered keys, values and scores that a unit holds; one query block alone may need more. Small units wait for
@@ -52,8 +51,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
     for b, g in product(range(batch), range(kv_heads)):
         own = slice(g * heads // kv_heads, (g + 1) * heads // kv_heads)
         lists = selection.indices[b, own].flatten(0, 1)[order[b, g]]
-        tensors = q[b, :, own], k[b, :, g], v[b, :, g], out[b, :, own], lse[b, own] if return_lse else None
-        _attend_group(*tensors, order[b, g], lists, lengths[b][g], selection.grid, scale)
+        tensors = q[b : b + 1, :, own], k[b : b + 1, :, g : g + 1], v[b : b + 1, :, g : g + 1], out[b, :, own]
+        _attend_group(*tensors, lse[b, own] if return_lse else None, order[b, g], lists, lengths[b][g], selection.grid, scale)
     return out, lse
 
 
@@ -61,15 +60,16 @@ def _attend_group(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, order: Tensor, lists: Tensor, counts: list[int],
     grid: BlockGrid, scale: float,
 ) -> None:  # fmt: skip
-    """Fill ``out (q_len, heads, dim)`` and ``lse (heads, q_len)`` for the query heads of one kv head.
+    """Fill ``out (q_len, heads, dim)`` and ``lse (heads, q_len)`` for the query heads of one kv head of a sequence.
 
     ``order`` numbers the query blocks of all these heads by how many key blocks they keep, the most first; ``lists`` and
     ``counts`` are in that order.
     """
-    dtype, size, heads, before = accumulator_dtype(q), grid.block_size, q.shape[1], grid.start % grid.block_size
-    blocks = _blocks(q, before, size).permute(2, 0, 1, 3)
+    dtype, size, heads, before = accumulator_dtype(q), grid.block_size, q.shape[2], grid.start % grid.block_size
+    blocks = runs(q, grid.start, size, size)[0].permute(2, 0, 1, 3)
     queries = torch.empty(blocks.shape, dtype=dtype, device=q.device).copy_(blocks).mul_(scale).flatten(0, 1)
-    keys, values = (_blocks(x, 0, size).to(dtype).contiguous() for x in (k, v))  # [blocks, size, dim]: a kept one is one run
+    # [blocks, size, dim]: a kept one is one run.
+    keys, values = (runs(x, 0, size, size)[0, :, :, 0].to(dtype).contiguous() for x in (k, v))
     results = queries.new_empty((*queries.shape[:2], values.shape[2]))
     norms = None if lse is None else queries.new_empty(queries.shape[:2])
     future = torch.ones((size, size), dtype=torch.bool, device=q.device).triu(1)
@@ -97,15 +97,6 @@ def _attend_group(
     out.copy_(torch.unflatten(results, 0, (heads, -1)).flatten(1, 2)[:, inside].transpose(0, 1))
     if lse is not None and norms is not None:
         lse.copy_(torch.unflatten(norms, 0, (heads, -1)).flatten(1, 2)[:, inside])
-
-
-def _blocks(x: Tensor, before: int, size: int) -> Tensor:
-    """Cut ``(length, ...)`` into blocks ``(blocks, size, ...)``: the first lacks ``before`` tokens, the last what is left over.
-
-    Zeros stand where tokens are missing.
-    """
-    after = -(before + len(x)) % size
-    return torch.unflatten(pad(x, (0, 0) * (x.dim() - 1) + (before, after)), 0, (-1, size))
 
 
 def _units(counts: Sequence[int], most: int) -> Iterator[tuple[slice, int]]:
