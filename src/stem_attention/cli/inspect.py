@@ -21,7 +21,7 @@ def inspect(
     context: options.Context = None,
     layer: Annotated[list[int] | None, options.option("Layer to show. Repeatable.", shown="first, middle and last")] = None,
     head: Annotated[list[int] | None, options.option("Query head to show. Repeatable.", shown="0")] = None,
-    device: options.Device = options.AUTO, dtype: options.Dtype = options.DtypeName.auto, seed: options.Seed = 0,
+    device: options.Device = options.AUTO, dtype: options.Dtype = options.AUTO, seed: options.Seed = 0,
     depth: options.Depth = 0.5, no_chat_template: options.NoChatTemplate = False, plot: options.Plot = None,
     panels: options.Panels = None, as_json: options.Json = False,
 ) -> int:  # fmt: skip
