@@ -125,9 +125,10 @@ def _draw_column(
         places, heights = [at[name] for name in eager], [means[name] for name in eager]
         axes.plot(places, heights, linestyle="", markerfacecolor="white", zorder=3, **style)
     _leave_out_far_ones(axes, means, level, families)
-    axes.set_title(column.title, fontsize=9)
-    label = "density" if times is None else "attention time over dense's, selection included"
-    axes.set(xlabel=label, ylabel=column.metric.label + column.metric.unit, xscale="log")
+    axes.set_title(f"{column.title}, n {len(column.values)}", fontsize=9)
+    label = "density" if times is None else "attention time over dense's, selection included (lower is better)"
+    better = "higher" if column.metric.higher else "lower"
+    axes.set(xlabel=label, ylabel=f"{column.metric.label}{column.metric.unit} ({better} is better)", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6) if times is None else (1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, place: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -241,7 +241,9 @@ def _show(chapters: list[Chapter], out: Path) -> None:
     for chapter in chapters:
         for (tokens, measure), part in chapter.scores.groupby(["tokens", "measure"], sort=False) if len(chapter.scores) else ():
             title = f"{chapter.title}, {tokens} tokens: {measure}"
-            table = Table(*part.columns[2:], title=title, title_justify="left", box=SIMPLE_HEAD)
+            # A name that is too long goes on in the next line: cut short, many would look alike.
+            heads = [Column(name, overflow="fold") for name in part.columns[2:]]
+            table = Table(*heads, title=title, title_justify="left", box=SIMPLE_HEAD)
             for row in part.iloc[:, 2:].itertuples(index=False):
                 table.add_row(*row)
             console.print(table)

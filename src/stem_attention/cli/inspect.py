@@ -52,7 +52,8 @@ def save_picture(job: Job, reading: Reading, recorder: HeadRecorder, *, file: Pa
     from stem_attention.models.plots import draw
 
     curves = {f"kept in layer {layer}": counts for layer, counts in _kept_per_row(reading, views).items()}
-    title = f"{job.spec} on {Path(str(job.source)).name}, {len(job.prompt.ids)} tokens"
+    where = "{device}, {dtype}".format(**job.describe())
+    title = f"{job.spec} on {Path(str(job.source)).name}, one prompt of {len(job.prompt.ids)} tokens, {where}"
     draw(title, views, curves, reach(reading), file, panels)
 
 
