@@ -145,7 +145,7 @@ $(FOR_RUN): | $(ENTRY)
 	touch $@
 
 $(FOR_DOCS): | $(ENTRY)
-	$(INSTALL) --constraint constraints.txt 'mkdocs-material' 'mkdocstrings[python]' ruff
+	$(INSTALL) --constraint constraints.txt 'mkdocs-material' 'mkdocstrings[python]' latex2mathml ruff
 	touch $@
 
 # Triton goes in without dependencies, and only where torch has not brought the one it wants.
