@@ -106,11 +106,12 @@ else
 	@echo 'test-vllm is skipped: it needs Linux and Python 3.11'
 endif
 
-lint: $(FOR_TEST) ## Style, docstrings of src, formatting and types
+lint: $(FOR_TEST) ## Style, docstrings of src, formatting, types, and the language of the pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff check --extend-select D --extend-ignore $(UNDOCUMENTED) src
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_prose.py
 
 coverage: $(FOR_TEST) ## Which lines of src, kernels aside, no test runs; below 95 % is an error
 	$(INSTALL) 'pytest-cov==7.1.0'
