@@ -13,7 +13,7 @@ from itertools import islice
 
 from stem_attention.models.prompts import haystack_sentences
 
-SENTENCES, SECRET = 600, 4815162
+SENTENCES, SECRET = 250, 4815162
 START = "pip install '.[vllm]' openai, then: vllm serve MODEL --attention-backend STEM --max-num-batched-tokens 8192"
 
 url = sys.argv[1] if len(sys.argv) > 1 else "http://localhost:8000/v1"

@@ -1,6 +1,7 @@
 """Every Python block in README, CONTRIBUTING and docs/ runs, page by page, links lead somewhere, and every example runs."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 from stem_attention import Mass, Stem
 from stem_attention.blocks import block_count
+from stem_attention.models.load import EMBEDDED_INSTALL, embedded_gguf
 from stem_attention.policies import Ranked, policy_names, read_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,9 +93,23 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(path, marks=[pytest.mark.model] * (path.stem == "ask_document")) for path in EXAMPLES],
+    ids=lambda path: path.stem,
+)
 def test_example_runs(example, tmp_path):
-    ran = subprocess.run([sys.executable, example], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=300)
+    if example.stem == "ask_document" and embedded_gguf() is None:
+        pytest.skip(f"needs the embedded model: {EMBEDDED_INSTALL}")
+    ran = subprocess.run(
+        [sys.executable, example],
+        cwd=tmp_path,
+        env={**os.environ, "TOKENS": "600"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip(), "an example shows what it did"
     assert "Warning" not in ran.stderr
