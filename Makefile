@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test test-newest-triton test-hub-kernel test-vllm lint docs coverage audit sbom mutants clean
+.PHONY: help run test test-newest-triton test-hub-kernel test-vllm lint docs coverage audit sbom mutants release-check clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -33,7 +33,7 @@ UNDOCUMENTED := D102,D105,D107,D403
 
 # What looks at the environment from outside; nothing of it belongs into what is looked at.
 TOOLS := .tools
-TOOL_PACKAGES := pip-audit==2.10.1 cyclonedx-bom==7.5.0 mutmut==3.8.1
+TOOL_PACKAGES := pip-audit==2.10.1 cyclonedx-bom==7.5.0 mutmut==3.8.1 twine==7.0.0
 INSTALLED = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # A stamp is named after what the files say, so it goes stale when they change and not when git touches them.
@@ -128,6 +128,12 @@ mutants: $(FOR_TEST) $(TOOLS) ## Break what chooses blocks in MUTANTS=300 places
 	rm -rf .mutants
 	echo '$(INSTALLED)' > "$$(echo $(TOOLS)/lib/python3*/site-packages)/tested.pth"
 	$(TOOLS)/bin/python .ci/mutants.py .mutants $(MUTANTS)
+
+release-check: $(FOR_TEST) $(TOOLS) ## Build wheel and source archive, check them with twine, and walk a stranger's path
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(TOOLS)/bin/twine check --strict dist/*
+	$(PYTHON) packaging/stranger.py dist/*.whl constraints.txt
 
 $(TOOLS):
 	$(PYTHON) -m venv $@

@@ -44,7 +44,7 @@ def draw_speed(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_xticks(range(len(results)), [f"{result['length'] // 1024}K" for result in results])
     axes.set(ylim=(0, 1.25), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="time to first token, of dense (lower is better)")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_title(f"Speed: {report['model']}, {report['device_name']}", fontsize=10)
+    axes.set_title(f"Speed: shape of {report['model']}, random weights, one {report['device_name']}", fontsize=10)
 
 
 def draw_loss(axes: Axes, lengths: tuple[int, ...]) -> None:
@@ -64,7 +64,7 @@ def draw_loss(axes: Axes, lengths: tuple[int, ...]) -> None:
     axes.axhline(0, color=DENSE, linewidth=1)
     axes.set_xticks(range(len(lengths)), [f"{length // 1024}K" for length in lengths])
     axes.set_ylabel("needles found minus dense, points (higher is better)")
-    axes.set_title("Accuracy: Qwen2.5-Coder-0.5B, n 253 to 975", fontsize=10)
+    axes.set_title("Accuracy: Qwen2.5-Coder-0.5B, NVIDIA H200, n 253 to 975 prompts", fontsize=10)
 
 
 def needles(length: int) -> dict[str, dict[str, bool]]:
