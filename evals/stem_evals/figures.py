@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from stem_evals.contender import DENSE
 from stem_evals.scores import Column
 
 _MARKERS = "osD^vP*X<>hd"
+_COLOURS = [colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2))]
 _HOLLOW = "hollow: selection in eager torch"
 _WIDE = 4
 """Panels next to each other."""
@@ -118,7 +120,7 @@ def _draw_column(
         found = [column.estimate(name) for name in names]
         means |= {name: plot(one.mean) for name, one in zip(names, found, strict=True)}
         reach = np.nan_to_num([[plot(one.mean) - plot(one.low), plot(one.high) - plot(one.mean)] for one in found]).clip(0)
-        style: dict[str, Any] = {"marker": _MARKERS[place % len(_MARKERS)], "color": f"C{place}"}
+        style: dict[str, Any] = {"marker": _MARKERS[place % len(_MARKERS)], "color": _COLOURS[place % len(_COLOURS)]}
         places, heights = [at[name] for name in names], [means[name] for name in names]
         axes.errorbar(places, heights, reach.T, elinewidth=0.6, capsize=2, label=family, **style)
         eager = [name for name in names if name in hollow]
