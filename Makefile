@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test test-newest-triton test-hub-kernel test-vllm lint docs coverage audit sbom mutants release-check clean
+.PHONY: help run test test-newest-triton test-hub-kernel test-vllm lint docs coverage audit sbom mutants test-versions release-check clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -128,6 +128,14 @@ mutants: $(FOR_TEST) $(TOOLS) ## Break what chooses blocks in MUTANTS=300 places
 	rm -rf .mutants
 	echo '$(INSTALLED)' > "$$(echo $(TOOLS)/lib/python3*/site-packages)/tested.pth"
 	$(TOOLS)/bin/python .ci/mutants.py .mutants $(MUTANTS)
+
+# What an older PyTorch or transformers is asked for; `newer_host` marks what only newer ones can do (docs/index.md).
+PYTEST ?= $(BIN)/pytest
+test-versions: ## The tests of the matrix of versions, in whatever environment PYTEST is of
+	OMP_NUM_THREADS=1 $(PYTEST) -q -m 'not gpu and not model and not newer_host' tests/policies tests/test_api.py \
+	    tests/test_selection.py tests/test_varlen.py tests/test_bad_input.py tests/backends/test_attention.py \
+	    tests/backends/test_registry.py tests/models tests/integrations/test_transformers_equals_sdpa.py \
+	    tests/integrations/test_transformers_settings.py tests/integrations/test_transformers_sparse.py
 
 release-check: $(FOR_TEST) $(TOOLS) ## Build wheel and source archive, check them with twine, and walk a stranger's path
 	rm -rf dist
