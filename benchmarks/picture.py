@@ -1,4 +1,4 @@
-"""Draw README's picture, docs/assets/speed.png, from benchmarks/results: `python benchmarks/picture.py`.
+"""Draw README's picture, docs/assets/speed.png, from evidence: `python benchmarks/picture.py`.
 
 Left what is gained, a whole model's time to first token; right what it costs, needles that are no longer found. Needs the
 distribution in evals/.
@@ -18,7 +18,7 @@ from matplotlib.ticker import PercentFormatter
 from stem_evals.intervals import share_difference_interval
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "assets" / "speed.png"
+RESULTS, PICTURE = ROOT / "evidence", ROOT / "docs" / "assets" / "speed.png"
 SHORTEST = 8192  # below, prompts run dense
 DENSE, STEM, REST = "#7d8590", "#bf8700", "#d0d4da"
 # How a policy is called in the records, and here.

@@ -121,7 +121,7 @@ def test_source_archive_can_be_tested(built):
         names = {name.partition("/")[2] for name in members.getnames()}
     needed = {"LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "tests/test_packaging.py", "evals/pyproject.toml"}
     assert needed <= names
-    assert not any("__pycache__" in name for name in names)
+    assert not any("__pycache__" in name or name.startswith("evidence/") for name in names)
 
 
 def test_make_fetches_the_model_that_the_command_asks_for():
