@@ -109,7 +109,7 @@ class Call:
     Attributes:
         q: ``(batch, q_len, q_heads, dim)``; packed, ``(total_q, q_heads, dim)``.
         k: ``(batch, kv_len, kv_heads, dim)``; packed, ``(total_k, kv_heads, dim)``; paged, the cache
-            ``(pages, page_size, kv_heads, dim)``.
+            ``(pages, page_size, kv_heads, dim)``, of the dtype of ``q`` or fp8 (e4m3).
         v: The shape of ``k``.
         policy: What to keep.
         scale: Softmax scale.
@@ -120,6 +120,8 @@ class Call:
         backend: Name of the backend, or ``"auto"``.
         out: Where the result goes, a contiguous tensor like ``q``; None for a new one.
         kept: int64 ``(1,)``, to which the block pairs that a policy keeps are added, of all heads; None: they are not counted.
+        k_scale: What the keys of an fp8 cache are multiplied by, fp32, one number or ``(kv_heads,)``; None for other keys.
+        v_scale: The same for values; both are given or none.
     """
 
     q: Tensor
@@ -134,6 +136,8 @@ class Call:
     backend: str = "auto"
     out: Tensor | None = None
     kept: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def paged(self) -> bool:

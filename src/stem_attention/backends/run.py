@@ -1,6 +1,7 @@
 """Run a call: on the device of its tensors, in their precision, by the backend that serves it."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from stem_attention.backends.base import Backend, Request, check_chosen
 from stem_attention.backends.dense import without_autocast
+from stem_attention.backends.reference import fp8 as reference_fp8
 from stem_attention.backends.registry import get_backend
 from stem_attention.call import Call
 from stem_attention.selection import BlockSelection
@@ -23,6 +25,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     if call.q.numel() == 0:
         return call.empty_results()
     with _device_of(call.q), without_autocast(call.q.device):
+        if call.k_scale is not None:
+            call = _dequantised(call)
         out, lse = backend_of(call).runner(call)(call)
         if call.out is not None and out is not call.out:  # not every way to compute it writes where it is told
             out = call.out.copy_(out)
@@ -52,6 +56,30 @@ def backend_of(call: Call) -> Backend:
 @cache
 def _serving(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int, name: str) -> Backend:
     return get_backend(Request(device, dtype, head_dim, block_size), name)
+
+
+def _dequantised(call: Call) -> Call:
+    """Return the call with keys and values in the precision of its queries, packed instead of in pages."""
+    batch = call.batch
+    assert batch is not None
+    assert call.k_scale is not None
+    assert call.v_scale is not None
+    packed = batch.once("packed", lambda: replace(batch, page_table=None, _kept={}))
+    if _converts_fp8(call.q.device):
+        from stem_attention.backends.triton.fp8 import dequantised
+        from stem_attention.backends.triton.program import Launches
+
+        k, v = dequantised(call, Launches())
+    else:
+        pairs = (call.k, call.k_scale), (call.v, call.v_scale)
+        k, v = (reference_fp8.dequantised(x, scale, batch, call.q.dtype) for x, scale in pairs)
+    return replace(call, k=k, v=v, batch=packed, k_scale=None, v_scale=None)
+
+
+@cache
+def _converts_fp8(device: torch.device) -> bool:
+    """Tell whether Triton compiles conversions from e4m3 for a device: for cards from Ada on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:

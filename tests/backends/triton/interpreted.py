@@ -16,12 +16,12 @@ from torch import Tensor
 
 from stem_attention import BlockSelection, Mass, Policy, Stem
 from stem_attention.backends.reference import ReferenceBackend
-from stem_attention.backends.triton import TritonBackend, attention, layout
+from stem_attention.backends.triton import TritonBackend, attention, fp8, layout
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies.ranked import choose as eager_choose
-from stem_attention.testing import make_qkv, random_selection, worst_row_error
+from stem_attention.testing import make_qkv, random_selection, to_pages, worst_row_error
 
 from .choosing import choose
 
@@ -341,3 +341,15 @@ def test_pages_and_neighbours_change_no_bit():
     for i, (low, high) in enumerate(pairwise(starts)):
         if low < high:
             assert all(map(torch.equal, run(single[i : i + 1]), (out[low:high], lse[:, low:high])))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_a_cache_is_dequantised_as_the_twin_does(by_head):
+    lengths, scales = [5, 70, 130], torch.tensor([0.02, 0.7] if by_head else 0.3)
+    x = torch.randn(2, sum(lengths), 2, 24, generator=torch.Generator().manual_seed(1)).mul(60).to(torch.float8_e4m3fn)
+    (k, table), (v, _) = (to_pages(part.view(torch.uint8), lengths, 16, fill=0) for part in x)
+    k, v = k.view(x.dtype), v.view(x.dtype)
+    batch = PackedBatch.plan(lengths, lengths, page_table=table, device=k.device)
+    call = Call(torch.empty(sum(lengths), 2, 24), k, v, SMALL, 1.0, batch=batch, k_scale=scales, v_scale=2 * scales)
+    for part, read, scale in zip(x, fp8.dequantised(call, Launches()), (scales, 2 * scales), strict=True):
+        assert torch.equal(read, part.float() * scale.view(-1, 1))

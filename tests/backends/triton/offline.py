@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attention import Mass, Policy, Stem
-from stem_attention.backends.triton import TritonBackend, attention, mass, stem
+from stem_attention.backends.triton import TritonBackend, attention, fp8, mass, stem
 from stem_attention.backends.triton.launch import Launch
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
@@ -35,7 +35,13 @@ TARGETS = {
 # Bytes of shared memory that a block of threads may have. sm80's choices also serve the smaller sm86 and sm89.
 SHARED_LIMIT = {"sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10, "gfx942": 64 << 10}
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
 _OPTIONS = ("num_warps", "num_stages")
 
 
@@ -93,6 +99,15 @@ def record_selection(
         assert selector is not None
         selector(call, Layout.of(call, call.policy.block_size, launches), 0, implicit, launches)
     return {launch.kernel.fn.__name__: launch for launch in launches.recorded}
+
+
+def record_dequantisation(dim: int, by_head: bool) -> Recorded:
+    """The launch that brings an fp8 cache in pages of 16 to bf16."""
+    launches, scale = Recorder(), torch.ones(2 if by_head else ())
+    k = torch.empty((20, 16, 2, dim), dtype=torch.float8_e4m3fn)
+    call = replace(_call(Mass(), 300, dim, torch.bfloat16, "cpu", True, 16), k=k, v=k, k_scale=scale, v_scale=scale)
+    fp8.dequantised(call, launches)
+    return launches.recorded[0]
 
 
 def record_attention(

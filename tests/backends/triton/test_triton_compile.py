@@ -11,7 +11,16 @@ import torch
 from stem_attention import Mass, Stem
 from stem_attention.backends.triton.launch import attention_launch
 
-from .offline import SHARED_LIMIT, TARGETS, Compiled, Recorded, compile_for, record_attention, record_selection
+from .offline import (
+    SHARED_LIMIT,
+    TARGETS,
+    Compiled,
+    Recorded,
+    compile_for,
+    record_attention,
+    record_dequantisation,
+    record_selection,
+)
 
 FP16 = torch.float16
 
@@ -133,3 +142,10 @@ def test_selection_by_mass(target, inputs):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_norms_of_the_z_score(target):
     fits(target, record_selection(target, policy=Stem())["pool_keys"].changed(NORMS=8))
+
+
+@pytest.mark.parametrize("dim", variants([64, 80, 256], 80))
+@pytest.mark.parametrize("target", ["sm90", "sm100", "sm120"])
+def test_dequantisation(target, dim):
+    for by_head in (False, True):
+        fits(target, record_dequantisation(dim, by_head))
