@@ -34,11 +34,11 @@ def launched(monkeypatch):
 class Server:
     """A runner, its backend, and prompts whose keys go to scrambled slots."""
 
-    def __init__(self, monkeypatch, lengths, policy=SPARSE, dense_below=64, **settings):
+    def __init__(self, monkeypatch, lengths, policy=SPARSE, dense_below=64, kv_dtype=torch.float32, **settings):
         spec = policy.to_dict() if isinstance(policy, sa.Policy) else policy
         given = {"policy": spec, "dense_below": dense_below, "min_query_len": 32, **settings}
         monkeypatch.setenv("STEM_ATTENTION_SETTINGS", json.dumps(given))
-        self.runner = make_runner()
+        self.runner = make_runner(kv_dtype=kv_dtype)
         plugin.register()
         self.backend = plugin.ATTENTION_BACKENDS["stem"](self.runner)
         COUNTERS.reset()
@@ -105,6 +105,19 @@ def test_a_cached_prefix_is_read_from_the_pool(monkeypatch):
     batch, _, k, v = server.batch([(0, 200)])
     server.runner.token_to_kv_pool.set_kv_buffer(make_layer(), sglang_backend.KVWriteLoc.for_batch(batch), k, v)
     assert torch.equal(server.run([(200, 300)]), server.expected(0, 200, 300))
+
+
+@pytest.mark.parametrize("scales", [(None, None), (0.5, 0.25)], ids=["no scales", "scales"])
+def test_a_pool_of_fp8_numbers_is_read_with_the_layers_scales(scales, monkeypatch):
+    k_scale, v_scale = (None if x is None else torch.tensor(x) for x in scales)
+    server = Server(monkeypatch, [300], kv_dtype=torch.float8_e4m3fn)
+    before = [x.clone() for x in server.prompts[0]]
+    out = server.run([(0, 300)], layer=make_layer(k_scale=k_scale, v_scale=v_scale))
+    assert all(map(torch.equal, server.prompts[0], before)), "what the model goes on with"
+    q, *stored = server.prompts[0]
+    read = [(x / (s or 1.0)).to(torch.float8_e4m3fn).float() * (s or 1.0) for x, s in zip(stored, scales, strict=True)]
+    assert torch.equal(out, sa.stem_attention(q, *read, policy=SPARSE, dense_below=64)[0].flatten(1))
+    assert not torch.equal(out, server.expected(0, 0, 300))
 
 
 def test_answers_and_short_prompts_in_a_mixed_batch_stay_dense(monkeypatch):
@@ -242,7 +255,12 @@ def test_other_batches_go_to_the_dense_backend(monkeypatch):
     ("name", "value", "error", "says"),
     [
         ("use_mla_backend", True, sa.UnsupportedError, "latent attention"),
-        ("kv_cache_dtype", torch.float8_e4m3fn, sa.UnsupportedError, "holds torch.float8_e4m3fn; .*--kv-cache-dtype auto"),
+        (
+            "kv_cache_dtype",
+            torch.float8_e5m2,
+            sa.UnsupportedError,
+            "holds torch.float8_e5m2; .*--kv-cache-dtype auto or fp8_e4m3",
+        ),
         ("dtype", torch.bfloat16, sa.UnsupportedError, "holds torch.float32 and the model computes torch.bfloat16"),
         ("token_to_kv_pool", object(), sa.UnsupportedError, "is a object, not one pool"),
         ("decode_attention_backend_str", "stem", ValueError, "^--decode-attention-backend: expected .+ got 'stem'"),
