@@ -167,6 +167,13 @@ class Call:
         prompt_len = batch.prompt_lens[sequence]
         return replace(self, q=self.q[None, low:high], k=k, v=v, prompt_len=prompt_len, batch=None, out=None)
 
+    def with_packed(self, k: Tensor, v: Tensor) -> Call:
+        """Return the call with the keys and values of its pages packed, ``(total_k, kv_heads, dim)`` in the dtype of ``q``."""
+        batch = self.batch
+        assert batch is not None
+        packed = batch.once("packed", lambda: replace(batch, page_table=None, _kept={}))
+        return replace(self, k=k, v=v, batch=packed, k_scale=None, v_scale=None)
+
     def empty_results(self) -> tuple[Tensor, Tensor]:
         """Make room for ``out``, unless the caller has, and for ``lse``."""
         out = self.out

@@ -1,7 +1,6 @@
 """Run a call: on the device of its tensors, in their precision, by the backend that serves it."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from stem_attention.backends.base import Backend, Request, check_chosen
 from stem_attention.backends.dense import without_autocast
-from stem_attention.backends.reference import fp8 as reference_fp8
+from stem_attention.backends.reference.packing import packed as reference_packed
 from stem_attention.backends.registry import get_backend
 from stem_attention.call import Call
 from stem_attention.selection import BlockSelection
@@ -59,21 +58,18 @@ def _serving(device: torch.device, dtype: torch.dtype, head_dim: int, block_size
 
 
 def _dequantised(call: Call) -> Call:
-    """Return the call with keys and values in the precision of its queries, packed instead of in pages."""
-    batch = call.batch
-    assert batch is not None
-    assert call.k_scale is not None
-    assert call.v_scale is not None
-    packed = batch.once("packed", lambda: replace(batch, page_table=None, _kept={}))
+    """Return the call of an fp8 cache with keys and values in the precision of its queries."""
     if _converts_fp8(call.q.device):
-        from stem_attention.backends.triton.fp8 import dequantised
+        from stem_attention.backends.triton.packing import packed
         from stem_attention.backends.triton.program import Launches
 
-        k, v = dequantised(call, Launches())
-    else:
-        pairs = (call.k, call.k_scale), (call.v, call.v_scale)
-        k, v = (reference_fp8.dequantised(x, scale, batch, call.q.dtype) for x, scale in pairs)
-    return replace(call, k=k, v=v, batch=packed, k_scale=None, v_scale=None)
+        return call.with_packed(*packed(call, Launches()))
+    batch, k_scale, v_scale = call.batch, call.k_scale, call.v_scale
+    assert batch is not None
+    assert k_scale is not None
+    assert v_scale is not None
+    k, v = (reference_packed(x, scale, batch, call.q.dtype) for x, scale in ((call.k, k_scale), (call.v, v_scale)))
+    return call.with_packed(k, v)
 
 
 @cache

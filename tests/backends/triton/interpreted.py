@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stem_attention import BlockSelection, Mass, Policy, Stem
 from stem_attention.backends.reference import ReferenceBackend
-from stem_attention.backends.triton import TritonBackend, attention, fp8, layout
+from stem_attention.backends.triton import TritonBackend, attention, layout, packing
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
@@ -344,12 +344,20 @@ def test_pages_and_neighbours_change_no_bit():
 
 
 @pytest.mark.parametrize("by_head", [False, True])
-def test_a_cache_is_dequantised_as_the_twin_does(by_head):
+def test_an_fp8_cache_is_packed_as_the_twin_packs_it(by_head):
     lengths, scales = [5, 70, 130], torch.tensor([0.02, 0.7] if by_head else 0.3)
     x = torch.randn(2, sum(lengths), 2, 24, generator=torch.Generator().manual_seed(1)).mul(60).to(torch.float8_e4m3fn)
     (k, table), (v, _) = (to_pages(part.view(torch.uint8), lengths, 16, fill=0) for part in x)
     k, v = k.view(x.dtype), v.view(x.dtype)
     batch = PackedBatch.plan(lengths, lengths, page_table=table, device=k.device)
     call = Call(torch.empty(sum(lengths), 2, 24), k, v, SMALL, 1.0, batch=batch, k_scale=scales, v_scale=2 * scales)
-    for part, read, scale in zip(x, fp8.dequantised(call, Launches()), (scales, 2 * scales), strict=True):
+    for part, read, scale in zip(x, packing.packed(call, Launches()), (scales, 2 * scales), strict=True):
         assert torch.equal(read, part.float() * scale.view(-1, 1))
+
+
+@pytest.mark.parametrize("page", [1, 7])
+def test_pages_of_any_size_are_packed(page):
+    q, k, v, batch = packed(some(), page)
+    call = Call(q, k, v, SMALL, 1.0, batch=batch)
+    expected = (torch.cat([batch.sequence(x, i) for i in range(batch.sequences)]) for x in (k, v))
+    assert all(map(torch.equal, packing.packed(call, Launches()), expected))

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attention import Mass, Policy, Stem
-from stem_attention.backends.triton import TritonBackend, attention, fp8, mass, stem
+from stem_attention.backends.triton import TritonBackend, attention, mass, packing, stem
 from stem_attention.backends.triton.launch import Launch
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
@@ -101,12 +101,12 @@ def record_selection(
     return {launch.kernel.fn.__name__: launch for launch in launches.recorded}
 
 
-def record_dequantisation(dim: int, by_head: bool) -> Recorded:
+def record_packing(dim: int, by_head: bool) -> Recorded:
     """The launch that brings an fp8 cache in pages of 16 to bf16."""
     launches, scale = Recorder(), torch.ones(2 if by_head else ())
     k = torch.empty((20, 16, 2, dim), dtype=torch.float8_e4m3fn)
     call = replace(_call(Mass(), 300, dim, torch.bfloat16, "cpu", True, 16), k=k, v=k, k_scale=scale, v_scale=scale)
-    fp8.dequantised(call, launches)
+    packing.packed(call, launches)
     return launches.recorded[0]
 
 

@@ -18,7 +18,7 @@ from .offline import (
     Recorded,
     compile_for,
     record_attention,
-    record_dequantisation,
+    record_packing,
     record_selection,
 )
 
@@ -146,6 +146,6 @@ def test_the_norms_of_the_z_score(target):
 
 @pytest.mark.parametrize("dim", variants([64, 80, 256], 80))
 @pytest.mark.parametrize("target", ["sm90", "sm100", "sm120"])
-def test_dequantisation(target, dim):
+def test_packing_of_an_fp8_cache(target, dim):
     for by_head in (False, True):
-        fits(target, record_dequantisation(dim, by_head))
+        fits(target, record_packing(dim, by_head))

@@ -11,13 +11,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stem_attention.backends.hopper.kernel import attention_kernel
 from stem_attention.backends.triton.attention import lse_strides, positive_scale
-from stem_attention.backends.triton.layout import Layout, describable
+from stem_attention.backends.triton.layout import LEAST_BOX, Layout, describable
 from stem_attention.backends.triton.program import Launches
 from stem_attention.backends.triton.tables import kept_per_stream
 from stem_attention.call import Call
 
 _LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
-_LEAST_BOX = 16  # keys
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ LAUNCHES = {
 def can_copy(call: Call) -> bool:
     """Tell whether the copy engine takes a call's tensors: 16-byte aligned, and pages of whole boxes of 16 keys."""
     tensors = (call.q, call.k, call.v) if call.out is None else (call.q, call.k, call.v, call.out)
-    return all(describable(x) for x in tensors) and (not call.paged or call.k.shape[1] % _LEAST_BOX == 0)
+    return all(describable(x) for x in tensors) and (not call.paged or call.k.shape[1] % LEAST_BOX == 0)
 
 
 def attend(
@@ -73,7 +72,7 @@ def attend(
     band = max(1, min(resident // layout.group, rows - heavy))
     tickets = batch * heads * (heavy + -(-(rows - heavy) // band) * band)
     # The copy engine fetches a tile in boxes that lie in one page and in one block.
-    box = next(box for box in (128, 64, 32, _LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
+    box = next(box for box in (128, 64, 32, LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
     queue = _queue(q.device)
     launches.keep(queue)
     columns = dim if box == choice.tile else 64

@@ -10,6 +10,7 @@ from stem_attention.backends.triton.program import Launches
 from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.call import Call
 
+LEAST_BOX = 16  # keys that the copy engine fetches at once, from one page
 WORKSPACE_BYTES = 128 << 20
 """Bytes that one run of query blocks may take in a selection."""
 

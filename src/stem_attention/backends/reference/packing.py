@@ -1,4 +1,4 @@
-"""Keys or values of a paged fp8 cache in another precision."""
+"""Keys or values of a paged cache, packed."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from stem_attention.call import PackedBatch
 
 
-def dequantised(cache: Tensor, scale: Tensor, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
+def packed(cache: Tensor, scale: Tensor, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
     """Return those of all sequences, ``(total_k, kv_heads, dim)``: each number times its scale, rounded once.
 
     Args:
@@ -16,5 +16,5 @@ def dequantised(cache: Tensor, scale: Tensor, batch: PackedBatch, dtype: torch.d
         dtype: What to return.
     """
     raw = cache.view(torch.uint8)  # torch indexes no fp8
-    packed = torch.cat([batch.sequence(raw, i) for i in range(batch.sequences)]).view(cache.dtype)
-    return (packed.float() * scale.view(-1, 1)).to(dtype)
+    rows = torch.cat([batch.sequence(raw, i) for i in range(batch.sequences)]).view(cache.dtype)
+    return (rows.float() * scale.view(-1, 1)).to(dtype)

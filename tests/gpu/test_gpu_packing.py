@@ -1,4 +1,4 @@
-"""The kernel that reads an fp8 cache gives what its twin gives, in each layout that a server has."""
+"""Packed keys and values are those that the cache holds, in each layout that a server has."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from stem_attention import Mass
 from stem_attention.backends import run
-from stem_attention.backends.reference import fp8 as reference
-from stem_attention.backends.triton import fp8
+from stem_attention.backends.reference import packing as reference
+from stem_attention.backends.triton import packing
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
 
@@ -45,16 +45,27 @@ def cached(page, dim, together, by_head):
 def test_keys_and_values_are_the_twins(page, dim, together, by_head):
     call = cached(page, dim, together, by_head)
     pairs = (call.k, call.k_scale), (call.v, call.v_scale)
-    for read, (cache, scale) in zip(fp8.dequantised(call, Launches()), pairs, strict=True):
-        assert torch.equal(read, reference.dequantised(cache, scale, call.batch, torch.bfloat16))
+    for read, (cache, scale) in zip(packing.packed(call, Launches()), pairs, strict=True):
+        assert torch.equal(read, reference.packed(cache, scale, call.batch, torch.bfloat16))
 
 
 def test_a_call_from_an_fp8_cache_is_the_call_with_its_numbers():
     call = cached(16, 128, True, True)
-    k, v = (
-        reference.dequantised(x, s, call.batch, torch.bfloat16) for x, s in ((call.k, call.k_scale), (call.v, call.v_scale))
-    )
+    k, v = (reference.packed(x, s, call.batch, torch.bfloat16) for x, s in ((call.k, call.k_scale), (call.v, call.v_scale)))
     batch = PackedBatch.plan(*zip(*LENGTHS, strict=True), device=k.device)
     expected, _ = run(Call(call.q, k, v, call.policy, call.scale, batch=batch, dense_below=0))
     for _ in range(3):  # recorded, and run again
         assert torch.equal(run(call)[0], expected)
+
+
+def test_pages_of_single_tokens_run_on_the_hopper_kernel_like_packed_keys():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper card")
+    call = cached(1, 128, False, False)
+    k, v = (x.to(torch.bfloat16) for x in (call.k, call.v))
+    plain = Call(call.q, k, v, call.policy, call.scale, batch=call.batch, dense_below=0, backend="hopper")
+    keys, values = (torch.cat([call.batch.sequence(x, i) for i in range(call.batch.sequences)]) for x in (k, v))
+    batch = PackedBatch.plan(*zip(*LENGTHS, strict=True), device=k.device)
+    expected, _ = run(Call(call.q, keys, values, call.policy, call.scale, batch=batch, dense_below=0, backend="hopper"))
+    for _ in range(3):
+        assert torch.equal(run(plain)[0], expected)
