@@ -11,7 +11,6 @@ from stem_attention.call import Call
 __all__ = ["BLOCK_SIZES", "HEAD_DIMS", "HopperBackend"]
 
 HEAD_DIMS = (64, 128, 256)
-PACKED_FROM = 1024  # queries of a batch: fewer read too few keys for a pass over all of them
 
 
 class HopperBackend(TritonBackend):
@@ -21,9 +20,7 @@ class HopperBackend(TritonBackend):
     """
 
     name = "hopper"
-    caveat = (
-        "addresses and strides that are no multiple of 16 bytes, and small chunks over pages of single tokens, run portably"
-    )
+    caveat = "addresses and strides that are no multiple of 16 bytes run portably"
     # H200: at 8192 tokens the whole call beats cuDNN 2.19x (32/8/128), 2.09x (32/8/64), 1.62x (8/4/256); at 4096 1.28x
     # (32/8/128), but there it keeps the host longer than the GPU.
     crossover = 8192
@@ -37,7 +34,7 @@ class HopperBackend(TritonBackend):
 
     def fused(self, call: Call) -> tuple[Tensor, Tensor]:
         """Select and attend; keys in pages that the copy engine does not take are packed first."""
-        if call.paged and call.k.shape[1] % LEAST_BOX and call.q.shape[0] >= PACKED_FROM:
+        if call.paged and call.k.shape[1] % LEAST_BOX:
             from stem_attention.backends.triton.packing import packed
 
             call = call.with_packed(*packed(call, Launches()))
