@@ -26,9 +26,9 @@ SHARED_PER_MULTIPROCESSOR = 228 << 10  # of which each program reserves 1 KB
 # Bytes of stack that the measured kernels have, none of them in the main loop: scalars that a task touches once.
 # With Triton 3.8 blocks of 64 at head_dim 64 have 40, some in the loop; with 3.6 none.
 STACK = {(128, 64): 0, (128, 128): 64, (128, 256): 160, (64, 64): 40, (64, 128): 0, (64, 256): 0}
-# More where keys lie in pages, all of it the producer's: with 40 registers in place of 24 it has none for pages of 16. Those
-# are the consumers', though, and blocks of 64 at head_dim 128 are then a tenth to a third slower (H100).
-PAGE_STACK = {0: 0, 16: 72}
+# More where keys lie in pages, all of it the producer's: with 40 registers in place of 24 it would spill less, but those are
+# the consumers', and blocks of 64 at head_dim 128 are then a tenth to a third slower (H100).
+PAGE_STACK = {0: 0, 32: 40}
 
 
 class _Hopper:
@@ -139,11 +139,11 @@ VARIANTS = {
     **{f"block-{b}-dim-{d}": {"block_size": b, "dim": d} for b in BLOCK_SIZES for d in HEAD_DIMS},
     "fp16-no-lse": {"dtype": torch.float16, "lse": False},
     "ragged": {"ragged": True},
-    "page-16": {"page": 16},
+    "page-32": {"page": 32},
     "page-64": {"page": 64},
     "page-128-dim-256": {"page": 128, "dim": 256},
     "ragged-block-64": {"ragged": True, "block_size": 64},
-    "page-16-block-64": {"page": 16, "block_size": 64},
+    "page-32-block-64": {"page": 32, "block_size": 64},
     "page-64-block-64": {"page": 64, "block_size": 64},
     "page-128-block-64": {"page": 128, "block_size": 64},
     "page-64-block-64-dim-64": {"page": 64, "block_size": 64, "dim": 64},

@@ -131,8 +131,8 @@ def test_what_the_copy_engine_takes():
     q, table = torch.zeros(1, 64, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.int32)
     assert takes(q, q, q)
     assert takes(q.transpose(1, 2), q, q, table)
-    assert takes(q, torch.zeros(9, 48, 2, 64, dtype=torch.bfloat16), q, table)
-    assert not takes(q, torch.zeros(9, 24, 2, 64, dtype=torch.bfloat16), q, table)
+    assert takes(q, torch.zeros(9, 96, 2, 64, dtype=torch.bfloat16), q, table)
+    assert not takes(q, torch.zeros(9, 48, 2, 64, dtype=torch.bfloat16), q, table)
     assert not takes(q, torch.zeros(1, 64, 4, 67, dtype=torch.bfloat16)[..., :64], q)
     assert not takes(q, q, torch.zeros(1, 64, 4, 72, dtype=torch.bfloat16)[..., 1:65])
 

@@ -47,7 +47,7 @@ LAUNCHES = {
 
 
 def can_copy(call: Call) -> bool:
-    """Tell whether the copy engine takes a call's tensors: 16-byte aligned, and pages of whole boxes of 16 keys."""
+    """Tell whether the copy engine takes a call's tensors: 16-byte aligned, and pages of whole boxes of 32 keys."""
     tensors = (call.q, call.k, call.v) if call.out is None else (call.q, call.k, call.v, call.out)
     return all(describable(x) for x in tensors) and (not call.paged or call.k.shape[1] % LEAST_BOX == 0)
 
@@ -72,7 +72,7 @@ def attend(
     band = max(1, min(resident // layout.group, rows - heavy))
     tickets = batch * heads * (heavy + -(-(rows - heavy) // band) * band)
     # The copy engine fetches a tile in boxes that lie in one page and in one block.
-    box = next(box for box in (128, 64, 32, LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
+    box = next(box for box in (128, 64, LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
     queue = _queue(q.device)
     launches.keep(queue)
     columns = dim if box == choice.tile else 64
