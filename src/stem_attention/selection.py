@@ -185,10 +185,11 @@ class BlockSelection:
         """
         _check_row_starts(self.q_len, self.kv_len, self.block_size)
         grid, device = self.grid, self.indices.device
-        diagonal = torch.arange(grid.first_row, grid.end_row, dtype=torch.int32, device=device)[None, None, :, None]
+        diagonal = torch.arange(grid.first_row, grid.end_row, dtype=torch.int32, device=device)
         return {
-            "mask_block_cnt": torch.ones((1, 1, self.rows), dtype=torch.int32, device=device),
-            "mask_block_idx": diagonal,
+            # For every head: FlashAttention-4 takes counts of one head as a sign that all lists are shared.
+            "mask_block_cnt": torch.ones_like(self.counts),
+            "mask_block_idx": diagonal.expand(self.counts.shape)[..., None].contiguous(),
             "full_block_cnt": self.counts - 1,  # lists ascend, so the diagonal is the last entry
             "full_block_idx": self.indices.contiguous(),
             "block_size": (self.block_size, self.block_size),

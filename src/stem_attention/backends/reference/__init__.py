@@ -22,6 +22,7 @@ class ReferenceBackend(Backend):
     """Never picked by ``backend="auto"``."""
 
     name = "reference"
+    only_by_name = "the oracle, only by name"
 
     def why_not(self, request: Request) -> str | None:
         """It runs everything that torch runs."""
