@@ -162,7 +162,7 @@ class BlockSelection:
             return (key <= position) & kept[batch, head, position // size - first_row, key // size]
 
         mask: BlockMask = BlockMask.from_kv_blocks(
-            *_full_width((upper | lower) & ~full), *_full_width(full), BLOCK_SIZE=size, mask_mod=mask_mod,
+            *lists_of((upper | lower) & ~full), *lists_of(full), BLOCK_SIZE=size, mask_mod=mask_mod,
             seq_lengths=(self.q_len, self.kv_len),
         )  # fmt: skip
         return mask
@@ -278,10 +278,13 @@ def check_device(device: torch.device | str) -> torch.device:
     raise bad_argument("device", "a torch device", repr(device), 'name one, as in "cpu" or "cuda:0"')
 
 
-def _full_width(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and lists of a block mask, each list as long as there are key blocks: FlexAttention takes no shorter ones."""
-    order = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return mask.sum(-1, dtype=torch.int32), order.to(torch.int32)
+def lists_of(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and ascending lists of a bool block mask, each list with room for all key blocks; a GPU is not waited for."""
+    columns = mask.shape[-1]
+    places = torch.where(mask, mask.cumsum(-1, dtype=torch.int32) - 1, columns).long()
+    ids = torch.arange(columns, dtype=torch.int32, device=mask.device).expand(mask.shape)
+    room = torch.zeros(*mask.shape[:-1], columns + 1, dtype=torch.int32, device=mask.device)
+    return mask.sum(-1, dtype=torch.int32), room.scatter_(-1, places, ids)[..., :columns].contiguous()
 
 
 def _scatter(indices: Tensor, counts: Tensor, columns: int) -> Tensor:

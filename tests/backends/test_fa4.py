@@ -9,6 +9,7 @@ import torch
 from stem_attention import BlockSelection, explain
 from stem_attention.backends import Request, explain_request, fa4
 from stem_attention.backends.fa4 import FA4Backend
+from stem_attention.backends.fa4.lists import shared_lists
 from stem_attention.backends.triton import TritonBackend
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies import Dense
@@ -42,13 +43,11 @@ def test_without_the_package_it_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize(
-    ("major", "words"),
-    [(9, None), (10, "256 queries"), (11, "256 queries"), (12, "no kernel for this card"), (8, "no kernel for this card")],
-)
-def test_it_takes_hopper_and_says_why_no_other_card(monkeypatch, major, words):
+@pytest.mark.parametrize(("major", "takes"), [(8, False), (9, True), (10, True), (11, True), (12, False)])
+def test_it_takes_the_cards_whose_kernels_read_lists(monkeypatch, major, takes):
     card(monkeypatch, major)
-    assert words in reason() if words else reason() is None
+    assert (reason() is None) == takes
+    assert takes or "compute capability 9, 10 and 11" in reason()
 
 
 @pytest.mark.usefixtures("installed")
@@ -62,7 +61,10 @@ def test_it_names_what_else_it_does_not_take(monkeypatch):
 
 
 @pytest.mark.usefixtures("installed")
-def test_auto_passes_it_over_and_its_name_gets_it(monkeypatch):
+def test_auto_takes_it_on_blackwell_alone_and_its_name_gets_it_on_hopper(monkeypatch):
+    card(monkeypatch, 10)
+    assert explain_request(Request(CUDA, torch.bfloat16, 128, 64)).chosen == "fa4"
+    assert explain_request(Request(CUDA, torch.bfloat16, 256, 64)).chosen == "triton"
     card(monkeypatch, 9)
     request = Request(CUDA, torch.bfloat16, 96, 64)  # which the hopper backend does not take
     auto = explain_request(request)
@@ -72,6 +74,36 @@ def test_auto_passes_it_over_and_its_name_gets_it(monkeypatch):
     assert named.chosen == "fa4"
     assert "run portably" in named.reasons["fa4"]
     assert named.path[-1].endswith("select_by_mass and stem_attention.backends.fa4.attention.attend")
+
+
+def test_lists_too_long_to_share_go_to_the_portable_kernel(monkeypatch):
+    monkeypatch.setattr(fa4, "_MOST_PAIRS", 4 * 2 * 3)
+    assert fa4._takes(call(), 64)
+    monkeypatch.setattr(fa4, "_MOST_PAIRS", 4 * 2 * 3 - 1)
+    assert not fa4._takes(call(), 64)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(64, 64), (150, 150), (70, 134), (33, 97), (1, 65), (40, 200), (257, 513)])
+@pytest.mark.parametrize("size", [16, 32])
+def test_shared_lists_and_their_mask_are_the_selection(q_len, kv_len, size):
+    """In tiles of 64 queries by 32 keys: full ones see all keys, partial ones what the lookup and causality leave."""
+    selection = random_selection(2, 2, q_len, kv_len, size, density=0.6)
+    fields, kept = shared_lists(selection, 64, 32)
+    assert fields["block_size"] == (64, 32)
+    query, key = torch.arange(q_len)[:, None], torch.arange(kv_len)
+    looked_up = kept.bool()[:, :, query // size, key // size] & (key <= query + kv_len - q_len)
+    shown = torch.zeros(2, 2, q_len, kv_len, dtype=torch.bool)
+    for b, h, row in torch.cartesian_prod(*map(torch.arange, fields["mask_block_cnt"].shape)).tolist():
+        listed = []
+        for kind in ("full", "mask"):
+            ids = fields[f"{kind}_block_idx"][b, h, row, : fields[f"{kind}_block_cnt"][b, h, row]].tolist()
+            assert ids == sorted(ids)
+            listed += ids
+            for tile in ids:
+                here = (query // 64 == row) & (key // 32 == tile)
+                shown[b, h] |= here if kind == "full" else here & looked_up[b, h]
+        assert len(set(listed)) == len(listed)
+    assert torch.equal(shown, token_mask(selection))
 
 
 def call(q_len=128, kv_len=192, block_size=64, dim=16, **options):
@@ -120,9 +152,10 @@ def fake_fa4(monkeypatch):
         return exact_attention(q, k, v, mask, softmax_scale)
 
     names = {
-        "cutlass": {"cute": SimpleNamespace(jit=lambda function: function)},
+        "cutlass": {"cute": SimpleNamespace(jit=lambda function: function), "Int32": int, "Uint32": int},
         "flash_attn": {},
         "flash_attn.cute": {"flash_attn_func": flash_attn_func},
+        "flash_attn.cute.mask": {"r2p_bitmask_below": None},
         "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": SimpleNamespace},
     }
     for name, members in names.items():
@@ -130,6 +163,7 @@ def fake_fa4(monkeypatch):
         module.__dict__.update(members)
         monkeypatch.setitem(sys.modules, name, module)
     pytest.importorskip("triton")
+    card(monkeypatch, 9)
     monkeypatch.delitem(sys.modules, "stem_attention.backends.fa4.attention", raising=False)
     yield
     sys.modules.pop("stem_attention.backends.fa4.attention", None)

@@ -47,12 +47,13 @@ class Backend(ABC):
     caveat: str = ""
     """Describe what else of a call, which a :class:`Request` does not show, decides how it runs, as a clause."""
 
-    only_by_name: str = ""
-    """Say why ``backend="auto"`` passes the backend over, as a clause; empty where it may choose it."""
-
     @abstractmethod
     def why_not(self, request: Request) -> str | None:
         """Say why the backend cannot serve ``request``, as a clause; None when it can."""
+
+    def only_by_name(self, request: Request) -> str | None:
+        """Say why ``backend="auto"`` passes over a backend that can serve ``request``, as a clause; None where it does not."""
+        return None
 
     @abstractmethod
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:

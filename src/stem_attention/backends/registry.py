@@ -67,16 +67,16 @@ def explain_request(
     for name, candidate in _backends().items():
         if (obstacle := candidate.why_not(request)) is not None:
             reasons[name] = f"cannot run: {obstacle}"
-        elif backend == name or (backend == AUTO and chosen is None and not candidate.only_by_name):
+        elif backend not in (AUTO, name):
+            reasons[name] = f"not asked for: backend={backend!r}"
+        elif backend == AUTO and (only := candidate.only_by_name(request)) is not None:
+            reasons[name] = only
+        elif chosen is not None:
+            reasons[name] = f"slower than {chosen.name}"
+        else:
             chosen = candidate
             reason = "runs: asked for by name" if backend == name else "runs: the fastest that supports this"
             reasons[name] = f"{reason}; {candidate.caveat}" if candidate.caveat else reason
-        elif backend != AUTO:
-            reasons[name] = f"not asked for: backend={backend!r}"
-        elif candidate.only_by_name or chosen is None:
-            reasons[name] = candidate.only_by_name
-        else:
-            reasons[name] = f"slower than {chosen.name}"
     if chosen is None:
         return Explanation(request, None, reasons)
     entered = ("stem_attention.api.stem_attention", "stem_attention.ops._forward", "stem_attention.backends.run.run")

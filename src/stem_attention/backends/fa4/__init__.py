@@ -9,21 +9,23 @@ from torch import Tensor
 from stem_attention.backends.base import Request, qualified
 from stem_attention.backends.triton.backend import TritonBackend
 from stem_attention.backends.triton.layout import describable
+from stem_attention.blocks import BlockGrid
 from stem_attention.call import Call
 from stem_attention.policies.base import Policy
 from stem_attention.selection import BlockSelection
 
 __all__ = ["FA4Backend"]
 
+_MOST_PAIRS = 1 << 30  # of a query block and a key block, a byte and more each where lists are shared
+
 
 class FA4Backend(TritonBackend):
     """Selection and attention one after the other. Calls that FlashAttention-4 does not take run portably: see ``caveat``."""
 
     name = "fa4"
-    only_by_name = "on Hopper the hopper backend is faster; only by name"
     caveat = (
-        "packed batches, caches in pages, a first query inside a block, and addresses or strides that are no multiple of "
-        "16 bytes run portably"
+        "packed batches, caches in pages, a first query inside a block, addresses or strides that are no multiple of 16 bytes, "
+        "and more than 2^30 pairs of blocks run portably"
     )
     head_dims = range(16, 129, 8)  # above, FlashAttention-4's tiles of keys do not divide a block
     head_dims_said = "a multiple of 8 between 16 and 128"
@@ -37,13 +39,14 @@ class FA4Backend(TritonBackend):
         return super().why_not(request)
 
     def card_obstacle(self, device: torch.device) -> str | None:
-        """Say why a GPU will not do; None for compute capability 9.0. Read off flash-attn-4 4.0.0b36."""
-        if torch.version.hip is not None:
-            return "it needs compute capability 9.0 (Hopper)"
-        major = torch.cuda.get_device_capability(device)[0]
-        if major in (10, 11):
-            return "FlashAttention-4's kernel for this card shares a list among 256 queries, a selection has one for each block"
-        return None if major == 9 else "FlashAttention-4 has no kernel for this card that takes lists of blocks"
+        """Say why a GPU will not do; None where flash-attn-4 (read at 4.0.0b36) has a kernel that takes lists of blocks."""
+        fits = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
+        return None if fits else "FlashAttention-4 takes lists of blocks on compute capability 9, 10 and 11 alone"
+
+    def only_by_name(self, request: Request) -> str | None:
+        """Leave Hopper to the hopper backend, which is faster there."""
+        hopper = torch.cuda.get_device_capability(request.device)[0] == 9
+        return "the library's own kernels are faster on Hopper; only by name" if hopper else None
 
     def path(self, policy: Policy) -> tuple[str, ...]:
         """Name what selects and what attends; see :meth:`Backend.path`."""
@@ -66,5 +69,8 @@ class FA4Backend(TritonBackend):
 
 def _takes(call: Call, block_size: int) -> bool:
     """Tell whether FlashAttention-4 takes a call: its rows begin with the first query, and it copies from 16-byte addresses."""
-    whole_rows = call.batch is None and (call.k.shape[1] - call.q.shape[1]) % block_size == 0
-    return whole_rows and all(describable(x) for x in (call.q, call.k, call.v))
+    if call.batch is not None or (call.k.shape[1] - call.q.shape[1]) % block_size:
+        return False
+    grid = BlockGrid.of(call.q, call.k, block_size)
+    pairs = call.q.shape[0] * call.q.shape[2] * grid.rows * grid.key_blocks
+    return pairs <= _MOST_PAIRS and all(describable(x) for x in (call.q, call.k, call.v))

@@ -22,11 +22,14 @@ class ReferenceBackend(Backend):
     """Never picked by ``backend="auto"``."""
 
     name = "reference"
-    only_by_name = "the oracle, only by name"
 
     def why_not(self, request: Request) -> str | None:
         """It runs everything that torch runs."""
         return None
+
+    def only_by_name(self, request: Request) -> str | None:
+        """It judges the others."""
+        return "the oracle, only by name"
 
     def chooser(self, policy: Policy) -> Callable[..., object]:
         return _TWINS.get(type(policy)) or super().chooser(policy)
