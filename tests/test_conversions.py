@@ -88,11 +88,12 @@ def test_fa4_and_cudnn_get_the_lists_themselves():
     assert cudnn["sparse_block_size"] == SIZE
 
 
-def test_a_mask_that_torch_built_is_read_and_holds_for_all_heads():
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_mask_that_torch_built_is_read_and_holds_for_all_heads(batch):
     def mask_mod(batch, head, query, key):
         return (key <= query) & ((key // SIZE == query // SIZE) | (key // SIZE == 1))
 
-    mask = create_block_mask(mask_mod, None, None, 70, 70, device="cpu", BLOCK_SIZE=SIZE)
+    mask = create_block_mask(mask_mod, batch, None, 70, 70, device="cpu", BLOCK_SIZE=SIZE)
     selection = BlockSelection.from_block_mask(mask, batch=2, q_heads=4)
     q, k, v = structured_qkv(2, 70, 70, 4, 2, 16, dtype=torch.float64)
     assert worst_row_error(block_sparse_attention(q, k, v, selection), flex(q, k, v, mask)) < 1e-12

@@ -101,11 +101,9 @@ class BlockSelection:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
             expected = "bool (batch, q_heads, rows, key_blocks)"
             raise bad_argument("mask", expected, describe(mask), "build one entry per block pair")
-        counts = mask.sum(-1, dtype=torch.int32)
+        counts, ids = lists_of(mask)
         width = int(counts.max()) if counts.numel() else 0
-        columns = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device)
-        ascending = torch.where(mask, columns, mask.shape[3]).sort(-1).values[..., :width]
-        indices = torch.where(ascending < mask.shape[3], ascending, PAD)
+        indices = torch.where(torch.arange(width, device=mask.device) < counts[..., None], ids[..., :width], PAD)
         selection = cls(indices, counts, block_size, q_len, kv_len)
         if mask.shape[3] != selection.key_blocks:
             raise bad_argument(
@@ -171,7 +169,7 @@ class BlockSelection:
     def from_block_mask(cls, mask: "BlockMask", *, batch: int = 1, q_heads: int = 1) -> "BlockSelection":
         """Build from a causal mask of torch's FlexAttention whose blocks below the diagonal are full or absent.
 
-        ``batch`` and ``q_heads`` say for how many sequences and heads a mask that has one for all stands. The part of a
+        ``batch`` and ``q_heads`` say for how many sequences and heads a mask stands that has one for all. The part of a
         diagonal block that the mask shows is taken to be the causal one. A ValueError where the mask is not such a mask.
         """
         lists = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
@@ -204,8 +202,8 @@ class BlockSelection:
     def to_cudnn(self) -> dict[str, Any]:
         """Return what ``cudnn.block_sparse_attention`` (NVIDIA's cudnn-frontend) calls the selection, as keyword arguments.
 
-        It computes whole blocks: it is exact for the rows of :meth:`to_fa4` but for the diagonal, where it sees the future.
-        A ValueError where the first query lies inside a block.
+        Its kernel masks nothing: a query sees the whole of its diagonal block, later tokens too. A ValueError where the first
+        query lies inside a block.
         """
         _check_row_starts(self.q_len, self.kv_len, self.block_size)
         index = self.indices.clamp(min=0).contiguous()
@@ -236,7 +234,7 @@ class BlockSelection:
         whole = torch.zeros_like(masked)
         if full is not None and full_counts is not None:
             whole = _scatter(full, full_counts, grid.key_blocks)
-        kept = masked | whole
+        kept = (masked | whole)[(None,) * (4 - masked.dim())]
         rows = torch.arange(grid.first_row, grid.end_row, device=kept.device)[:, None]
         diagonal = torch.arange(grid.key_blocks, device=kept.device) == rows
         # FlexAttention calls blocks partial whose queries run past the end, whatever they hold.
@@ -244,8 +242,8 @@ class BlockSelection:
         if kept.shape[2] == grid.rows and bool(((masked & ~diagonal & sure) | (whole & diagonal)).any()):
             expected = "partial blocks on the diagonal alone, and none but partial ones there"
             raise bad_argument("mask", expected, "others", "a selection keeps whole blocks under a causal mask")
-        wanted = tuple(max(pair) for pair in zip(kept.shape, (batch, q_heads, 0, 0), strict=True))
-        return cls.from_mask(kept.expand(wanted), block_size=size, q_len=q_len, kv_len=kv_len)
+        wanted = [asked if own == 1 else own for own, asked in zip(kept.shape[:2], (batch, q_heads), strict=True)]
+        return cls.from_mask(kept.expand(*wanted, -1, -1), block_size=size, q_len=q_len, kv_len=kv_len)
 
     def validate(self) -> None:
         """Check the contents, which on a GPU waits for the tensors.
