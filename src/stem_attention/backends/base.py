@@ -51,6 +51,10 @@ class Backend(ABC):
     def why_not(self, request: Request) -> str | None:
         """Say why the backend cannot serve ``request``, as a clause; None when it can."""
 
+    def only_by_name(self, request: Request) -> str | None:
+        """Say why ``backend="auto"`` passes over a backend that can serve ``request``, as a clause; None where it does not."""
+        return None
+
     @abstractmethod
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Compute exact attention over the kept blocks of a call that is not packed; its policy does not matter.

@@ -27,6 +27,10 @@ class ReferenceBackend(Backend):
         """It runs everything that torch runs."""
         return None
 
+    def only_by_name(self, request: Request) -> str | None:
+        """It judges the others."""
+        return "the oracle, only by name"
+
     def chooser(self, policy: Policy) -> Callable[..., object]:
         return _TWINS.get(type(policy)) or super().chooser(policy)
 
