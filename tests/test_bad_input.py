@@ -197,3 +197,28 @@ def test_short_prompts_of_many_heads_and_compiled_code_are_not_warned_of():
     torch.compiler.reset()
     compiled = torch.compile(sa.stem_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     assert not told_of(compiled, *HEADS_FIRST)
+
+
+BAD_SINKS = {
+    "a list": ([0.0] * 4, "each query head"),
+    "of other heads": (torch.zeros(2), "a rank passes those of its heads"),
+    "of each query": (torch.zeros(4, 1), "each query head"),
+    "of another dtype": (torch.zeros(4, dtype=torch.float16), ".float()"),
+    "elsewhere": (torch.zeros(4, device="meta"), "move it"),
+    "strided": (torch.zeros(8)[::2], ".contiguous()"),
+}
+
+
+@pytest.mark.parametrize(
+    "call", [CALLS["stem_attention"], CALLS["dense"], attend, None], ids=["sparse", "dense", "lists", "packed"]
+)
+@pytest.mark.parametrize("case", BAD_SINKS)
+def test_bad_sinks(case, call):
+    sinks, way_out = BAD_SINKS[case]
+    with pytest.raises(ValueError, match=f"^sinks: expected (.+, got .+; )?.*{re.escape(way_out)}"):
+        varlen(sinks=sinks) if call is None else call(*make_qkv(2, 40, 50, 4, 2, 16), sinks=sinks)
+
+
+def test_sinks_that_need_a_gradient():
+    with pytest.raises(sa.UnsupportedError, match="no backward pass"):
+        varlen(sinks=torch.zeros(4, requires_grad=True))

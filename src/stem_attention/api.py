@@ -19,16 +19,19 @@ from stem_attention.selection import BlockSelection, check_device
 @overload
 def stem_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = ..., dense_below: int | None = ...,
-    scale: float | None = ..., prompt_len: int | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    scale: float | None = ..., prompt_len: int | None = ..., sinks: Tensor | None = ..., return_lse: Literal[False] = ...,
+    backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def stem_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = ..., dense_below: int | None = ...,
-    scale: float | None = ..., prompt_len: int | None = ..., return_lse: Literal[True], backend: str = ...,
+    scale: float | None = ..., prompt_len: int | None = ..., sinks: Tensor | None = ..., return_lse: Literal[True],
+    backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def stem_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = None, dense_below: int | None = None,
-    scale: float | None = None, prompt_len: int | None = None, return_lse: bool = False, backend: str = "auto",
+    scale: float | None = None, prompt_len: int | None = None, sinks: Tensor | None = None, return_lse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute causal attention that reads just the key blocks that a policy keeps.
 
@@ -46,12 +49,14 @@ def stem_attention(
         scale: Softmax scale; ``1 / sqrt(head_dim)`` unless given.
         prompt_len: Tokens of the whole prompt when prefill comes in chunks; ``kv_len`` unless given. Chunks that end on
             block borders then keep exactly the blocks that one call would keep.
+        sinks: ``(q_heads,)``, fp32 or the dtype of ``q``, contiguous: a learnt logit of each head that takes part in the
+            softmax of all its queries and has no value, as in gpt-oss. Policies do not look at it.
         return_lse: Also return the log-sum-exp.
         backend: ``"auto"`` picks the fastest that supports the call, see :func:`explain`; or a name.
 
     Returns:
-        ``out`` like ``q``; with ``return_lse`` also the natural log-sum-exp of the scaled scores over the kept keys, fp32
-        ``(batch, q_heads, q_len)``.
+        ``out`` like ``q``; with ``return_lse`` also the natural log-sum-exp of the scaled scores over the kept keys, and of the
+        sink, fp32 ``(batch, q_heads, q_len)``.
 
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
@@ -65,13 +70,14 @@ def stem_attention(
     checks.check_flag("return_lse", return_lse)
     length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
     known, limit, name = _policy(policy, q), checks.check_dense_below(dense_below), checks.check_backend(backend)
+    sinks = checks.check_sinks(sinks, q)
     if not torch.compiler.is_compiling():
-        call = Call(q, k, v, known, scale, length, dense_below=limit, return_lse=return_lse, backend=name)
+        call = Call(q, k, v, known, scale, length, dense_below=limit, return_lse=return_lse, backend=name, sinks=sinks)
         if not backend_of(call).runs_dense(call):
             limit = 0  # decided: the operator need not ask again
-        elif not return_lse:  # an operator would cost a short prompt more time than its attention
+        elif call.plain and not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
-    out, lse = ops.forward(q, k, v, ops.travel(known), scale, length, limit, return_lse, name)
+    out, lse = ops.forward(q, k, v, sinks, ops.travel(known), scale, length, limit, return_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -79,18 +85,21 @@ def stem_attention(
 def stem_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., policy: Policy | str | None = ...,
-    dense_below: int | None = ..., scale: float | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    dense_below: int | None = ..., scale: float | None = ..., sinks: Tensor | None = ..., return_lse: Literal[False] = ...,
+    backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def stem_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., policy: Policy | str | None = ...,
-    dense_below: int | None = ..., scale: float | None = ..., return_lse: Literal[True], backend: str = ...,
+    dense_below: int | None = ..., scale: float | None = ..., sinks: Tensor | None = ..., return_lse: Literal[True],
+    backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def stem_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     page_table: Tensor | None = None, prompt_lens: Sequence[int] | None = None, policy: Policy | str | None = None,
-    dense_below: int | None = None, scale: float | None = None, return_lse: bool = False, backend: str = "auto",
+    dense_below: int | None = None, scale: float | None = None, sinks: Tensor | None = None, return_lse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute :func:`stem_attention` for a ragged batch; a sequence's result never depends on its neighbours.
 
@@ -109,6 +118,7 @@ def stem_attention_varlen(
         policy: As in :func:`stem_attention`.
         dense_below: As in :func:`stem_attention`, for each sequence by itself.
         scale: As in :func:`stem_attention`.
+        sinks: As in :func:`stem_attention`.
         return_lse: Also return the log-sum-exp.
         backend: As in :func:`stem_attention`.
 
@@ -132,8 +142,8 @@ def stem_attention_varlen(
     checks.check_flag("return_lse", return_lse)
     lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
     out, lse = ops.forward_varlen(
-        q, k, v, starts, key_starts, page_table, lengths, ops.travel(_policy(policy, q)), checks.check_scale(scale, q.shape[2]),
-        checks.check_dense_below(dense_below), return_lse, checks.check_backend(backend),
+        q, k, v, checks.check_sinks(sinks, q), starts, key_starts, page_table, lengths, ops.travel(_policy(policy, q)),
+        checks.check_scale(scale, q.shape[2]), checks.check_dense_below(dense_below), return_lse, checks.check_backend(backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -154,16 +164,16 @@ def select_blocks(
 @overload
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ...,
-    return_lse: Literal[False] = ..., backend: str = ...,
+    sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ...,
-    return_lse: Literal[True], backend: str = ...,
+    sinks: Tensor | None = ..., return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, return_lse: bool = False,
-    backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None,
+    sinks: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute exact causal attention over the blocks of ``selection``, whichever policy made it.
 
@@ -174,7 +184,8 @@ def block_sparse_attention(
     checks.check_selection(selection, q, k)
     checks.check_flag("return_lse", return_lse)
     scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
-    out, lse = ops.attend(q, k, v, selection.indices, selection.counts, selection.block_size, scale, return_lse, name)
+    parts = selection.indices, selection.counts, selection.block_size
+    out, lse = ops.attend(q, k, v, checks.check_sinks(sinks, q), *parts, scale, return_lse, name)
     return (out, lse) if return_lse else out
 
 

@@ -120,6 +120,7 @@ class Call:
         backend: Name of the backend, or ``"auto"``.
         out: Where the result goes, a contiguous tensor like ``q``; None for a new one.
         kept: int64 ``(1,)``, to which the block pairs that a policy keeps are added, of all heads; None: they are not counted.
+        sinks: ``(q_heads,)``, a logit of each head that takes part in its softmax and has no value; or None.
     """
 
     q: Tensor
@@ -134,6 +135,12 @@ class Call:
     backend: str = "auto"
     out: Tensor | None = None
     kept: Tensor | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Tell whether it asks for nothing but scaled scores, as torch's own attention computes them."""
+        return self.sinks is None
 
     @property
     def paged(self) -> bool:

@@ -44,10 +44,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         fix = "query head h reads kv head h // (q_heads // kv_heads); transpose tensors whose heads come before the length"
         raise bad_argument("k", f"a number of kv heads that divides the {heads} query heads", kv_heads, fix)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    _check_no_derivative(q, k, v)
+
+
+def _check_no_derivative(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise UnsupportedError("Stem has no backward pass yet; call it under torch.no_grad() or torch.inference_mode()")
     # Operators drop tangents without a word, and forward mode asks no tensor whether it requires a gradient.
-    if not torch.compiler.is_compiling() and any(_unpack_dual(x)[1] is not None for x in (q, k, v)):
+    if not torch.compiler.is_compiling() and any(_unpack_dual(x)[1] is not None for x in tensors):
         raise UnsupportedError("Stem has no forward-mode derivative; detach q, k and v, or leave the dual level")
 
 
@@ -80,6 +84,24 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= sys.float_info.max:
         raise bad_argument("scale", "a finite number or None", repr(scale), "leave it out for 1 / sqrt(head_dim)")
     return float(scale)
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    """Check the sinks of a call whose queries are ``(..., q_heads, head_dim)``; UnsupportedError where they need a gradient."""
+    if sinks is None:
+        return None
+    heads = q.shape[-2]
+    if not isinstance(sinks, Tensor) or sinks.dim() != 1 or sinks.shape[0] != heads:
+        expected = f"None or a tensor ({heads},), a logit for each query head"
+        raise bad_argument("sinks", expected, describe(sinks), "pass those of the layer; a rank passes those of its heads")
+    if sinks.dtype not in (torch.float32, q.dtype):
+        raise bad_argument("sinks", f"float32 or the dtype of q, {q.dtype}", sinks.dtype, "convert it with .float()")
+    if sinks.device != q.device:
+        raise bad_argument("sinks", f"the device of q, {q.device}", sinks.device, "move it with .to()")
+    if heads > 1 and sinks.stride(0) != 1:
+        raise bad_argument("sinks", "a contiguous tensor", f"strides {sinks.stride()}", "call .contiguous()")
+    _check_no_derivative(sinks)
+    return sinks
 
 
 def check_backend(backend: str) -> str:

@@ -39,18 +39,20 @@ def _arrived(text: str) -> Policy:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, dense_below: int | None, return_lse: bool,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, prompt_len: int,
+    dense_below: int | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return backends.run(Call(q, k, v, _arrived(policy), scale, prompt_len, None, dense_below, return_lse, backend))
+    known = _arrived(policy)
+    return backends.run(Call(q, k, v, known, scale, prompt_len, None, dense_below, return_lse, backend, sinks=sinks))
 
 
 def _forward_varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], page_table: Tensor | None,
-    prompt_lens: Sequence[int], policy: str, scale: float, dense_below: int | None, return_lse: bool, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
+    page_table: Tensor | None, prompt_lens: Sequence[int], policy: str, scale: float, dense_below: int | None,
+    return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, page_table, q.device)
-    return backends.run(Call(q, k, v, _arrived(policy), scale, 0, batch, dense_below, return_lse, backend))
+    return backends.run(Call(q, k, v, _arrived(policy), scale, 0, batch, dense_below, return_lse, backend, sinks=sinks))
 
 
 def _select(q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -62,13 +64,14 @@ def _select(q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_l
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float, return_lse: bool,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
+    return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     selection = BlockSelection(indices, counts, block_size, q.shape[1], k.shape[1])
     if q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
         selection.validate()
-    call = Call(q, k, v, _any_policy(block_size), scale, k.shape[1], return_lse=return_lse, backend=backend)
+    known = _any_policy(block_size)
+    call = Call(q, k, v, known, scale, k.shape[1], return_lse=return_lse, backend=backend, sinks=sinks)
     return backends.attend(call, selection)
 
 

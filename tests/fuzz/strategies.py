@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -73,11 +74,17 @@ class Problem:
     """New memory is NaN while the library runs."""
     seed: int
     policy: Policy
+    with_sinks: bool
 
     @property
     def heads(self) -> int:
         """Query heads."""
         return self.kv_heads * self.group
+
+    def extra(self, device: str) -> dict[str, Any]:
+        """What attention has beside plain scores, as arguments of a call."""
+        drawn = torch.randn(self.heads, generator=torch.Generator().manual_seed(self.seed))
+        return {"sinks": (4 * drawn).to(device)} if self.with_sinks else {}
 
     def qkv(self, device: str, sequence: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Tensors of the whole batch, or of one sequence of a packed one."""
@@ -119,6 +126,7 @@ def problems(draw: st.DrawFn, space: Space, packed: bool = False) -> Problem:
         poisoned=draw(st.booleans()),
         seed=draw(st.integers(0, 1 << 30)),
         policy=draw(policies(space, block, kv_heads * group)),
+        with_sinks=draw(st.sampled_from((False, False, True))),
     )
 
 

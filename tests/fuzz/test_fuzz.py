@@ -19,23 +19,25 @@ def attention_over_any_lists(problem, rig):
     q, k, v = problem.qkv(rig.device)
     shape = len(problem.lengths), problem.heads, *problem.lengths[0], problem.policy.block_size
     selection = random_selection(*shape, problem.density, rig.device, problem.seed)
+    extra = problem.extra(rig.device)
     with undisturbed(q, k, v, selection.indices, selection.counts, poisoned=problem.poisoned):
-        result = block_sparse_attention(q, k, v, selection, return_lse=problem.return_lse, backend=rig.backend)
+        result = block_sparse_attention(q, k, v, selection, return_lse=problem.return_lse, backend=rig.backend, **extra)
     out, lse = result if problem.return_lse else (result, None)
-    assert_accurate(out, lse, q, k, v, selection)
+    assert_accurate(out, lse, q, k, v, selection, **extra)
 
 
 def assert_right(problem, rig, q, k, v, prompt_len):
     """Of selection and attention in one call, and of selection alone."""
-    options = {"policy": problem.policy, "prompt_len": prompt_len, "backend": rig.backend}
+    options, extra = {"policy": problem.policy, "prompt_len": prompt_len, "backend": rig.backend}, problem.extra(rig.device)
+    limits = {"dense_below": problem.dense_below, "return_lse": problem.return_lse}
     with undisturbed(q, k, v, poisoned=problem.poisoned):
-        result = stem_attention(q, k, v, dense_below=problem.dense_below, return_lse=problem.return_lse, **options)
+        result = stem_attention(q, k, v, **limits, **options, **extra)
         selection = select_blocks(q, k, v, **options)
     out, lse = result if problem.return_lse else (result, None)
     assert_selected(selection, q, k, v, problem.policy, prompt_len)
     if prompt_len < problem.dense_below:
         selection = Dense(problem.policy.block_size)(q, k, v)
-    assert_accurate(out, lse, q, k, v, selection)
+    assert_accurate(out, lse, q, k, v, selection, **extra)
 
 
 def any_call(problem, rig):
@@ -69,11 +71,11 @@ def any_packed_batch(problem, rig):
     batch = pack(single, problem.page_size)
     if problem.surrounded and not problem.page_size:
         batch |= {name: surrounded(batch[name]) for name in "qkv"}
-    prompts = [kv_len + problem.prompt_extra for _, kv_len in problem.lengths]
+    prompts, extra = [kv_len + problem.prompt_extra for _, kv_len in problem.lengths], problem.extra(rig.device)
     with undisturbed(batch["q"], poisoned=problem.poisoned):
         result = stem_attention_varlen(
             **batch, prompt_lens=prompts, policy=problem.policy, dense_below=problem.dense_below,
-            return_lse=problem.return_lse, backend=rig.backend,
+            return_lse=problem.return_lse, backend=rig.backend, **extra,
         )  # fmt: skip
     out, lse = result if problem.return_lse else (result, None)
     for i, (low, high) in enumerate(pairwise(batch["cu_seqlens_q"].tolist())):
@@ -81,7 +83,8 @@ def any_packed_batch(problem, rig):
             # any_call judges what a sequence alone keeps.
             policy = Dense(problem.policy.block_size) if prompts[i] < problem.dense_below else problem.policy
             selection = select_blocks(*single[i], policy=policy, prompt_len=prompts[i], backend=rig.backend)
-            assert_accurate(out[None, low:high], None if lse is None else lse[None, :, low:high], *single[i], selection)
+            alone = out[None, low:high], None if lse is None else lse[None, :, low:high]
+            assert_accurate(*alone, *single[i], selection, **extra)
 
 
 def test_attention_over_any_lists_is_right(trials):

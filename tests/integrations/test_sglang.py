@@ -64,9 +64,9 @@ class Server:
         assert out.shape == q.shape
         return out
 
-    def expected(self, i, low, high, policy=SPARSE, prompt_len=None, dense_below=64):
+    def expected(self, i, low, high, policy=SPARSE, prompt_len=None, dense_below=64, **extra):
         q, k, v = (x[:, :high] for x in self.prompts[i])
-        out = sa.stem_attention(q[:, low:], k, v, policy=policy, prompt_len=prompt_len, dense_below=dense_below)
+        out = sa.stem_attention(q[:, low:], k, v, policy=policy, prompt_len=prompt_len, dense_below=dense_below, **extra)
         return out[0].flatten(1)
 
     def dense(self, i, low, high):
@@ -217,9 +217,17 @@ def test_an_argument_that_stem_does_not_know_goes_to_the_dense_backend_with_it(m
     server = Server(monkeypatch, [200])
     seen = []
     monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: seen.append(extra) or args[0])
-    server.run([(0, 200)], extra={"sinks": torch.ones(HEADS)})
-    server.run([(0, 200)], extra={"sinks": None, "save_kv_cache": True})
-    assert [list(extra) for extra in seen] == [["sinks"]]
+    server.run([(0, 200)], extra={"q_rope": torch.ones(HEADS)})
+    server.run([(0, 200)], extra={"q_rope": None, "sinks": None, "save_kv_cache": True})
+    assert [list(extra) for extra in seen] == [["q_rope"]]
+
+
+def test_sinks_take_part(monkeypatch):
+    server, sinks = Server(monkeypatch, [200, 40]), torch.tensor([0.0, 3.0, -2.0, 6.0])
+    out = server.run([(0, 200), (0, 40)], extra={"sinks": sinks})  # the second is short, and keeps every block
+    assert torch.equal(out[:200], server.expected(0, 0, 200, sinks=sinks))
+    assert torch.equal(out[200:], server.expected(1, 0, 40, sinks=sinks))
+    assert not torch.equal(out, server.run([(0, 200), (0, 40)]))
 
 
 def test_other_batches_go_to_the_dense_backend(monkeypatch):

@@ -76,11 +76,11 @@ def test_a_class_of_ones_own_that_says_nothing_of_sdpa_gets_a_mask():
     ("name", "reason"),
     [
         ("Gemma2ForCausalLM", "soft-capped scores"),
-        ("GptOssForCausalLM", "attention sinks"),
+        ("GptOssForCausalLM", "prefill"),
         ("DeepseekV3ForCausalLM", "value dimension differs from key dimension"),
     ],
 )
-def test_layers_that_stem_cannot_run_equal_eager_over_a_cache(name, reason, padded):
+def test_layers_of_other_forms_equal_eager_over_a_cache(name, reason, padded):
     models = [toys.build(getattr(transformers, name), attention) for attention in ("stem", "eager")]
     mask = torch.ones(2, 100, dtype=torch.long)
     mask[1, : 30 * padded] = 0
@@ -92,7 +92,7 @@ def test_layers_that_stem_cannot_run_equal_eager_over_a_cache(name, reason, padd
         )
         same(found, expected, mask[:, start:end])
         if start == 0:
-            assert [call.reason for call in calls] == [reason] * 2
+            assert {call.reason for call in calls} == {reason}
 
 
 def test_attention_weights_come_from_the_eager_function():

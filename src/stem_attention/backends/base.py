@@ -93,7 +93,7 @@ class Backend(ABC):
         results = None if call.batch is None else call.empty_results()
         for queries, part in call.sequences():
             short = self.runs_dense(part)
-            if short and not call.return_lse:
+            if short and call.plain and not call.return_lse:
                 out, lse = dense_attention(part.q, part.k, part.v, part.scale), part.empty_lse()
             elif short:
                 out, lse = self.attend(part, keep_everything(part.q, part.k, part.policy.block_size))

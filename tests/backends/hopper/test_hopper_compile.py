@@ -55,7 +55,7 @@ def _card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiled(
     monkeypatch: pytest.MonkeyPatch, block_size: int = 128, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
-    ragged: bool = False, page: int = 0, lse: bool = True,
+    ragged: bool = False, page: int = 0, lse: bool = True, sinks: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """What the host code would launch for 300 queries of 8 heads, compiled instead."""
     kernel, results = attention.attention_kernel, []
@@ -71,7 +71,8 @@ def compiled(
         q, k, batch = q[0], k[0], PackedBatch.plan([300], [300], page_table=table, device=q.device)
     if page:
         k = torch.zeros(8, page, 2, dim, dtype=dtype)
-    call = Call(q, k, k, Dense(block_size), 0.1, 300, batch, return_lse=lse)
+    extra = {"sinks": None if sinks is None else torch.zeros(8, dtype=sinks)}
+    call = Call(q, k, k, Dense(block_size), 0.1, 300, batch, return_lse=lse, **extra)
     indices = torch.zeros(1, 8, -(-300 // block_size), 3, dtype=torch.int32)
     launches = Launches()
     attention.attend(
@@ -147,6 +148,8 @@ VARIANTS = {
     "page-64-block-64": {"page": 64, "block_size": 64},
     "page-128-block-64": {"page": 128, "block_size": 64},
     "page-64-block-64-dim-64": {"page": 64, "block_size": 64, "dim": 64},
+    "sinks-block-64-dim-64": {"block_size": 64, "dim": 64, "sinks": torch.bfloat16},
+    "sinks-ragged": {"ragged": True, "sinks": torch.float32},
 }
 
 

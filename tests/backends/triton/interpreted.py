@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -50,17 +51,18 @@ def selected(q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, *, batch: PackedBatch | None = None,
-    return_lse: bool = True, heavy: int = 0,
+    return_lse: bool = True, heavy: int = 0, **extra: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = Call(q, k, v, Stem(block_size=block_size, stride=1), q.shape[-1] ** -0.5, batch=batch, return_lse=return_lse)
-    launches = Launches()
+    policy, scale = Stem(block_size=block_size, stride=1), q.shape[-1] ** -0.5
+    call, launches = Call(q, k, v, policy, scale, batch=batch, return_lse=return_lse, **extra), Launches()
     return attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, heavy, launches)
 
 
 def attended(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: bool = True, heavy: int = 0
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: bool = True, heavy: int = 0, **extra: Any
 ) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, selection.indices, selection.counts, selection.block_size, return_lse=return_lse, heavy=heavy)
+    lists = selection.indices, selection.counts, selection.block_size
+    return attend(q, k, v, *lists, return_lse=return_lse, heavy=heavy, **extra)
 
 
 def keeps_what_the_reference_keeps(
@@ -72,8 +74,8 @@ def keeps_what_the_reference_keeps(
     return got
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> tuple[Tensor, Tensor]:
-    return REFERENCE.attend(Call(q, k, v, Stem(), q.shape[3] ** -0.5, return_lse=True), selection)
+def exact(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, **extra: Any) -> tuple[Tensor, Tensor]:
+    return REFERENCE.attend(Call(q, k, v, Stem(), q.shape[3] ** -0.5, return_lse=True, **extra), selection)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +235,21 @@ def test_attention_over_any_lists(batch, q_len, kv_len, heads, dim, block_size, 
     expected, expected_lse = exact(q.double(), k.double(), v.double(), selection)
     assert worst_row_error(out, expected) < (1e-5 if dtype == torch.float32 else 4e-3)
     torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
+
+
+SINKS = torch.tensor([0.4, -math.inf, -3.0, 30.0])  # the last outweighs all keys, the second is none
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_with_sinks(dtype):
+    q, k, v = make_qkv(2, 40, 77, 4, 2, 32, dtype)
+    selection = random_selection(2, 4, 40, 77, 16)
+    out, lse = attended(q, k, v, selection, sinks=SINKS.to(dtype))
+    expected, expected_lse = exact(q.double(), k.double(), v.double(), selection, sinks=SINKS.to(dtype).double())
+    assert worst_row_error(out[:, :, :3], expected[:, :, :3]) < (1e-5 if dtype == torch.float32 else 4e-3)
+    torch.testing.assert_close(out[:, :, 3].double(), expected[:, :, 3], atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(out[:, :, 1], attended(q, k, v, selection)[0][:, :, 1])
 
 
 def test_without_lse_none_is_written():

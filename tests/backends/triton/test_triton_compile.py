@@ -63,6 +63,8 @@ VARIANTS = {
     "page-128-dim-256": {"page": 128, "dim": 256},
     "page-1-block-64": {"page": 1, "block_size": 64},
     "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
+    "sinks-dim-64-block-64": {"dim": 64, "block_size": 64, "sinks": torch.bfloat16},
+    "sinks-page-64": {"page": 64, "sinks": torch.float32},
 }
 
 

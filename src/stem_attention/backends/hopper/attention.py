@@ -81,8 +81,8 @@ def attend(
     launches.start(
         attention_kernel, (min(tickets, resident),),
         _tiles(q4, 64, dim), _tiles(k4, box, columns), _tiles(v4, box, columns), _tiles(o4, 64, dim), out, lse,
-        indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3], *lse_strides(call, lse),
-        layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band, indices.shape[3],
+        call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3],
+        *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band, indices.shape[3],
         tickets, layout.group, scale * math.log2(math.e),
         WGS=block_size // 64, BN=choice.tile, D=dim, KS=choice.key_slots, VS=choice.value_slots, PAGE=page,
         RAGGED=layout.packed, LSE=call.return_lse, BOX=box, QREG=choice.queries_in_registers,

@@ -115,7 +115,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
     _, _, _, o_tiles = tiles
     q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns = shared
     _, counts, width, tickets, _ = lists
-    out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h = results
+    out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h, sinks = results
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
@@ -141,7 +141,11 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
                 q = q.load(q_layout)
             n += 1
             acc = gl.zeros([64, D], gl.float32, out_layout)
-            m = gl.full([64], -float("inf"), gl.float32, row_layout)
+            # A sink is a score without a value: the maximum begins with it, and its weight joins the sum at the end.
+            sink = -float("inf")
+            if sinks is not None:
+                sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
+            m = gl.full([64], sink, gl.float32, row_layout)
 
             # The diagonal block, peeled: its first tile has no values before it to weigh. A tile of two blocks has it behind
             # the other; where the list is odd, it is there twice, and the second is masked.
@@ -178,6 +182,8 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
             mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
             acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
             row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
+            if sinks is not None:
+                row_total += gl.exp2(sink - m)
             positions = block * B + w * 64 + gl.arange(0, 64, layout=row_layout)
             if LSE:
                 rows = (q_first + positions - start).to(gl.int64)

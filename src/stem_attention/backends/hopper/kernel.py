@@ -30,13 +30,13 @@ def _barriers(number: gl.constexpr, count: gl.constexpr):
                        "page_count", "table_stride", "lse_stride_b", "lse_stride_h"]
 )  # fmt: skip
 def attention_kernel(
-    q_tiles, k_tiles, v_tiles, o_tiles, out, lse, indices, counts, cu_q, cu_k, page_table, queue,
+    q_tiles, k_tiles, v_tiles, o_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table, queue,
     o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, page_count,
     q_len, kv_len, sequences, heads, rows, heavy, band, width, tickets, group, scale,
     WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr,
     RAGGED: gl.constexpr, LSE: gl.constexpr, BOX: gl.constexpr, QREG: gl.constexpr,
 ):  # fmt: skip
-    """``scale`` is the softmax scale times log2(e). See ``attention.py`` for the shapes."""
+    """``scale`` is the softmax scale times log2(e), ``sinks (heads,)`` or None. See ``attention.py`` for the shapes."""
     dtype: gl.constexpr = q_tiles.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(dtype, [WGS, 64, D], tile_layout)
@@ -64,7 +64,7 @@ def attention_kernel(
     batch = (cu_q, cu_k, q_len, kv_len, sequences, heads, rows, heavy, band)
     lists = (indices, counts, width, tickets, group)
     pages = (page_table, table_stride, page_count)
-    results = (out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h)
+    results = (out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h, sinks)
     # Triton keeps constants constant only where they are arguments of the call itself.
     if WGS == 2:
         gl.warp_specialize([

@@ -39,5 +39,5 @@ class ReferenceBackend(Backend):
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Take a masked softmax, one query block at a time."""
-        out, lse = attend(call.q, call.k, call.v, selection, call.scale)
+        out, lse = attend(call.q, call.k, call.v, selection, call.scale, call.sinks)
         return out, lse if call.return_lse else lse.new_empty(0)

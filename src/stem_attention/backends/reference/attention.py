@@ -1,4 +1,7 @@
-"""Section 6, as written: softmax over { j <= i, block(j) kept for block(i) } of scale * q.k, times v."""
+"""Section 6, as written: softmax over { j <= i, block(j) kept for block(i) } of scale * q.k, times v.
+
+A sink is one more score of every row, whose weight meets no value.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +10,9 @@ from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``; fp64 inputs are computed in fp64, all others in fp32."""
     dtype = accumulator_dtype(q)
     group = q.shape[2] // k.shape[2]
@@ -25,6 +30,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
                 kept = keys[mask[b, h, row].repeat_interleave(size)[: k.shape[1]]]
                 scores = scale * (q[b, rows - start, h].to(dtype) @ kh[kept].T)
                 scores = scores.masked_fill(kept > rows[:, None], -torch.inf)
-                out[b, rows - start, h] = (scores.softmax(-1) @ vh[kept]).to(q.dtype)
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[h].to(dtype).expand(len(rows), 1)], 1)
+                out[b, rows - start, h] = (scores.softmax(-1)[:, : len(kept)] @ vh[kept]).to(q.dtype)
                 lse[b, h, rows - start] = scores.logsumexp(-1).to(torch.float32)
     return out, lse

@@ -2,7 +2,7 @@
 
 Tile: the whole query block against ``BN`` keys. Only the diagonal block, the last of its list, is masked. Online softmax
 in base 2 with the scale folded in, fp32 accumulation. Keys and values come by tensor descriptors (TMA) where card and
-strides allow, else through pointers. Long rows start first.
+strides allow, else through pointers. Long rows start first. A head's sink, a score without a value, joins the sum at the end.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def _softmax_step(scores, scale, m, total, acc):
     do_not_specialize=["lse_stride_b", "lse_stride_h", "table_stride", "pages", "q_len", "kv_len", "rows", "heavy", "width"]
 )
 def attention_kernel(
-    q, k, v, k_tiles, v_tiles, out, lse, indices, counts, cu_q, cu_k, page_table,
+    q, k, v, k_tiles, v_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     o_stride_b, o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, pages,
     q_len, kv_len, heads, rows, heavy, width, scale,
     G: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
     RAGGED: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """``scale`` is the softmax scale times log2(e). See the module docstring and ``attention.py`` for the shapes."""
+    """``scale`` is the softmax scale times log2(e), ``sinks (heads,)`` or None. See ``attention.py`` for the shapes."""
     pid, z = tl.program_id(0), tl.program_id(1)
     # Dense tail rows are many times longer than the others: those of all heads start first. The rest go head by head, so
     # that programs running together read the same keys and values. Rows count from each sequence's end.
@@ -147,6 +147,11 @@ def attention_kernel(
                                     table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
 
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        new_m = tl.maximum(m, sink)
+        shrink = tl.math.exp2(m - new_m)
+        m, total, acc = new_m, total * shrink + tl.math.exp2(sink - new_m), acc * shrink[:, None]
     acc = acc / total[:, None]
     o_rows = o_base + q_rows[:, None] * o_stride_s + head.to(tl.int64) * o_stride_h
     tl.store(o_rows + dims, acc.to(out.dtype.element_ty), mask=q_mask)

@@ -18,7 +18,7 @@ from torch import Tensor
 from stem_attention.call import Call
 
 _ALIGNED = 256  # bytes: as far as torch's own allocations begin apart, or more
-_WORKSPACE = 5  # the role of what only a call's own kernels use; inputs and outputs have those before
+_WORKSPACE = 6  # the role of what only a call's own kernels use; inputs and outputs have those before
 
 
 class Launches:
@@ -52,9 +52,10 @@ class Launches:
             places[x.data_ptr()] = _WORKSPACE, end
             end += -(-x.numel() * x.element_size() // _ALIGNED) * _ALIGNED
         # Of two inputs at one address the first stands for both: calls of one form agree in which coincide.
-        for role, x in reversed(list(enumerate((call.q, call.k, call.v, out, lse)))):
-            if x.numel():
-                places[x.data_ptr()] = (role, 0)
+        given = (call.q, call.k, call.v, out, lse, call.sinks)
+        for role, tensor in reversed(list(enumerate(given))):
+            if tensor is not None and tensor.numel():
+                places[tensor.data_ptr()] = (role, 0)
         kept = {x.data_ptr() for x in self._kept}
         steps: list[_Step] = []
         for kernel, compiled, grid, args, constants in self._started:
@@ -103,8 +104,8 @@ class Program:
         out = torch.empty_like(call.q, memory_format=torch.contiguous_format) if call.out is None else call.out
         lse = call.empty_lse() if call.return_lse else self.no_lse
         space = torch.empty(self.workspace, dtype=torch.uint8, device=call.q.device)
-        tensors = (call.q, call.k, call.v, out, lse, space)
-        addresses = [x.data_ptr() for x in tensors]
+        tensors = (call.q, call.k, call.v, out, lse, call.sinks, space)
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
         for start, template, pointers, tiles in self.steps:
             args = template.copy()
             for at, role, offset in pointers:
@@ -127,12 +128,13 @@ def form_of(call: Call) -> tuple[Any, ...]:
 
     Kernels are compiled for the alignment of addresses, and what two tensors share at one address they may share at another.
     """
-    q, k, v = call.q, call.k, call.v
+    q, k, v, sinks = call.q, call.k, call.v, call.sinks
     at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     out, kept = (0 if x is None else x.data_ptr() for x in (call.out, call.kept))
+    sink = None if sinks is None else (sinks.dtype, sinks.data_ptr() % 16, *(sinks.data_ptr() == other for other in at))
     return (
         q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16, at[2] % 16, out % 16,
-        kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], call.policy, call.scale, call.prompt_len, call.return_lse,
+        kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], sink, call.policy, call.scale, call.prompt_len, call.return_lse,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from stem_attention.api import block_sparse_attention, select_blocks, stem_attention
 from stem_attention.backends import Request, get_backend
 from stem_attention.errors import UnsupportedError
-from stem_attention.integrations.transformers.dense import HostCall, Output, host_attention, needs_eager
+from stem_attention.integrations.transformers.dense import OURS, HostCall, Output, host_attention, needs_eager
 from stem_attention.integrations.transformers.settings import LayerCall, Now, settings_now
 from stem_attention.policies import Policy
 
@@ -66,7 +66,7 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
         raise UnsupportedError(f"{type(call.module).__name__} selects keys itself; load it with another attn_implementation")
     if window is not None and call.kv_len > window if causal is None else causal.window is not None:
         return "sliding window"
-    if (reason := needs_eager(call)) is not None:
+    if (reason := needs_eager(call, OURS)) is not None:
         return reason
     if not call.is_causal and causal is None:
         return "not causal"
@@ -115,15 +115,17 @@ def _attend(
     call: HostCall, now: Now, policy: Policy, qkv: tuple[Tensor, Tensor, Tensor], prompt_len: int | None, limit: int | None
 ) -> Tensor:
     """Select and attend, below ``limit`` tokens densely; apart if someone wants to see the selection."""
-    q_len, kv_len, scale = qkv[0].shape[1], qkv[1].shape[1], call.extra.get("scaling")
+    q_len, kv_len, scale, sinks = qkv[0].shape[1], qkv[1].shape[1], call.extra.get("scaling"), call.extra.get("s_aux")
+    if isinstance(sinks, Tensor) and sinks.dtype != qkv[0].dtype:
+        sinks = sinks.float()
     if now.observer is None:
-        return stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len)
+        return stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len, sinks=sinks)
     start, selection, reason = perf_counter(), None, "short prompt"
     if limit is not None and (kv_len if prompt_len is None else prompt_len) < limit:  # a short row of a padded batch
-        out = stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len)
+        out = stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len, sinks=sinks)
     else:
         selection, reason = select_blocks(*qkv, policy=policy, scale=scale, prompt_len=prompt_len), "prefill"
-        out = block_sparse_attention(*qkv, selection, scale=scale)
+        out = block_sparse_attention(*qkv, selection, scale=scale, sinks=sinks)
     seconds = perf_counter() - start
     now.observer(LayerCall(call.layer, q_len, kv_len, selection is not None, reason, selection, seconds))
     return out
