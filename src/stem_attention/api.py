@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,19 +19,19 @@ from stem_attention.selection import BlockSelection, check_device
 @overload
 def stem_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = ..., dense_below: int | None = ...,
-    scale: float | None = ..., prompt_len: int | None = ..., sinks: Tensor | None = ..., return_lse: Literal[False] = ...,
-    backend: str = ...,
+    scale: float | None = ..., softcap: float | None = ..., prompt_len: int | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def stem_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = ..., dense_below: int | None = ...,
-    scale: float | None = ..., prompt_len: int | None = ..., sinks: Tensor | None = ..., return_lse: Literal[True],
-    backend: str = ...,
+    scale: float | None = ..., softcap: float | None = ..., prompt_len: int | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def stem_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = None, dense_below: int | None = None,
-    scale: float | None = None, prompt_len: int | None = None, sinks: Tensor | None = None, return_lse: bool = False,
-    backend: str = "auto",
+    scale: float | None = None, softcap: float | None = None, prompt_len: int | None = None, sinks: Tensor | None = None,
+    return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute causal attention that reads just the key blocks that a policy keeps.
 
@@ -47,6 +47,8 @@ def stem_attention(
         dense_below: Prompts of fewer tokens run dense; unless given, those below the length at which the backend that runs
             was measured to overtake dense attention (``explain().dense_below``).
         scale: Softmax scale; ``1 / sqrt(head_dim)`` unless given.
+        softcap: Bound of the scaled scores ``s``, as in Gemma 2: they become ``softcap * tanh(s / softcap)``, also in the
+            estimates of policies.
         prompt_len: Tokens of the whole prompt when prefill comes in chunks; ``kv_len`` unless given. Chunks that end on
             block borders then keep exactly the blocks that one call would keep.
         sinks: ``(q_heads,)``, fp32 or the dtype of ``q``, contiguous: a learnt logit of each head that takes part in the
@@ -70,14 +72,15 @@ def stem_attention(
     checks.check_flag("return_lse", return_lse)
     length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
     known, limit, name = _policy(policy, q), checks.check_dense_below(dense_below), checks.check_backend(backend)
-    sinks = checks.check_sinks(sinks, q)
+    sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
     if not torch.compiler.is_compiling():
-        call = Call(q, k, v, known, scale, length, dense_below=limit, return_lse=return_lse, backend=name, sinks=sinks)
+        extra: dict[str, Any] = {"dense_below": limit, "return_lse": return_lse, "backend": name, "sinks": sinks}
+        call = Call(q, k, v, known, scale, length, softcap=softcap, **extra)
         if not backend_of(call).runs_dense(call):
             limit = 0  # decided: the operator need not ask again
         elif call.plain and not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
-    out, lse = ops.forward(q, k, v, sinks, ops.travel(known), scale, length, limit, return_lse, name)
+    out, lse = ops.forward(q, k, v, sinks, ops.travel(known), scale, softcap, length, limit, return_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -85,21 +88,21 @@ def stem_attention(
 def stem_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., policy: Policy | str | None = ...,
-    dense_below: int | None = ..., scale: float | None = ..., sinks: Tensor | None = ..., return_lse: Literal[False] = ...,
-    backend: str = ...,
+    dense_below: int | None = ..., scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def stem_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., policy: Policy | str | None = ...,
-    dense_below: int | None = ..., scale: float | None = ..., sinks: Tensor | None = ..., return_lse: Literal[True],
-    backend: str = ...,
+    dense_below: int | None = ..., scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def stem_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     page_table: Tensor | None = None, prompt_lens: Sequence[int] | None = None, policy: Policy | str | None = None,
-    dense_below: int | None = None, scale: float | None = None, sinks: Tensor | None = None, return_lse: bool = False,
-    backend: str = "auto",
+    dense_below: int | None = None, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute :func:`stem_attention` for a ragged batch; a sequence's result never depends on its neighbours.
 
@@ -118,6 +121,7 @@ def stem_attention_varlen(
         policy: As in :func:`stem_attention`.
         dense_below: As in :func:`stem_attention`, for each sequence by itself.
         scale: As in :func:`stem_attention`.
+        softcap: As in :func:`stem_attention`.
         sinks: As in :func:`stem_attention`.
         return_lse: Also return the log-sum-exp.
         backend: As in :func:`stem_attention`.
@@ -143,36 +147,38 @@ def stem_attention_varlen(
     lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
     out, lse = ops.forward_varlen(
         q, k, v, checks.check_sinks(sinks, q), starts, key_starts, page_table, lengths, ops.travel(_policy(policy, q)),
-        checks.check_scale(scale, q.shape[2]), checks.check_dense_below(dense_below), return_lse, checks.check_backend(backend),
+        checks.check_scale(scale, q.shape[2]), checks.check_softcap(softcap), checks.check_dense_below(dense_below), return_lse,
+        checks.check_backend(backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
 def select_blocks(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = None, scale: float | None = None,
-    prompt_len: int | None = None, backend: str = "auto",
+    softcap: float | None = None, prompt_len: int | None = None, backend: str = "auto",
 ) -> BlockSelection:  # fmt: skip
     """Choose the key blocks that a policy keeps, whatever the length. Arguments and errors as in :func:`stem_attention`."""
     checks.check_qkv(q, k, v)
     checks.check_batch(q, k)
     length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
     known, name = _policy(policy, q), checks.check_backend(backend)
-    indices, counts = ops.select(q, k, v, ops.travel(known), scale, length, name)
+    softcap = checks.check_softcap(softcap)
+    indices, counts = ops.select(q, k, v, ops.travel(known), scale, softcap, length, name)
     return BlockSelection(indices, counts, known.block_size, q.shape[1], k.shape[1])
 
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ..., softcap: float | None = ...,
     sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ..., softcap: float | None = ...,
     sinks: Tensor | None = ..., return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, softcap: float | None = None,
     sinks: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute exact causal attention over the blocks of ``selection``, whichever policy made it.
@@ -185,7 +191,7 @@ def block_sparse_attention(
     checks.check_flag("return_lse", return_lse)
     scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
     parts = selection.indices, selection.counts, selection.block_size
-    out, lse = ops.attend(q, k, v, checks.check_sinks(sinks, q), *parts, scale, return_lse, name)
+    out, lse = ops.attend(q, k, v, checks.check_sinks(sinks, q), *parts, scale, checks.check_softcap(softcap), return_lse, name)
     return (out, lse) if return_lse else out
 
 

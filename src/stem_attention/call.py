@@ -121,6 +121,7 @@ class Call:
         out: Where the result goes, a contiguous tensor like ``q``; None for a new one.
         kept: int64 ``(1,)``, to which the block pairs that a policy keeps are added, of all heads; None: they are not counted.
         sinks: ``(q_heads,)``, a logit of each head that takes part in its softmax and has no value; or None.
+        softcap: Bound of the scaled scores ``s``, which become ``softcap * tanh(s / softcap)``; or None.
     """
 
     q: Tensor
@@ -136,11 +137,12 @@ class Call:
     out: Tensor | None = None
     kept: Tensor | None = None
     sinks: Tensor | None = None
+    softcap: float | None = None
 
     @property
     def plain(self) -> bool:
         """Tell whether it asks for nothing but scaled scores, as torch's own attention computes them."""
-        return self.sinks is None
+        return self.sinks is None and self.softcap is None
 
     @property
     def paged(self) -> bool:

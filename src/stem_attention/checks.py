@@ -86,6 +86,15 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def check_softcap(softcap: float | None) -> float | None:
+    """Return the bound of the scores; None for none."""
+    if softcap is None:
+        return None
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap <= sys.float_info.max:
+        raise bad_argument("softcap", "a finite number > 0 or None", repr(softcap), "leave it out for scores without a cap")
+    return float(softcap)
+
+
 def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
     """Check the sinks of a call whose queries are ``(..., q_heads, head_dim)``; UnsupportedError where they need a gradient."""
     if sinks is None:

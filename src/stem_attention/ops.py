@@ -39,25 +39,31 @@ def _arrived(text: str) -> Policy:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, prompt_len: int,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, softcap: float | None, prompt_len: int,
     dense_below: int | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     known = _arrived(policy)
-    return backends.run(Call(q, k, v, known, scale, prompt_len, None, dense_below, return_lse, backend, sinks=sinks))
+    return backends.run(
+        Call(q, k, v, known, scale, prompt_len, None, dense_below, return_lse, backend, sinks=sinks, softcap=softcap)
+    )
 
 
 def _forward_varlen(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
-    page_table: Tensor | None, prompt_lens: Sequence[int], policy: str, scale: float, dense_below: int | None,
-    return_lse: bool, backend: str,
+    page_table: Tensor | None, prompt_lens: Sequence[int], policy: str, scale: float, softcap: float | None,
+    dense_below: int | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, page_table, q.device)
-    return backends.run(Call(q, k, v, _arrived(policy), scale, 0, batch, dense_below, return_lse, backend, sinks=sinks))
+    return backends.run(
+        Call(q, k, v, _arrived(policy), scale, 0, batch, dense_below, return_lse, backend, sinks=sinks, softcap=softcap)
+    )
 
 
-def _select(q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
+def _select(
+    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, softcap: float | None, prompt_len: int, backend: str
+) -> tuple[Tensor, Tensor]:
     known = _arrived(policy)
-    selection = backends.select(Call(q, k, v, known, scale, prompt_len, backend=backend))
+    selection = backends.select(Call(q, k, v, known, scale, prompt_len, backend=backend, softcap=softcap))
     missing = _widest_row(known, selection.grid, prompt_len) - selection.indices.shape[3]
     indices = torch.nn.functional.pad(selection.indices, (0, missing), value=PAD) if missing > 0 else selection.indices
     return indices, selection.counts
@@ -65,13 +71,13 @@ def _select(q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_l
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
-    return_lse: bool, backend: str,
+    softcap: float | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     selection = BlockSelection(indices, counts, block_size, q.shape[1], k.shape[1])
     if q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
         selection.validate()
     known = _any_policy(block_size)
-    call = Call(q, k, v, known, scale, k.shape[1], return_lse=return_lse, backend=backend, sinks=sinks)
+    call = Call(q, k, v, known, scale, k.shape[1], return_lse=return_lse, backend=backend, sinks=sinks, softcap=softcap)
     return backends.attend(call, selection)
 
 
@@ -81,7 +87,7 @@ def _widest_row(policy: Policy, grid: BlockGrid, prompt_len: int) -> int:
 
 
 def _fake_select(
-    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, backend: str
+    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, softcap: float | None, prompt_len: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     known = _arrived(policy)
     grid = BlockGrid.of(q, k, known.block_size)

@@ -75,6 +75,7 @@ class Problem:
     seed: int
     policy: Policy
     with_sinks: bool
+    softcap: float | None
 
     @property
     def heads(self) -> int:
@@ -84,7 +85,7 @@ class Problem:
     def extra(self, device: str) -> dict[str, Any]:
         """What attention has beside plain scores, as arguments of a call."""
         drawn = torch.randn(self.heads, generator=torch.Generator().manual_seed(self.seed))
-        return {"sinks": (4 * drawn).to(device)} if self.with_sinks else {}
+        return {"softcap": self.softcap, "sinks": (4 * drawn).to(device) if self.with_sinks else None}
 
     def qkv(self, device: str, sequence: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Tensors of the whole batch, or of one sequence of a packed one."""
@@ -127,6 +128,7 @@ def problems(draw: st.DrawFn, space: Space, packed: bool = False) -> Problem:
         seed=draw(st.integers(0, 1 << 30)),
         policy=draw(policies(space, block, kv_heads * group)),
         with_sinks=draw(st.sampled_from((False, False, True))),
+        softcap=draw(st.sampled_from((None, None, 30.0, 2.0))),
     )
 
 

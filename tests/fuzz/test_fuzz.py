@@ -28,13 +28,14 @@ def attention_over_any_lists(problem, rig):
 
 def assert_right(problem, rig, q, k, v, prompt_len):
     """Of selection and attention in one call, and of selection alone."""
-    options, extra = {"policy": problem.policy, "prompt_len": prompt_len, "backend": rig.backend}, problem.extra(rig.device)
+    options = {"policy": problem.policy, "prompt_len": prompt_len, "backend": rig.backend, "softcap": problem.softcap}
+    extra = problem.extra(rig.device)
     limits = {"dense_below": problem.dense_below, "return_lse": problem.return_lse}
     with undisturbed(q, k, v, poisoned=problem.poisoned):
-        result = stem_attention(q, k, v, **limits, **options, **extra)
+        result = stem_attention(q, k, v, sinks=extra["sinks"], **limits, **options)
         selection = select_blocks(q, k, v, **options)
     out, lse = result if problem.return_lse else (result, None)
-    assert_selected(selection, q, k, v, problem.policy, prompt_len)
+    assert_selected(selection, q, k, v, problem.policy, prompt_len, softcap=problem.softcap)
     if prompt_len < problem.dense_below:
         selection = Dense(problem.policy.block_size)(q, k, v)
     assert_accurate(out, lse, q, k, v, selection, **extra)
@@ -51,6 +52,7 @@ def a_prompt_in_chunks(problem, rig):
     q, k, v = problem.qkv(rig.device)
     size, kv_len, start = problem.policy.block_size, k.shape[1], k.shape[1] - q.shape[1]
     options = {"policy": problem.policy, "prompt_len": kv_len + problem.prompt_extra, "backend": rig.backend}
+    options["softcap"] = problem.softcap
     whole = select_blocks(q, k, v, **options)
     border = max(start, (start + kv_len) // 2 // size * size)
     for low, high in pairwise(sorted({start, border, max(kv_len - 1, start), kv_len})):
@@ -82,7 +84,8 @@ def any_packed_batch(problem, rig):
         if low < high:
             # any_call judges what a sequence alone keeps.
             policy = Dense(problem.policy.block_size) if prompts[i] < problem.dense_below else problem.policy
-            selection = select_blocks(*single[i], policy=policy, prompt_len=prompts[i], backend=rig.backend)
+            options = {"policy": policy, "prompt_len": prompts[i], "softcap": problem.softcap, "backend": rig.backend}
+            selection = select_blocks(*single[i], **options)
             alone = out[None, low:high], None if lse is None else lse[None, :, low:high]
             assert_accurate(*alone, *single[i], selection, **extra)
 

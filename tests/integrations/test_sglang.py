@@ -185,7 +185,7 @@ OTHER_LAYERS = {
     "encoder_only attention": {"attn_type": AttentionType.ENCODER_ONLY},
     "sliding window": {"sliding_window_size": sglang_host.CONTEXT - 2},
     "chunked local attention": {"use_irope": True},
-    "soft-capped scores": {"logit_cap": 30.0},
+    "scores bounded by sigmoid": {"logit_cap": 30.0, "logit_capping_method": "sigmoid"},
     "scores scaled by length": {"xai_temperature_len": 1024},
     "positions inside attention (ALIBI)": {"pos_encoding_mode": "ALIBI"},
     "values of another head dimension": {"v_head_dim": 8},
@@ -220,6 +220,14 @@ def test_an_argument_that_stem_does_not_know_goes_to_the_dense_backend_with_it(m
     server.run([(0, 200)], extra={"q_rope": torch.ones(HEADS)})
     server.run([(0, 200)], extra={"q_rope": None, "sinks": None, "save_kv_cache": True})
     assert [list(extra) for extra in seen] == [["q_rope"]]
+
+
+def test_scores_are_capped(monkeypatch):
+    server = Server(monkeypatch, [200, 40])
+    out = server.run([(0, 200), (0, 40)], layer=make_layer(logit_cap=0.5))
+    assert torch.equal(out[:200], server.expected(0, 0, 200, softcap=0.5))
+    assert torch.equal(out[200:], server.expected(1, 0, 40, softcap=0.5))
+    assert not torch.equal(out, server.run([(0, 200), (0, 40)]))
 
 
 def test_sinks_take_part(monkeypatch):

@@ -75,7 +75,7 @@ def test_a_class_of_ones_own_that_says_nothing_of_sdpa_gets_a_mask():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("Gemma2ForCausalLM", "soft-capped scores"),
+        ("Gemma2ForCausalLM", "prefill"),
         ("GptOssForCausalLM", "prefill"),
         ("DeepseekV3ForCausalLM", "value dimension differs from key dimension"),
     ],

@@ -15,7 +15,7 @@ from stem_attention.blocks import block_count
 from stem_attention.call import Call
 from stem_attention.checks import check_selection
 from stem_attention.errors import bad_argument
-from stem_attention.policies.base import Policy, is_ours
+from stem_attention.policies.base import Policy, is_ours, softcap_for
 from stem_attention.policies.patterns import keep_everything
 from stem_attention.selection import BlockSelection
 
@@ -62,7 +62,8 @@ class Backend(ABC):
 
     def select(self, call: Call) -> BlockSelection:
         """Choose the blocks of a call that is not packed; unless a backend knows a faster way, as its policy does."""
-        return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len)
+        told = softcap_for(type(call.policy).__call__, call.softcap)
+        return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len, **told)
 
     def chooser(self, policy: Policy) -> Callable[..., object]:
         """Return the function by which blocks are chosen, for :meth:`path` to name."""

@@ -77,7 +77,7 @@ class Recorder(Launches):
 
 def record_selection(
     target: str, *, policy: Policy | None = None, length: int = 131071, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
-    ragged: bool = False, page: int = 0, implicit: bool = True,
+    ragged: bool = False, page: int = 0, implicit: bool = True, softcap: float | None = None,
 ) -> dict[str, Recorded]:  # fmt: skip
     """Launches of a selection on a card, the last of each kernel by its name."""
     launches = Recorder()
@@ -89,6 +89,7 @@ def record_selection(
         patch.setattr(mass, "to_device", lambda *_: torch.empty(1, dtype=torch.int32, device="cuda"))
         patch.setattr(mass, "_head_shares", lambda *_: torch.empty((1, 8), dtype=torch.float32, device="cuda"))
         call = _call(Mass() if policy is None else policy, length, dim, dtype, "cuda", ragged, page)
+        call = replace(call, softcap=softcap)
         selector = TritonBackend().selector(call.policy)
         assert selector is not None
         selector(call, Layout.of(call, call.policy.block_size, launches), 0, implicit, launches)
@@ -98,6 +99,7 @@ def record_selection(
 def record_attention(
     target: str, *, dim: int = 128, block_size: int = 128, dtype: torch.dtype = torch.bfloat16, ragged: bool = False,
     page: int = 0, lse: bool = True, launch: Launch | None = None, sinks: torch.dtype | None = None,
+    softcap: float | None = None,
 ) -> Recorded:  # fmt: skip
     """The launch of attention on a card, with the choice that the library makes for it unless another is given."""
 
@@ -107,7 +109,7 @@ def record_attention(
         if launch is not None:
             patch.setattr(attention, "attention_launch", lambda *_, **__: launch)
         call = replace(_call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, page), return_lse=lse)
-        call = replace(call, sinks=None if sinks is None else torch.empty(8, dtype=sinks))
+        call = replace(call, sinks=None if sinks is None else torch.empty(8, dtype=sinks), softcap=softcap)
         indices = torch.zeros((1, 8, -(-300 // block_size), 3), dtype=torch.int32)
         counts = indices[..., 0].contiguous()
         attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, 2, launches)

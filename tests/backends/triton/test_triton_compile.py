@@ -25,6 +25,8 @@ def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
 # spill 8 bytes and reach 393 TFLOP/s, eight warps spill nothing and reach 238. Blocks of 128 from pages of 128: tiles of 64
 # spill 80 bytes and reach 333 TFLOP/s, tiles of 32 spill nothing and reach 223.
 SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80}
+# Under a soft cap, by the same: few loads and stores of a row's numbers.
+CAP_SPILLS = {("sm80", 256, 128): 8, ("sm120", 256, 128): 8, ("sm90", 256, 64): 128}
 # Triton 3.8's ptxas takes 64, 80 or 128 registers, so that two programs fit on a multiprocessor, and some bytes of stack for
 # it.
 CHEAP_STACK = {"choose_kernel": 16, "pool_kernel": 8, "keep_kernel": 40}
@@ -34,7 +36,10 @@ LONGEST_ROW, LONGEST_ROW_STACK = 16384, {"sm100": 48, "sm120": 80, "gfx942": 79}
 
 def fits(target: str, launch: Recorded) -> Compiled:
     compiled = compile_for(target, launch)
-    allowed = SPILLS.get((target, launch.arguments.get("D"), launch.arguments.get("B")), 0)
+    shape = target, launch.arguments.get("D"), launch.arguments.get("B")
+    allowed = SPILLS.get(shape, 0)
+    if launch.arguments.get("steepness") is not None:
+        allowed = max(allowed, CAP_SPILLS.get(shape, 0))
     if target != "sm90":
         allowed = max(allowed, CHEAP_STACK.get(launch.kernel.fn.__name__, 0))
     if launch.arguments.get("COLUMNS") == LONGEST_ROW:
@@ -64,6 +69,9 @@ VARIANTS = {
     "page-1-block-64": {"page": 1, "block_size": 64},
     "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
     "sinks-dim-64-block-64": {"dim": 64, "block_size": 64, "sinks": torch.bfloat16},
+    "cap-dim-256": {"dim": 256, "softcap": 50.0},
+    "cap-dim-256-block-64-page-64": {"dim": 256, "block_size": 64, "page": 64, "softcap": 50.0},
+    "cap": {"softcap": 50.0},
     "sinks-page-64": {"page": 64, "sinks": torch.float32},
 }
 
@@ -93,6 +101,7 @@ SELECTIONS = {
     "ragged": {"ragged": True, "length": 9999},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
+    "cap": {"softcap": 50.0},
 }
 
 
@@ -117,6 +126,7 @@ MASSES = {
     "ragged-dim-64": {"ragged": True, "length": 9999, "dim": 64},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
+    "cap-dim-256": {"dim": 256, "softcap": 50.0},
     "factors": {"policy": FACTORS},
     "factors-page-16-dim-256": {"policy": FACTORS, "page": 16, "dim": 256},
 }  # fmt: skip

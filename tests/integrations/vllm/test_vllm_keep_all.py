@@ -94,15 +94,28 @@ def test_a_mixture_of_experts(models, engine):
     assert counters()["sparse_tokens"] > 900
 
 
-def test_layers_with_sinks(llama, expected, engine, monkeypatch):
-    engines, sinks = (engine(llama), engine(llama, KEEP_ALL, max_num_batched_tokens=97)), torch.tensor([5.0, 8.0, -1.0, 6.0])
+FORMS = {"sinks": torch.tensor([5.0, 8.0, -1.0, 6.0]), "logits_soft_cap": 0.5}  # what vLLM calls them
+OURS = {"sinks": "stem_sinks", "logits_soft_cap": "stem_softcap"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_other_forms(form, llama, expected, engine, monkeypatch):
+    engines = engine(llama), engine(llama, KEEP_ALL, max_num_batched_tokens=97)
     for llm in engines:
         for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values():
-            for name in ("sinks", "stem_sinks"):
-                monkeypatch.setattr(layer.impl, name, sinks, raising=False)
+            for name in (form, OURS[form]):
+                monkeypatch.setattr(layer.impl, name, FORMS[form], raising=False)
     host, stem = (generate(llm, prompts(*LENGTHS)) for llm in engines)
     assert stem == host != expected
     assert counters()["sparse_tokens"] > 2000
+
+
+def test_gemma2(models, engine, calls):
+    model = models("Gemma2Config", num_hidden_layers=3, sliding_window=96, attn_logit_softcapping=2.0, query_pre_attn_scalar=1)
+    tokens = generate(engine(model), prompts(700, 300))
+    assert generate(engine(model, KEEP_ALL, max_num_batched_tokens=222), prompts(700, 300)) == tokens
+    assert counters()["sparse_tokens"] > 900
+    assert {call.softcap for call in calls} == {2.0}
 
 
 def test_gpt_oss(models, engine, calls):

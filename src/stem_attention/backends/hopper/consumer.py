@@ -27,6 +27,12 @@ def _weights(scores, scale, m, HELD: gl.constexpr):
 
 
 @gluon.jit
+def _bounded(scores, steepness):
+    """Scores under a soft cap, which is the scale then: products become their hyperbolic tangent."""
+    return scores if steepness is None else 1.0 - 2.0 / (gl.exp2(scores * (steepness * 2.8853900817779268)) + 1.0)
+
+
+@gluon.jit
 def _grown(total, shrink, sums):
     return total * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
 
@@ -69,7 +75,7 @@ def _store_rows(staging, out, stride_s, stride_h, z, head, q_first, first, q_len
 
 
 @gluon.jit
-def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
+def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
           BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
     """Scores of the ``t``-th tile beside the weighted values of the one before, then softmax while the values still run.
 
@@ -77,6 +83,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr
     are the sequence's keys from the tile's first on.
     """
     _, k_s, v_s, _, k_full, v_full, k_empty, v_empty, _, _, turns = shared
+    scale, steepness = scales
     scores_layout: gl.constexpr = blank.type.layout
     out_layout: gl.constexpr = acc.type.layout
     before = (t - 1) % VS
@@ -92,6 +99,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr
         mbarrier.arrive(turns.index(1 - w), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(s), count=1)
+    scores = _bounded(scores, steepness)
     if SUB > 0:
         scores = _masked(scores, SUB * BN, w, BN, scores_layout)
     p, m, shrink, sums = _weights(scores, scale, m, p.dtype)
@@ -107,12 +115,13 @@ def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr
 
 
 @gluon.jit
-def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr,
+def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr,
               D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
               QREG: gl.constexpr):  # fmt: skip
     B: gl.constexpr = 64 * WGS
     SUB: gl.constexpr = B // BN if BN < B else 1
     _, _, _, o_tiles = tiles
+    scale, steepness = scales
     q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns = shared
     _, counts, width, tickets, _ = lists
     out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h, sinks = results
@@ -161,6 +170,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
                 mbarrier.arrive(turns.index(1 - w), count=1)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(s), count=1)
+            scores = _bounded(scores, steepness)
             p, m, _, total = _weights(_masked(scores, -diagonal, w, BN, scores_layout), scale, m, held)
             present = kv_len - block * B
             if BN > B:
@@ -169,11 +179,11 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
                 _clear_tail(t, v_s, v_full, present, BN, D, VS)
             t += 1
             for sub in gl.static_range(1, SUB):
-                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scale, present - sub * BN,
+                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present - sub * BN,
                                          w, sub, WGS, BN, D, KS, VS, RAGGED)  # fmt: skip
                 t += 1
             for _ in range(SUB, steps):
-                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scale, present,
+                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present,
                                          w, 0, WGS, BN, D, KS, VS, RAGGED)  # fmt: skip
                 t += 1
 
@@ -221,16 +231,16 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
 
 
 @gluon.jit
-def first_consumer(tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+def first_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
                    KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
                    QREG: gl.constexpr):  # fmt: skip
     """Rows 0 to 63 of every block."""
-    _consumer(0, tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)
+    _consumer(0, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)
 
 
 @gluon.jit
-def second_consumer(tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+def second_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
                     KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
                     QREG: gl.constexpr):  # fmt: skip
     """Rows 64 to 127."""
-    _consumer(1, tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)
+    _consumer(1, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)

@@ -1,6 +1,6 @@
 """Section 6, as written: softmax over { j <= i, block(j) kept for block(i) } of scale * q.k, times v.
 
-A sink is one more score of every row, whose weight meets no value.
+A soft cap c bounds the scores: c * tanh(scale * q.k / c). A sink is one more score of every row, whose weight meets no value.
 """
 
 import torch
@@ -11,7 +11,13 @@ from stem_attention.selection import BlockSelection
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``; fp64 inputs are computed in fp64, all others in fp32."""
     dtype = accumulator_dtype(q)
@@ -29,6 +35,8 @@ def attend(
                 rows = torch.arange(max(block * size, start), min((block + 1) * size, k.shape[1]), device=q.device)
                 kept = keys[mask[b, h, row].repeat_interleave(size)[: k.shape[1]]]
                 scores = scale * (q[b, rows - start, h].to(dtype) @ kh[kept].T)
+                if softcap is not None:
+                    scores = softcap * (scores / softcap).tanh()
                 scores = scores.masked_fill(kept > rows[:, None], -torch.inf)
                 if sinks is not None:
                     scores = torch.cat([scores, sinks[h].to(dtype).expand(len(rows), 1)], 1)

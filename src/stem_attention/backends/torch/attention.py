@@ -40,7 +40,14 @@ class _Scratch(threading.local):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    return_lse: bool,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``, ``lse`` empty unless asked for; fp64 inputs are computed in fp64, all others in fp32."""
     (batch, q_len, heads, _), kv_heads = q.shape, k.shape[2]
@@ -55,13 +62,13 @@ def attend(
         lists = selection.indices[b, own].flatten(0, 1)[order[b, g]]
         tensors = q[b : b + 1, :, own], k[b : b + 1, :, g : g + 1], v[b : b + 1, :, g : g + 1], out[b, :, own]
         mine = lse[b, own] if return_lse else None, None if sinks is None else sinks[own]
-        _attend_group(*tensors, *mine, order[b, g], lists, lengths[b][g], selection.grid, scale)
+        _attend_group(*tensors, *mine, order[b, g], lists, lengths[b][g], selection.grid, scale, softcap)
     return out, lse
 
 
 def _attend_group(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None, order: Tensor, lists: Tensor,
-    counts: list[int], grid: BlockGrid, scale: float,
+    counts: list[int], grid: BlockGrid, scale: float, softcap: float | None,
 ) -> None:  # fmt: skip
     """Fill ``out (q_len, heads, dim)`` and ``lse (heads, q_len)`` for the query heads of one kv head of a sequence.
 
@@ -87,6 +94,8 @@ def _attend_group(
             for name, x in (("keys", keys), ("values", values))
         )
         scores = torch.bmm(queries[rows], kept_k.mT, out=scratch.take("scores", len(rows), size, tokens))
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
         scores[..., -size:].masked_fill_(future, -torch.inf)
         peak = None if norms is None else scores.amax(-1)
         weights = torch.softmax(scores, -1, out=scores)

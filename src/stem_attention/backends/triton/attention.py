@@ -13,6 +13,7 @@ from stem_attention.backends.triton.layout import Layout, describable
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call
 
+_LOG2E = math.log2(math.e)
 _LEAST_SCALE = torch.finfo(torch.float32).smallest_normal
 
 
@@ -49,7 +50,8 @@ def attend(
         attention_kernel, (rows * heads, layout.batch),
         q4, k4, v4, k_tiles, v_tiles, o4, lse, call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table,
         *q4.stride()[:3], *k4.stride()[:3], *v4.stride()[:3], *o4.stride()[:3], *lse_strides(call, lse), layout.table_stride,
-        k4.shape[0], layout.q_len, layout.kv_len, heads, rows, min(heavy, rows), indices.shape[3], scale * math.log2(math.e),
+        k4.shape[0], layout.q_len, layout.kv_len, heads, rows, min(heavy, rows), indices.shape[3],
+        *in_base_two(scale, call.softcap),
         G=layout.group, B=block_size, BN=choice.tile, D=dim, BD=padded_dim, PAGE=page, RAGGED=layout.packed, TMA=tma,
         LSE=call.return_lse, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
@@ -61,6 +63,11 @@ def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale >= _LEAST_SCALE:
         return q, scale
     return (q * -1.0, -scale) if scale <= -_LEAST_SCALE else (q * 0.0, 1.0)
+
+
+def in_base_two(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Return what kernels multiply the products of queries and keys by, and under a soft cap what they do so before tanh."""
+    return (scale * _LOG2E, None) if softcap is None else (softcap * _LOG2E, scale / softcap)
 
 
 def lse_strides(call: Call, lse: Tensor) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from stem_attention.backends.triton.geometry import key_rows, key_span, query_span
+from stem_attention.backends.triton.softcap import tanh
 
 
 @triton.jit
@@ -64,11 +65,11 @@ def attention_kernel(
     q, k, v, k_tiles, v_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     o_stride_b, o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, pages,
-    q_len, kv_len, heads, rows, heavy, width, scale,
+    q_len, kv_len, heads, rows, heavy, width, scale, steepness,
     G: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
     RAGGED: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """``scale`` is the softmax scale times log2(e), ``sinks (heads,)`` or None. See ``attention.py`` for the shapes."""
+    """``sinks`` are ``(heads,)`` or None, ``scale`` and ``steepness`` those of :func:`attention.in_base_two`."""
     pid, z = tl.program_id(0), tl.program_id(1)
     # Dense tail rows are many times longer than the others: those of all heads start first. The rest go head by head, so
     # that programs running together read the same keys and values. Rows count from each sequence's end.
@@ -123,6 +124,8 @@ def attention_kernel(
             k_tile = _gathered_tile(k, k_stride_b, k_stride_s, k_stride_h, z, kv_head, k_first, position, kv_len, page_table,
                                     table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
         scores = tl.dot(q_tile, k_tile.T)
+        if steepness is not None:
+            scores = tanh(scores * steepness)
         if PEEL:
             pass
         elif entry == count - 1:
@@ -141,6 +144,8 @@ def attention_kernel(
             k_tile = _gathered_tile(k, k_stride_b, k_stride_s, k_stride_h, z, kv_head, k_first, position, kv_len, page_table,
                                     table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
             scores = tl.dot(q_tile, k_tile.T)
+            if steepness is not None:
+                scores = tanh(scores * steepness)
             scores = tl.where(positions[:, None] >= position + tl.arange(0, BN), scores, -float("inf"))
             p, m, total, acc = _softmax_step(scores, scale, m, total, acc)
             v_tile = _gathered_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,

@@ -74,8 +74,8 @@ def select_by_score(call: Call, layout: Layout, dense_below: int, implicit: bool
         launches.start(
             score_kernel, (tiles, heads, batch),
             q_high, q_low, k_high, k_low, value, scores, layout.cu_q, layout.cu_k, layout.q_len, layout.kv_len, first, rows,
-            blocks, pitch, call.scale, B=size, R=size // stride, G=layout.group, BM=tile.rows, BN=tile.columns, BK=tile.inner,
-            WIDTH=inner, SPLIT=split, RAGGED=packed, num_warps=tile.warps, num_stages=tile.stages,
+            blocks, pitch, call.scale, call.softcap, B=size, R=size // stride, G=layout.group, BM=tile.rows, BN=tile.columns,
+            BK=tile.inner, WIDTH=inner, SPLIT=split, RAGGED=packed, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         # 4. The best of each row.
         seen = blocks if packed else min(blocks, layout.first + first + rows)

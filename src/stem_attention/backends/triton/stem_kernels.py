@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from stem_attention.backends.triton.geometry import key_rows, key_span, query_span
+from stem_attention.backends.triton.softcap import capped
 
 
 @triton.jit
@@ -116,14 +117,14 @@ def _tile(base, rows, limit, inner, WIDTH: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows", "blocks"])
 def score_kernel(
-    q_high, q_low, k_high, k_low, value, scores, cu_q, cu_k, q_len, kv_len, first_row, rows, blocks, columns, scale,
+    q_high, q_low, k_high, k_low, value, scores, cu_q, cu_k, q_len, kv_len, first_row, rows, blocks, columns, scale, cap,
     B: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Write ``scores[z, head, row, column]``, float32, for columns up to the diagonal; others are left as they are.
 
     ``first_row`` counts from each sequence's first query block; ``rows`` are scored in this launch. ``value`` is
-    ``beta * magnitude (z, kv_head, blocks)``.
+    ``beta * magnitude (z, kv_head, blocks)``, ``cap`` the soft cap of the routing score or None.
     """
     row_tiles = tl.cdiv(rows, BM)
     tile, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -154,6 +155,7 @@ def score_kernel(
     block = block0 + tl.arange(0, BM)
     present = tl.minimum((block + 1) * B, kv_len) - tl.maximum(block * B, start)
     acc = acc * (scale / (tl.maximum(present, 1) * R).to(tl.float32))[:, None]
+    acc = capped(acc, cap)
     acc += tl.load(value + at_k + n, mask=n < blocks, other=0.0)[None, :]
     target = scores + (at_q + m)[:, None] * columns + n[None, :]
     tl.store(target, acc, mask=(m < rows)[:, None] & (n[None, :] <= block[:, None]) & (n < columns)[None, :])

@@ -77,7 +77,11 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
         keys, values = (x.unsqueeze(1) for x in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)))
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.zeros_like(queries)  # rows behind the last request only pad the batch
-        given: dict[str, Any] = {"backend": self.settings.backend, "sinks": extra.get("sinks")}
+        given: dict[str, Any] = {
+            "backend": self.settings.backend,
+            "sinks": extra.get("sinks"),
+            "softcap": layer.logit_cap or None,
+        }
         for rows, limit in self._parts:
             mine = queries[rows.tokens]
             kept = COUNTERS.count_layer(rows, mine.shape[1]) if limit == 0 else None  # the others are not sparse

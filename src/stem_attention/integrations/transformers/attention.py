@@ -115,17 +115,21 @@ def _attend(
     call: HostCall, now: Now, policy: Policy, qkv: tuple[Tensor, Tensor, Tensor], prompt_len: int | None, limit: int | None
 ) -> Tensor:
     """Select and attend, below ``limit`` tokens densely; apart if someone wants to see the selection."""
-    q_len, kv_len, scale, sinks = qkv[0].shape[1], qkv[1].shape[1], call.extra.get("scaling"), call.extra.get("s_aux")
-    if isinstance(sinks, Tensor) and sinks.dtype != qkv[0].dtype:
+    (q, k, v), sinks = qkv, call.extra.get("s_aux")
+    q_len, kv_len = q.shape[1], k.shape[1]
+    if isinstance(sinks, Tensor) and sinks.dtype != q.dtype:
         sinks = sinks.float()
+    choice: dict[str, Any] = {"policy": policy, "prompt_len": prompt_len}
+    scores: dict[str, Any] = {"scale": call.extra.get("scaling"), "softcap": call.extra.get("softcap")}
     if now.observer is None:
-        return stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len, sinks=sinks)
+        whole: Tensor = stem_attention(q, k, v, dense_below=limit, sinks=sinks, **choice, **scores)
+        return whole
     start, selection, reason = perf_counter(), None, "short prompt"
     if limit is not None and (kv_len if prompt_len is None else prompt_len) < limit:  # a short row of a padded batch
-        out = stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len, sinks=sinks)
+        out: Tensor = stem_attention(q, k, v, dense_below=limit, sinks=sinks, **choice, **scores)
     else:
-        selection, reason = select_blocks(*qkv, policy=policy, scale=scale, prompt_len=prompt_len), "prefill"
-        out = block_sparse_attention(*qkv, selection, scale=scale, sinks=sinks)
+        selection, reason = select_blocks(q, k, v, **choice, **scores), "prefill"
+        out = block_sparse_attention(q, k, v, selection, sinks=sinks, **scores)
     seconds = perf_counter() - start
     now.observer(LayerCall(call.layer, q_len, kv_len, selection is not None, reason, selection, seconds))
     return out

@@ -20,7 +20,7 @@ _EAGER_ARGUMENTS = {
     "output_attentions": "attention weights asked for",
 }
 # Those that Stem computes too.
-OURS = ("s_aux",)
+OURS = ("softcap", "s_aux")
 _MIN_WINDOW_ROWS = 1024
 
 Output = tuple[Tensor, Tensor | None]

@@ -13,8 +13,8 @@ from stem_attention.policies import Policy, read_policy
 
 NAME = "stem"
 
-# Models whose classes support eager attention alone because "sdpa" knows no sinks, which Stem computes itself.
-_OURS = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash")
+# Models whose classes support eager attention alone because "sdpa" knows no sinks and no soft caps, which Stem computes.
+_OURS = ("flint", "gemma2", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "t5gemma", "vaultgemma")
 # By config class. A compiled graph can read this dictionary, but not the classes.
 _EAGER_ONLY: dict[type[Any], bool] = {}
 

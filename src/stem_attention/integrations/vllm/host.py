@@ -144,18 +144,18 @@ class StemImpl(AttentionImpl):
     policy: Policy | None = None
     stem_backend: str = "auto"
     stem_sinks: Tensor | None
+    stem_softcap: float | None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         watch_runners()  # now: a runner that builds layers has been loaded, and has not yet built its metadata builders
         given = signature(super().__init__).bind(*args, **options).arguments
-        self.stem_sinks = given.get("sinks")
+        self.stem_sinks, self.stem_softcap = given.get("sinks"), given.get("logits_soft_cap") or None
         other = sorted(given.keys() - signature(AttentionImpl.__init__).parameters.keys() - {"sinks"})
         meant = [name for name in other if isinstance(given[name], Tensor) or given[name] not in (None, False)]
         obstacles = {
             "not causal self-attention": given.get("attn_type", AttentionType.DECODER) != AttentionType.DECODER,
             "ALiBi": given.get("alibi_slopes") is not None,
-            "soft-capped scores": bool(given.get("logits_soft_cap")),
             f"unknown options {', '.join(meant)}": bool(meant),
         }
         self.stem_obstacle = first_reason(obstacles)
@@ -182,9 +182,9 @@ class StemImpl(AttentionImpl):
         tokens = plan.sparse.tokens
         k, v, batch = self.keys_and_values(layer, kv_cache, plan.sparse.batch)
         part = output[tokens]
-        given: dict[str, Any] = {"backend": self.stem_backend, "out": part, "sinks": self.stem_sinks}
+        given: dict[str, Any] = {"out": part, "sinks": self.stem_sinks, "softcap": self.stem_softcap}
         kept = COUNTERS.count_layer(plan.sparse, query.shape[1])
-        run(Call(query[tokens], k, v, self.policy, self.scale, 0, batch, 0, kept=kept, **given))
+        run(Call(query[tokens], k, v, self.policy, self.scale, 0, batch, 0, False, self.stem_backend, kept=kept, **given))
         if isinstance(tokens, Tensor):
             output[tokens] = part
         return output
