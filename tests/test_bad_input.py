@@ -44,7 +44,7 @@ BAD_TENSORS = {
     "k_last_dim_strided": ("k", lambda q, k, v: (q, k.repeat(1, 1, 1, 2)[..., ::2], v), ".contiguous()"),
     "v_last_dim_expanded": ("v", lambda q, k, v: (q, k, v[..., :1].expand(-1, -1, -1, 16)), ".contiguous()"),
     "k_head_dim": ("k", lambda q, k, v: (q, k[..., :8], v[..., :8]), "last dimensions"),
-    "v_head_dim": ("v", lambda q, k, v: (q, k, v[..., :8]), "last dimensions"),
+    "v_head_dim": ("v", lambda q, k, v: (q, k, v[..., :0]), "last dimensions"),
     "head_dim_0": ("q", lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]), "last dimensions"),
     "v_length": ("v", lambda q, k, v: (q, k, v[:, 1:]), "one value for every key"),
     "v_heads": ("v", lambda q, k, v: (q, k, v[:, :, :1]), "one value for every key"),

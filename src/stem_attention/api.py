@@ -41,7 +41,7 @@ def stem_attention(
     Args:
         q: ``(batch, q_len, q_heads, head_dim)``, bf16, fp16, fp32, or fp64 off the GPU.
         k: ``(batch, kv_len, kv_heads, head_dim)``, same dtype; query head ``h`` reads kv head ``h // (q_heads // kv_heads)``.
-        v: The shape and dtype of ``k``.
+        v: The dtype of ``k``, and its shape but for the last dimension.
         policy: What to keep: a policy, or a spec such as ``"mass:share=8"`` or ``"paper"``, which torch.compile does not take;
             ``Mass()`` unless given.
         dense_below: Prompts of fewer tokens run dense; unless given, those below the length at which the backend that runs
@@ -57,8 +57,8 @@ def stem_attention(
         backend: ``"auto"`` picks the fastest that supports the call, see :func:`explain`; or a name.
 
     Returns:
-        ``out`` like ``q``; with ``return_lse`` also the natural log-sum-exp of the scaled scores over the kept keys, and of the
-        sink, fp32 ``(batch, q_heads, q_len)``.
+        ``out`` like ``q``, its last dimension that of ``v``; with ``return_lse`` also the natural log-sum-exp of the scaled
+        scores over the kept keys, and of the sink, fp32 ``(batch, q_heads, q_len)``.
 
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
@@ -111,7 +111,7 @@ def stem_attention_varlen(
     Args:
         q: ``(total_q, q_heads, head_dim)``, sequences one after the other.
         k: ``(total_k, kv_heads, head_dim)``; with ``page_table`` the cache ``(pages, page_size, kv_heads, head_dim)``.
-        v: The shape of ``k``.
+        v: The shape of ``k`` but for the last dimension.
         cu_seqlens_q: int32 ``(sequences + 1,)``, where each sequence's queries start; the last entry is ``total_q``.
         cu_seqlens_k: int32 ``(sequences + 1,)``, the same for keys; with ``page_table`` just their differences count.
         max_seqlen_q: Most queries of a sequence.
@@ -127,7 +127,7 @@ def stem_attention_varlen(
         backend: As in :func:`stem_attention`.
 
     Returns:
-        ``out`` like ``q``; with ``return_lse`` also fp32 ``(q_heads, total_q)``.
+        ``out`` like ``q``, its last dimension that of ``v``; with ``return_lse`` also fp32 ``(q_heads, total_q)``.
 
     Raises:
         ValueError: An argument is wrong; the message names it.
@@ -197,20 +197,21 @@ def block_sparse_attention(
 
 def explain(
     *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 128,
-    policy: Policy | str | None = None, dense_below: int | None = None, backend: str = "auto",
+    value_dim: int | None = None, policy: Policy | str | None = None, dense_below: int | None = None, backend: str = "auto",
 ) -> Explanation:  # fmt: skip
     """Say which backend would run a call and why, and which prompts run dense; ``print`` the answer.
 
-    The call's tensors would lie on ``device`` and have this ``dtype`` and ``head_dim`` as their last dimension; the other
-    arguments and the errors are those of :func:`stem_attention`.
+    The call's tensors would lie on ``device`` and have this ``dtype`` and ``head_dim`` as their last dimension, values
+    ``value_dim`` where that is another; the other arguments and the errors are those of :func:`stem_attention`.
     """
     if dtype not in checks.DTYPES:
         names = ", ".join(map(str, checks.DTYPES))
         raise bad_argument("dtype", f"one of {names}", repr(dtype), "ask for the dtype of q, k and v")
-    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
-        raise bad_argument("head_dim", "an integer >= 1", repr(head_dim), "ask for the last dimension of q, k and v")
+    for name, dim, of in (("head_dim", head_dim, "q and k"), ("value_dim", head_dim if value_dim is None else value_dim, "v")):
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise bad_argument(name, "an integer >= 1", repr(dim), f"ask for the last dimension of {of}")
     known, limit = read_policy(policy), checks.check_dense_below(dense_below)
-    request = Request(check_device(device), dtype, head_dim, known.block_size)
+    request = Request(check_device(device), dtype, head_dim, known.block_size, value_dim)
     return explain_request(request, checks.check_backend(backend), known, limit)
 
 

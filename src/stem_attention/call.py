@@ -110,7 +110,7 @@ class Call:
         q: ``(batch, q_len, q_heads, dim)``; packed, ``(total_q, q_heads, dim)``.
         k: ``(batch, kv_len, kv_heads, dim)``; packed, ``(total_k, kv_heads, dim)``; paged, the cache
             ``(pages, page_size, kv_heads, dim)``.
-        v: The shape of ``k``.
+        v: The shape of ``k`` but for the last dimension, which the result has.
         policy: What to keep.
         scale: Softmax scale.
         prompt_len: Tokens of the whole prompt, the same for all sequences; a packed batch has its own.
@@ -118,7 +118,7 @@ class Call:
         dense_below: Prompts of fewer tokens run dense; None leaves that to the backend.
         return_lse: Whether the log-sum-exp is wanted.
         backend: Name of the backend, or ``"auto"``.
-        out: Where the result goes, a contiguous tensor like ``q``; None for a new one.
+        out: Where the result goes, a contiguous tensor like ``q`` of the last dimension of ``v``; None for a new one.
         kept: int64 ``(1,)``, to which the block pairs that a policy keeps are added, of all heads; None: they are not counted.
         sinks: ``(q_heads,)``, a logit of each head that takes part in its softmax and has no value; or None.
         softcap: Bound of the scaled scores ``s``, which become ``softcap * tanh(s / softcap)``; or None.
@@ -176,7 +176,7 @@ class Call:
         """Make room for ``out``, unless the caller has, and for ``lse``."""
         out = self.out
         if out is None:
-            out = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+            out = torch.empty((*self.q.shape[:-1], self.v.shape[-1]), dtype=self.q.dtype, device=self.q.device)
         return out, self.empty_lse()
 
     def empty_lse(self) -> Tensor:

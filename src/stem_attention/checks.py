@@ -35,11 +35,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
             raise bad_argument(name, f"the device of q, {q.device}", x.device, "move it with .to()")
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise bad_argument(name, "a contiguous last dimension", f"strides {x.stride()}", "call .contiguous()")
-        if x.shape[-1] != q.shape[-1] or x.shape[-1] == 0:
-            expected = f"the head dimension of q, {q.shape[-1]}, and not 0"
-            raise bad_argument(name, expected, x.shape[-1], "match the last dimensions")
-    if v.shape != k.shape:
-        raise bad_argument("v", f"the shape of k, {_shape(k)}", _shape(v), "give one value for every key")
+        if x.shape[-1] == 0 or (x is not v and x.shape[-1] != q.shape[-1]):
+            expected = "a head dimension above 0" if x is v else f"the head dimension of q, {q.shape[-1]}, and not 0"
+            raise bad_argument(name, expected, x.shape[-1], "match the last dimensions of q and k")
+    _check_values(k, v)
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         fix = "query head h reads kv head h // (q_heads // kv_heads); transpose tensors whose heads come before the length"
@@ -206,8 +205,7 @@ def check_cache(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor) -> None:
         if not isinstance(cache, Tensor) or cache.dim() != 4 or cache.shape[1] == 0:
             expected = "a paged cache (pages, page_size >= 1, kv_heads, head_dim)"
             raise bad_argument(name, expected, describe(cache), "drop page_table for packed keys")
-    if v.shape != k.shape:
-        raise bad_argument("v", f"the shape of k, {_shape(k)}", _shape(v), "give one value for every key")
+    _check_values(k, v)
     check_qkv(q, k[:, 0], v[:, 0], ("total", "heads", "dim"))
     if page_table.device != q.device:
         raise bad_argument("page_table", f"the device of q, {q.device}", page_table.device, "move it with .to()")
@@ -226,6 +224,12 @@ def check_pages(page_table: Tensor, key_starts: list[int], pages: int, page_size
         # On a GPU reading the table would wait for the device; kernels guard their own reads.
         if needed and page_table.device.type == "cpu" and not 0 <= int(used.min()) <= int(used.max()) < pages:
             raise bad_argument("page_table", f"pages 0 to {pages - 1} for sequence {i}", used.tolist(), "correct the table")
+
+
+def _check_values(k: Tensor, v: Tensor) -> None:
+    if v.shape[:-1] != k.shape[:-1]:
+        expected = f"the shape of k but for the last dimension, {_shape(k)[:-1]}"
+        raise bad_argument("v", expected, _shape(v)[:-1], "give one value for every key")
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

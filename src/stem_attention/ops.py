@@ -102,11 +102,12 @@ def _fake_select(
 
 def _fake_attention(*args: object) -> tuple[Tensor, Tensor]:
     """Shapes of what every attention operator returns; all end in ``return_lse, backend`` and packed queries have 3 axes."""
-    q, return_lse = args[0], args[-2]
+    q, v, return_lse = args[0], args[2], args[-2]
     assert isinstance(q, Tensor)
+    assert isinstance(v, Tensor)
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(shape if return_lse else (0,), dtype=torch.float32)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    return torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device), lse
 
 
 for _run in (_forward, _forward_varlen, _select, _attend):

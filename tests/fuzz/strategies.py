@@ -41,6 +41,7 @@ class Space:
     groups: tuple[int, ...] = tuple(range(1, 17))
     block_sizes: tuple[int, ...] = (16, 32, 48, 64, 128)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
+    value_dims: tuple[int | None, ...] = (None, None, 16, 40, 128)
     page_sizes: tuple[int, ...] = (1, 7, 16, 64, 256)
     longest: int = 5000
     work: int = 1 << 18
@@ -58,6 +59,7 @@ class Problem:
     kv_heads: int
     group: int
     head_dim: int
+    value_dim: int | None
     dtype: str
     layout: str
     dense_below: int
@@ -92,7 +94,8 @@ class Problem:
         batch, at = (len(self.lengths), 0) if sequence is None else (1, sequence)
         dtype, (q_len, kv_len), seed = getattr(torch, self.dtype), self.lengths[at], self.seed + at
         make = structured_qkv if self.structured else make_qkv
-        q, k, v = make(batch, q_len, kv_len, self.heads, self.kv_heads, self.head_dim, dtype, device, seed, self.layout)
+        sizes = batch, q_len, kv_len, self.heads, self.kv_heads, self.head_dim
+        q, k, v = make(*sizes, dtype, device, seed, self.layout, value_dim=self.value_dim)
         if dtype == torch.float16:
             v.clamp_(-LOUDEST_HALF, LOUDEST_HALF)
         return (surrounded(q), surrounded(k), surrounded(v)) if self.surrounded else (q, k, v)
@@ -115,6 +118,7 @@ def problems(draw: st.DrawFn, space: Space, packed: bool = False) -> Problem:
         kv_heads=kv_heads,
         group=group,
         head_dim=draw(st.sampled_from(space.head_dims)),
+        value_dim=draw(st.sampled_from(space.value_dims)),
         dtype=draw(st.sampled_from(space.dtypes)),
         layout=draw(st.sampled_from(LAYOUTS)),
         dense_below=draw(st.sampled_from((0, 0, 0, 300))),

@@ -188,7 +188,6 @@ OTHER_LAYERS = {
     "scores bounded by sigmoid": {"logit_cap": 30.0, "logit_capping_method": "sigmoid"},
     "scores scaled by length": {"xai_temperature_len": 1024},
     "positions inside attention (ALIBI)": {"pos_encoding_mode": "ALIBI"},
-    "values of another head dimension": {"v_head_dim": 8},
     "dense_layers": {"layer_id": 0},
 }
 

@@ -22,17 +22,21 @@ from stem_attention.selection import BlockSelection
 
 @dataclass(frozen=True)
 class Request:
-    """A caller's needs of a backend: where tensors lie, their dtype and last dimension, and the tokens of a block."""
+    """A caller's needs of a backend: where tensors lie, their dtype and last dimensions, and the tokens of a block.
+
+    ``value_dim`` is the last dimension of values, None where it is that of queries and keys.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     block_size: int
+    value_dim: int | None = None
 
     @classmethod
-    def of(cls, q: Tensor, block_size: int) -> Request:
-        """Build for a call with these queries, ``(..., heads, dim)``."""
-        return cls(q.device, q.dtype, q.shape[-1], block_size)
+    def of(cls, q: Tensor, v: Tensor, block_size: int) -> Request:
+        """Build for a call with these queries and values, ``(..., heads, dim)``."""
+        return cls(q.device, q.dtype, q.shape[-1], block_size, None if v.shape[-1] == q.shape[-1] else v.shape[-1])
 
 
 class Backend(ABC):
@@ -56,7 +60,7 @@ class Backend(ABC):
         """Compute exact attention over the kept blocks of a call that is not packed; its policy does not matter.
 
         Returns:
-            ``(out, lse)``: ``(batch, q_len, q_heads, dim)`` in the dtype of ``q``, and the natural log-sum-exp of the
+            ``(out, lse)``: ``(batch, q_len, q_heads, value_dim)`` in the dtype of ``q``, and the natural log-sum-exp of the
             scaled scores, fp32 ``(batch, q_heads, q_len)``, or an empty tensor unless it is wanted.
         """
 

@@ -47,14 +47,14 @@ def exact_attention(
     Args:
         q: ``(batch, q_len, q_heads, dim)``.
         k: ``(batch, kv_len, kv_heads, dim)``; query head ``h`` reads kv head ``h // (q_heads // kv_heads)``.
-        v: The shape of ``k``.
+        v: The shape of ``k`` but for the last dimension.
         mask: Bool, broadcasts to ``(batch, q_heads, q_len, kv_len)``; see :func:`stem_attention.testing.token_mask`.
         scale: Softmax scale, ``1 / sqrt(dim)`` unless given.
         sinks: ``(q_heads,)``, a score of each head without a key and a value; or None.
         softcap: Bound of the scaled scores ``s``, which become ``softcap * tanh(s / softcap)``; or None.
 
     Returns:
-        ``out`` of ``q``'s shape and the natural log-sum-exp ``(batch, q_heads, q_len)``, both fp64.
+        ``out (batch, q_len, q_heads, value_dim)`` and the natural log-sum-exp ``(batch, q_heads, q_len)``, both fp64.
     """
     (batch, q_len, heads, dim), kv_heads = q.shape, k.shape[2]
     # The queries of a group side by side: keys and values need not be repeated.
@@ -62,7 +62,7 @@ def exact_attention(
     keys, values = (x.double().transpose(1, 2) for x in (k, v))
     scores = (queries @ keys.mT).view(batch, heads, q_len, -1) * (dim**-0.5 if scale is None else scale)
     weights, lse = _weights(scores, mask, sinks, softcap)
-    out = (weights.view(batch, kv_heads, -1, k.shape[1]) @ values).view(batch, heads, q_len, dim)
+    out = (weights.view(batch, kv_heads, -1, k.shape[1]) @ values).view(batch, heads, q_len, -1)
     return out.transpose(1, 2), lse
 
 
@@ -120,7 +120,7 @@ def assert_accurate(
     and two units in the last place more; of fp64 inputs it may be 1e-11. The log-sum-exp is right to 2e-5 of ``1 + |lse|``. An
     AssertionError says what is off, and by how much.
     """
-    assert (out.shape, out.dtype) == (q.shape, q.dtype), f"out is {out.dtype} {tuple(out.shape)}"
+    assert (out.shape, out.dtype) == ((*q.shape[:3], v.shape[3]), q.dtype), f"out is {out.dtype} {tuple(out.shape)}"
     assert out.isfinite().all(), f"{int((~out.isfinite()).sum())} of {out.numel()} numbers of out are not finite"
     mask = token_mask(selection)
     exact, exact_lse = exact_attention(q, k, v, mask, scale, sinks=sinks, softcap=softcap)

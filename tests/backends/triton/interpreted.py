@@ -266,6 +266,23 @@ def test_attention_with_sinks(dtype):
     assert torch.equal(out[:, :, 1], attended(q, k, v, selection)[0][:, :, 1])
 
 
+@pytest.mark.parametrize(("dim", "value_dim"), [(32, 16), (24, 48), (16, 40)])
+@pytest.mark.parametrize("page", [0, 12])
+def test_values_of_another_dimension(dim, value_dim, page):
+    """Selection and attention, of a call and of each sequence of a packed batch."""
+    single = [make_qkv(1, a, b, 2, 1, dim, seed=i, value_dim=value_dim) for i, (a, b) in enumerate(LENGTHS)]
+    q, k, v, batch = packed(single, page)
+    indices, counts = select(q, k, v, SMALL, batch=batch)
+    out, _ = attend(q, k, v, indices, counts, 16, batch=batch)
+    assert out.shape == (len(q), 2, value_dim)
+    for i, (low, high) in enumerate(pairwise(batch.q_starts)):
+        if low < high:
+            alone = keeps_what_the_reference_keeps(*single[i], SMALL)
+            expected = exact(*single[i], alone)[0]
+            torch.testing.assert_close(attended(*single[i], alone)[0], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(out[low:high], expected[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [0.7, -0.7, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_attention_with_a_soft_cap(dtype, scale):

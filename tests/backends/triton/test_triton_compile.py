@@ -23,8 +23,8 @@ def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
 
 # Bytes of stack that were measured to be worth it, by card, head_dim and block size, on an H200. Blocks of 64: four warps
 # spill 8 bytes and reach 393 TFLOP/s, eight warps spill nothing and reach 238. Blocks of 128 from pages of 128: tiles of 64
-# spill 80 bytes and reach 333 TFLOP/s, tiles of 32 spill nothing and reach 223.
-SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80}
+# spill 80 bytes and reach 333 TFLOP/s, tiles of 32 spill nothing and reach 223. Keys of 192 and values of 128: not measured.
+SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80, ("sm80", 192, 64): 24}
 # Under a soft cap, by the same: few loads and stores of a row's numbers.
 CAP_SPILLS = {("sm80", 256, 128): 8, ("sm120", 256, 128): 8, ("sm90", 256, 64): 128}
 # Triton 3.8's ptxas takes 64, 80 or 128 registers, so that two programs fit on a multiprocessor, and some bytes of stack for
@@ -72,6 +72,10 @@ VARIANTS = {
     "cap-dim-256": {"dim": 256, "softcap": 50.0},
     "cap-dim-256-block-64-page-64": {"dim": 256, "block_size": 64, "page": 64, "softcap": 50.0},
     "cap": {"softcap": 50.0},
+    "dim-192-values-128": {"dim": 192, "value_dim": 128},
+    "dim-192-values-128-block-64": {"dim": 192, "value_dim": 128, "block_size": 64},
+    "dim-192-values-128-block-64-page-64": {"dim": 192, "value_dim": 128, "block_size": 64, "page": 64},
+    "dim-64-values-256": {"dim": 64, "value_dim": 256},
     "sinks-page-64": {"page": 64, "sinks": torch.float32},
 }
 
@@ -102,6 +106,7 @@ SELECTIONS = {
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
     "cap": {"softcap": 50.0},
+    "dim-192-values-128": {"dim": 192, "value_dim": 128},
 }
 
 
@@ -127,6 +132,7 @@ MASSES = {
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
     "cap-dim-256": {"dim": 256, "softcap": 50.0},
+    "dim-192-values-128": {"dim": 192, "value_dim": 128},
     "factors": {"policy": FACTORS},
     "factors-page-16-dim-256": {"policy": FACTORS, "page": 16, "dim": 256},
 }  # fmt: skip

@@ -29,6 +29,10 @@ class HopperBackend(TritonBackend):
         fits = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
         return None if fits else "it needs compute capability 9.0 (Hopper)"
 
+    def value_obstacle(self, value_dim: int) -> str | None:
+        """Say that values must have the dimension of keys."""
+        return f"value_dim must be head_dim, not {value_dim}"
+
     def kernel(self, call: Call) -> AttentionKernel:
         """Return the Hopper kernel's launch, or the portable one's where the copy engine will not do."""
         from stem_attention.backends.hopper.attention import attend, can_copy

@@ -25,7 +25,7 @@ def attend(
     start, size = k.shape[1] - q.shape[1], selection.block_size
     keys = torch.arange(k.shape[1], device=q.device)
     mask = selection.to_mask()
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):

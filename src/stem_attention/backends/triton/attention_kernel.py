@@ -66,8 +66,8 @@ def attention_kernel(
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     o_stride_b, o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, pages,
     q_len, kv_len, heads, rows, heavy, width, scale, steepness,
-    G: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
-    RAGGED: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
+    G: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
+    BDV: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """``sinks`` are ``(heads,)`` or None, ``scale`` and ``steepness`` those of :func:`attention.in_base_two`."""
     pid, z = tl.program_id(0), tl.program_id(1)
@@ -107,7 +107,7 @@ def attention_kernel(
     count = block + 1 if whole else tl.minimum(count, width)
     m = tl.full([B], -float("inf"), tl.float32)
     total = tl.zeros([B], tl.float32)
-    acc = tl.zeros([B, BD], tl.float32)
+    acc = tl.zeros([B, BDV], tl.float32)
     SUB: tl.constexpr = B // BN
     # Where the copy engine would read a neighbour's values behind a sequence's end (a zero weight times NaN is NaN), the
     # diagonal block gets a loop of its own, through pointers. Elsewhere a branch costs less than a second loop.
@@ -133,10 +133,10 @@ def attention_kernel(
         p, m, total, acc = _softmax_step(scores, scale, m, total, acc)
         if TMA:
             v_tile = _copied_tile(v_tiles, z, kv_head, k_first, position, kv_len, page_table, table_stride, pages,
-                                  BN, BD, PAGE, RAGGED)  # fmt: skip
+                                  BN, BDV, PAGE, RAGGED)  # fmt: skip
         else:
             v_tile = _gathered_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
-                                    table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
+                                    table_stride, pages, BN, DV, BDV, PAGE, RAGGED)  # fmt: skip
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
     if PEEL:
         for t in range(0, SUB):
@@ -149,7 +149,7 @@ def attention_kernel(
             scores = tl.where(positions[:, None] >= position + tl.arange(0, BN), scores, -float("inf"))
             p, m, total, acc = _softmax_step(scores, scale, m, total, acc)
             v_tile = _gathered_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
-                                    table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
+                                    table_stride, pages, BN, DV, BDV, PAGE, RAGGED)  # fmt: skip
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
 
     if sinks is not None:
@@ -159,7 +159,8 @@ def attention_kernel(
         m, total, acc = new_m, total * shrink + tl.math.exp2(sink - new_m), acc * shrink[:, None]
     acc = acc / total[:, None]
     o_rows = o_base + q_rows[:, None] * o_stride_s + head.to(tl.int64) * o_stride_h
-    tl.store(o_rows + dims, acc.to(out.dtype.element_ty), mask=q_mask)
+    dims = tl.arange(0, BDV)
+    tl.store(o_rows + dims, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims < DV)[None, :])
     if LSE:
         tl.store(
             lse_base + head.to(tl.int64) * lse_stride_h + q_rows, (m + tl.math.log2(total)) * 0.6931471805599453, mask=present

@@ -101,7 +101,9 @@ class Program:
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run for a call of the form that was recorded."""
-        out = torch.empty_like(call.q, memory_format=torch.contiguous_format) if call.out is None else call.out
+        out = call.out
+        if out is None:
+            out = torch.empty((*call.q.shape[:-1], call.v.shape[-1]), dtype=call.q.dtype, device=call.q.device)
         lse = call.empty_lse() if call.return_lse else self.no_lse
         space = torch.empty(self.workspace, dtype=torch.uint8, device=call.q.device)
         tensors = (call.q, call.k, call.v, out, lse, call.sinks, space)
@@ -133,9 +135,9 @@ def form_of(call: Call) -> tuple[Any, ...]:
     out, kept = (0 if x is None else x.data_ptr() for x in (call.out, call.kept))
     sink = None if sinks is None else (sinks.dtype, sinks.data_ptr() % 16, *(sinks.data_ptr() == other for other in at))
     return (
-        q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16, at[2] % 16, out % 16,
-        kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], sink, call.softcap, call.policy, call.scale, call.prompt_len,
-        call.return_lse,
+        q.shape, q.stride(), k.shape, k.stride(), v.shape[-1], v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16,
+        at[2] % 16, out % 16, kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], sink, call.softcap, call.policy,
+        call.scale, call.prompt_len, call.return_lse,
     )  # fmt: skip
 
 

@@ -63,8 +63,8 @@ def pool_queries(
 def pool_keys(
     k, v, high, low, value, cu_k, page_table, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     table_stride, pages, kv_len, blocks, beta, NORMS: tl.constexpr,
-    B: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr, RAGGED: tl.constexpr,
-    PAGE: tl.constexpr,
+    B: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    SPLIT: tl.constexpr, RAGGED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Sum the keys of a block into ``S`` groups, and take the largest value norm.
 
@@ -72,7 +72,7 @@ def pool_keys(
     """
     block, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k_first, kv_len = key_span(z, cu_k, kv_len, RAGGED)
-    dims = tl.arange(0, BD)
+    dims, value_dims = tl.arange(0, BD), tl.arange(0, BDV)
     at = (z.to(tl.int64) * tl.num_programs(1) + head) * blocks + block
     sums = tl.zeros([S, BD], tl.float32)
     peak = tl.full([S], 0.0, tl.float32)
@@ -88,8 +88,9 @@ def pool_keys(
         )
         sums += k_tile.to(tl.float32)
         v_tile = tl.load(
-            v + (outer * v_stride_b + inner * v_stride_s + head64 * v_stride_h)[:, None] + dims, mask=mask, other=0.0
-        )
+            v + (outer * v_stride_b + inner * v_stride_s + head64 * v_stride_h)[:, None] + value_dims,
+            mask=valid[:, None] & (value_dims < DV)[None, :], other=0.0,
+        )  # fmt: skip
         v_tile = v_tile.to(tl.float32)
         square = tl.sum(v_tile * v_tile, 1)
         peak = tl.maximum(peak, square)

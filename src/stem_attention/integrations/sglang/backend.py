@@ -4,7 +4,6 @@ import logging
 from operator import attrgetter
 from typing import Any
 
-import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
@@ -62,7 +61,7 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def forward_extend(
         self, q: Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **extra: Any
     ) -> Any:
-        """Compute attention of a prefill batch, ``(tokens, q_heads * head_dim)``."""
+        """Compute attention of a prefill batch, ``(tokens, q_heads * v_head_dim)``."""
         if forward_batch is not self._batch:  # never the lengths of another batch, whoever skipped the call above
             self._plan(forward_batch)
         policy = self._policy(layer)
@@ -76,7 +75,7 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
         # A slot is a page of one token: (slots, heads, dim) needs no copy to become a paged cache.
         keys, values = (x.unsqueeze(1) for x in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)))
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = torch.zeros_like(queries)  # rows behind the last request only pad the batch
+        out = queries.new_zeros((*queries.shape[:2], layer.v_head_dim))  # rows behind the last request only pad the batch
         given: dict[str, Any] = {
             "backend": self.settings.backend,
             "sinks": extra.get("sinks"),

@@ -54,6 +54,5 @@ def layer_obstacle(layer: Any, dense_layers: int, context_len: int) -> str | Non
         f"scores bounded by {layer.logit_capping_method}": layer.logit_cap > 0 and layer.logit_capping_method != "tanh",
         "scores scaled by length": layer.xai_temperature_len > 0,
         f"positions inside attention ({layer.pos_encoding_mode})": layer.pos_encoding_mode != "NONE",
-        "values of another head dimension": layer.qk_head_dim != layer.v_head_dim,
     }
     return first_reason(obstacles)

@@ -27,8 +27,8 @@ def attention_forward(
     cache included. The mask is :func:`stem_mask`'s or the caller's own in 4D; ``kwargs`` are what else the model passes.
 
     Returns:
-        ``(batch, q_len, q_heads, dim)``, zero in rows that are padding on the sparse path; and the weights, where the model's
-        eager attention ran, else None.
+        ``(batch, q_len, q_heads, value_dim)``, zero in rows that are padding on the sparse path; and the weights, where the
+        model's eager attention ran, else None.
 
     Raises:
         UnsupportedError: A gradient is needed on the sparse path, or the layer needs what neither side offers.
@@ -43,7 +43,7 @@ def attention_forward(
         try:
             limit = now.dense_below
             if limit is None:
-                limit = get_backend(Request.of(query, now.policy.block_size)).dense_limit(None)
+                limit = get_backend(Request.of(query, value, now.policy.block_size)).dense_limit(None)
             if (call.kv_len if now.prompt_len is None else now.prompt_len) >= limit:
                 return _sparse(call, now, limit), None
         except Exception as error:  # its type stays, so that hosts can catch it
@@ -72,8 +72,6 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
         return "not causal"
     if extra.get("position_bias") is not None:
         return "position bias"
-    if call.value.shape[3] != call.key.shape[3]:
-        return "value dimension differs from key dimension"
     if call.q_len < MIN_QUERY_LEN:
         return "decode" if call.q_len == 1 else "short query"
     if call.kv_len < call.q_len:
@@ -98,7 +96,7 @@ def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:
     spans = None if call.causal is None or call.causal.padding is None else call.causal.spans
     if spans is None:
         return _attend(call, now, policy, (q, k[:, :kv_len], v[:, :kv_len]), now.prompt_len, limit)
-    out, first = torch.zeros_like(q), kv_len - call.q_len
+    out, first = q.new_zeros((*q.shape[:3], v.shape[3])), kv_len - call.q_len
     for (start, end), group in groupby(range(len(spans)), key=spans.__getitem__):
         if end <= first:
             continue
