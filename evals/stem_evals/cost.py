@@ -70,7 +70,7 @@ def layer_cost(policy: Policy | None, call: AttentionCall) -> LayerCost:
         "attention": partial(block_sparse_attention, q, k, v, selection, scale=scale),
         "whole": partial(stem_attention, q, k, v, policy=mine, dense_below=0, scale=scale),
     }
-    backend = get_backend(Request.of(q, policy.block_size))
+    backend = get_backend(Request.of(q, v, policy.block_size))
     fused = isinstance(backend, TritonBackend) and backend.selector(mine) is not None
     found = medians(time_in_turn(timed, q.device, REPEATS, lambda: None))
     return LayerCost(selection.density(), found["selection"], found["attention"], found["whole"], fused)

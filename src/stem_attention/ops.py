@@ -39,36 +39,45 @@ def _arrived(text: str) -> Policy:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, dense_below: int | None, return_lse: bool,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, softcap: float | None, prompt_len: int,
+    dense_below: int | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return backends.run(Call(q, k, v, _arrived(policy), scale, prompt_len, None, dense_below, return_lse, backend))
+    known = _arrived(policy)
+    return backends.run(
+        Call(q, k, v, known, scale, prompt_len, None, dense_below, return_lse, backend, sinks=sinks, softcap=softcap)
+    )
 
 
 def _forward_varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], page_table: Tensor | None,
-    prompt_lens: Sequence[int], policy: str, scale: float, dense_below: int | None, return_lse: bool, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
+    page_table: Tensor | None, prompt_lens: Sequence[int], policy: str, scale: float, softcap: float | None,
+    dense_below: int | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, page_table, q.device)
-    return backends.run(Call(q, k, v, _arrived(policy), scale, 0, batch, dense_below, return_lse, backend))
+    return backends.run(
+        Call(q, k, v, _arrived(policy), scale, 0, batch, dense_below, return_lse, backend, sinks=sinks, softcap=softcap)
+    )
 
 
-def _select(q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
+def _select(
+    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, softcap: float | None, prompt_len: int, backend: str
+) -> tuple[Tensor, Tensor]:
     known = _arrived(policy)
-    selection = backends.select(Call(q, k, v, known, scale, prompt_len, backend=backend))
+    selection = backends.select(Call(q, k, v, known, scale, prompt_len, backend=backend, softcap=softcap))
     missing = _widest_row(known, selection.grid, prompt_len) - selection.indices.shape[3]
     indices = torch.nn.functional.pad(selection.indices, (0, missing), value=PAD) if missing > 0 else selection.indices
     return indices, selection.counts
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float, return_lse: bool,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
+    softcap: float | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     selection = BlockSelection(indices, counts, block_size, q.shape[1], k.shape[1])
     if q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
         selection.validate()
-    call = Call(q, k, v, _any_policy(block_size), scale, k.shape[1], return_lse=return_lse, backend=backend)
+    known = _any_policy(block_size)
+    call = Call(q, k, v, known, scale, k.shape[1], return_lse=return_lse, backend=backend, sinks=sinks, softcap=softcap)
     return backends.attend(call, selection)
 
 
@@ -78,7 +87,7 @@ def _widest_row(policy: Policy, grid: BlockGrid, prompt_len: int) -> int:
 
 
 def _fake_select(
-    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, backend: str
+    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, softcap: float | None, prompt_len: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     known = _arrived(policy)
     grid = BlockGrid.of(q, k, known.block_size)
@@ -93,11 +102,12 @@ def _fake_select(
 
 def _fake_attention(*args: object) -> tuple[Tensor, Tensor]:
     """Shapes of what every attention operator returns; all end in ``return_lse, backend`` and packed queries have 3 axes."""
-    q, return_lse = args[0], args[-2]
+    q, v, return_lse = args[0], args[2], args[-2]
     assert isinstance(q, Tensor)
+    assert isinstance(v, Tensor)
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(shape if return_lse else (0,), dtype=torch.float32)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    return torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device), lse
 
 
 for _run in (_forward, _forward_varlen, _select, _attend):

@@ -64,9 +64,9 @@ class Server:
         assert out.shape == q.shape
         return out
 
-    def expected(self, i, low, high, policy=SPARSE, prompt_len=None, dense_below=64):
+    def expected(self, i, low, high, policy=SPARSE, prompt_len=None, dense_below=64, **extra):
         q, k, v = (x[:, :high] for x in self.prompts[i])
-        out = sa.stem_attention(q[:, low:], k, v, policy=policy, prompt_len=prompt_len, dense_below=dense_below)
+        out = sa.stem_attention(q[:, low:], k, v, policy=policy, prompt_len=prompt_len, dense_below=dense_below, **extra)
         return out[0].flatten(1)
 
     def dense(self, i, low, high):
@@ -198,10 +198,9 @@ OTHER_LAYERS = {
     "encoder_only attention": {"attn_type": AttentionType.ENCODER_ONLY},
     "sliding window": {"sliding_window_size": sglang_host.CONTEXT - 2},
     "chunked local attention": {"use_irope": True},
-    "soft-capped scores": {"logit_cap": 30.0},
+    "scores bounded by sigmoid": {"logit_cap": 30.0, "logit_capping_method": "sigmoid"},
     "scores scaled by length": {"xai_temperature_len": 1024},
     "positions inside attention (ALIBI)": {"pos_encoding_mode": "ALIBI"},
-    "values of another head dimension": {"v_head_dim": 8},
     "dense_layers": {"layer_id": 0},
 }
 
@@ -230,9 +229,25 @@ def test_an_argument_that_stem_does_not_know_goes_to_the_dense_backend_with_it(m
     server = Server(monkeypatch, [200])
     seen = []
     monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: seen.append(extra) or args[0])
-    server.run([(0, 200)], extra={"sinks": torch.ones(HEADS)})
-    server.run([(0, 200)], extra={"sinks": None, "save_kv_cache": True})
-    assert [list(extra) for extra in seen] == [["sinks"]]
+    server.run([(0, 200)], extra={"q_rope": torch.ones(HEADS)})
+    server.run([(0, 200)], extra={"q_rope": None, "sinks": None, "save_kv_cache": True})
+    assert [list(extra) for extra in seen] == [["q_rope"]]
+
+
+def test_scores_are_capped(monkeypatch):
+    server = Server(monkeypatch, [200, 40])
+    out = server.run([(0, 200), (0, 40)], layer=make_layer(logit_cap=0.5))
+    assert torch.equal(out[:200], server.expected(0, 0, 200, softcap=0.5))
+    assert torch.equal(out[200:], server.expected(1, 0, 40, softcap=0.5))
+    assert not torch.equal(out, server.run([(0, 200), (0, 40)]))
+
+
+def test_sinks_take_part(monkeypatch):
+    server, sinks = Server(monkeypatch, [200, 40]), torch.tensor([0.0, 3.0, -2.0, 6.0])
+    out = server.run([(0, 200), (0, 40)], extra={"sinks": sinks})  # the second is short, and keeps every block
+    assert torch.equal(out[:200], server.expected(0, 0, 200, sinks=sinks))
+    assert torch.equal(out[200:], server.expected(1, 0, 40, sinks=sinks))
+    assert not torch.equal(out, server.run([(0, 200), (0, 40)]))
 
 
 def test_other_batches_go_to_the_dense_backend(monkeypatch):

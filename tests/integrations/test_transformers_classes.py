@@ -119,12 +119,12 @@ def test_a_class_of_ones_own_that_says_nothing_of_sdpa_gets_a_mask():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("Gemma2ForCausalLM", "soft-capped scores"),
-        ("GptOssForCausalLM", "attention sinks"),
-        ("DeepseekV3ForCausalLM", "value dimension differs from key dimension"),
+        ("Gemma2ForCausalLM", "prefill"),
+        ("GptOssForCausalLM", "prefill"),
+        ("DeepseekV3ForCausalLM", "prefill"),
     ],
 )
-def test_layers_that_stem_cannot_run_equal_eager_over_a_cache(name, reason, padded):
+def test_layers_of_other_forms_equal_eager_over_a_cache(name, reason, padded):
     models = [toys.build(getattr(transformers, name), attention) for attention in ("stem", "eager")]
     mask = torch.ones(2, 100, dtype=torch.long)
     mask[1, : 30 * padded] = 0

@@ -15,24 +15,28 @@ from stem_attention.blocks import block_count
 from stem_attention.call import Call
 from stem_attention.checks import check_selection
 from stem_attention.errors import bad_argument
-from stem_attention.policies.base import Policy, is_ours
+from stem_attention.policies.base import Policy, is_ours, softcap_for
 from stem_attention.policies.patterns import keep_everything
 from stem_attention.selection import BlockSelection
 
 
 @dataclass(frozen=True)
 class Request:
-    """A caller's needs of a backend: where tensors lie, their dtype and last dimension, and the tokens of a block."""
+    """A caller's needs of a backend: where tensors lie, their dtype and last dimensions, and the tokens of a block.
+
+    ``value_dim`` is the last dimension of values, None where it is that of queries and keys.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     block_size: int
+    value_dim: int | None = None
 
     @classmethod
-    def of(cls, q: Tensor, block_size: int) -> Request:
-        """Build for a call with these queries, ``(..., heads, dim)``."""
-        return cls(q.device, q.dtype, q.shape[-1], block_size)
+    def of(cls, q: Tensor, v: Tensor, block_size: int) -> Request:
+        """Build for a call with these queries and values, ``(..., heads, dim)``."""
+        return cls(q.device, q.dtype, q.shape[-1], block_size, None if v.shape[-1] == q.shape[-1] else v.shape[-1])
 
 
 class Backend(ABC):
@@ -60,13 +64,14 @@ class Backend(ABC):
         """Compute exact attention over the kept blocks of a call that is not packed; its policy does not matter.
 
         Returns:
-            ``(out, lse)``: ``(batch, q_len, q_heads, dim)`` in the dtype of ``q``, and the natural log-sum-exp of the
+            ``(out, lse)``: ``(batch, q_len, q_heads, value_dim)`` in the dtype of ``q``, and the natural log-sum-exp of the
             scaled scores, fp32 ``(batch, q_heads, q_len)``, or an empty tensor unless it is wanted.
         """
 
     def select(self, call: Call) -> BlockSelection:
         """Choose the blocks of a call that is not packed; unless a backend knows a faster way, as its policy does."""
-        return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len)
+        told = softcap_for(type(call.policy).__call__, call.softcap)
+        return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len, **told)
 
     def chooser(self, policy: Policy) -> Callable[..., object]:
         """Return the function by which blocks are chosen, for :meth:`path` to name."""
@@ -97,7 +102,7 @@ class Backend(ABC):
         results = None if call.batch is None else call.empty_results()
         for queries, part in call.sequences():
             short = self.runs_dense(part)
-            if short and not call.return_lse:
+            if short and call.plain and not call.return_lse:
                 out, lse = dense_attention(part.q, part.k, part.v, part.scale), part.empty_lse()
             elif short:
                 out, lse = self.attend(part, keep_everything(part.q, part.k, part.policy.block_size))

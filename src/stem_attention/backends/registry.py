@@ -49,7 +49,8 @@ class Explanation:
 
     def __str__(self) -> str:
         asked, chosen = self.request, self.chosen or "none"
-        lines = [f"{asked.device} {asked.dtype} head_dim={asked.head_dim} block_size={asked.block_size}: {chosen}"]
+        dims = f"head_dim={asked.head_dim}" + ("" if asked.value_dim is None else f" value_dim={asked.value_dim}")
+        lines = [f"{asked.device} {asked.dtype} {dims} block_size={asked.block_size}: {chosen}"]
         lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         if self.chosen is not None:
             lines.append(f"  prompts of fewer than {self.dense_below} tokens run dense, others through")

@@ -48,13 +48,13 @@ def attend(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
 
 def backend_of(call: Call) -> Backend:
     """Return the backend that serves a call; UnsupportedError where none can, or the one asked for cannot."""
-    q = call.q
-    return _serving(q.device, q.dtype, q.shape[-1], call.policy.block_size, call.backend)
+    q, dims = call.q, (call.q.shape[-1], call.v.shape[-1])
+    return _serving(q.device, q.dtype, *dims, call.policy.block_size, call.backend)
 
 
 @cache
-def _serving(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int, name: str) -> Backend:
-    return get_backend(Request(device, dtype, head_dim, block_size), name)
+def _serving(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int, block_size: int, name: str) -> Backend:
+    return get_backend(Request(device, dtype, dim, block_size, None if value_dim == dim else value_dim), name)
 
 
 def _dequantised(call: Call) -> Call:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -31,18 +32,20 @@ SMALL = Stem(block_size=16, stride=4, ratio_short=0.3, sink_blocks=1, local_bloc
 
 def select(
     q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int = 0, *, batch: PackedBatch | None = None,
-    implicit: bool = False, kept: Tensor | None = None,
+    implicit: bool = False, kept: Tensor | None = None, softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices and counts as the kernels write them."""
-    call = Call(q, k, v, policy, q.shape[-1] ** -0.5, prompt_len, batch, kept=kept)
+    call = Call(q, k, v, policy, q.shape[-1] ** -0.5, prompt_len, batch, kept=kept, softcap=softcap)
     selector = TritonBackend().selector(policy)
     assert selector is not None
     launches = Launches()
     return selector(call, Layout.of(call, policy.block_size, launches), 0, implicit, launches)
 
 
-def selected(q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None) -> BlockSelection:
-    indices, counts = select(q, k, v, policy, k.shape[1] if prompt_len is None else prompt_len)
+def selected(
+    q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None, softcap: float | None = None
+) -> BlockSelection:
+    indices, counts = select(q, k, v, policy, k.shape[1] if prompt_len is None else prompt_len, softcap=softcap)
     selection = BlockSelection(indices, counts, policy.block_size, q.shape[1], k.shape[1])
     selection.validate()
     return selection
@@ -50,30 +53,32 @@ def selected(q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, *, batch: PackedBatch | None = None,
-    return_lse: bool = True, heavy: int = 0,
+    return_lse: bool = True, heavy: int = 0, **extra: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = Call(q, k, v, Stem(block_size=block_size, stride=1), q.shape[-1] ** -0.5, batch=batch, return_lse=return_lse)
-    launches = Launches()
+    policy, scale = Stem(block_size=block_size, stride=1), extra.pop("scale", q.shape[-1] ** -0.5)
+    call, launches = Call(q, k, v, policy, scale, batch=batch, return_lse=return_lse, **extra), Launches()
     return attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, heavy, launches)
 
 
 def attended(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: bool = True, heavy: int = 0
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: bool = True, heavy: int = 0, **extra: Any
 ) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, selection.indices, selection.counts, selection.block_size, return_lse=return_lse, heavy=heavy)
+    lists = selection.indices, selection.counts, selection.block_size
+    return attend(q, k, v, *lists, return_lse=return_lse, heavy=heavy, **extra)
 
 
 def keeps_what_the_reference_keeps(
-    q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None, softcap: float | None = None
 ) -> BlockSelection:
-    got = selected(q, k, v, policy, prompt_len)
-    call = Call(q, k, v, policy, q.shape[3] ** -0.5, k.shape[1] if prompt_len is None else prompt_len)
+    got, length = selected(q, k, v, policy, prompt_len, softcap), k.shape[1] if prompt_len is None else prompt_len
+    call = Call(q, k, v, policy, q.shape[3] ** -0.5, length, softcap=softcap)
     assert torch.equal(got.to_mask(), REFERENCE.select(call).to_mask())
     return got
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> tuple[Tensor, Tensor]:
-    return REFERENCE.attend(Call(q, k, v, Stem(), q.shape[3] ** -0.5, return_lse=True), selection)
+def exact(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, **extra: Any) -> tuple[Tensor, Tensor]:
+    scale = extra.pop("scale", q.shape[3] ** -0.5)
+    return REFERENCE.attend(Call(q, k, v, Stem(), scale, return_lse=True, **extra), selection)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,17 @@ def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 def test_selection_by_mass_is_the_references(config, shape, prompt_len):
     dtype = torch.float16 if shape[0] == 2 else torch.float32
     assert keeps_what_the_reference_keeps(*peaked(*shape, dtype=dtype), config, prompt_len).density() < 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "softcap"), [(replace(SMALL, beta=1.0, min_blocks=6), 0.1), (BY_MASS, 3.0), (replace(BY_MASS, spread=0.0), 3.0)],
+    ids=["stem", "mass", "means-alone"],
+)  # fmt: skip
+def test_a_selection_under_a_soft_cap_is_the_references(policy, softcap):
+    q, k, v = peaked(2, 90, 149, 4, 2, 32)
+    v[:, 20:50] *= 30  # values decide where scores are small
+    under, without = (keeps_what_the_reference_keeps(q, k, v, policy, softcap=cap).to_mask() for cap in (softcap, None))
+    assert not torch.equal(under, without)
 
 
 def test_a_poisoned_key_is_kept_by_mass():
@@ -232,6 +248,50 @@ def test_attention_over_any_lists(batch, q_len, kv_len, heads, dim, block_size, 
     out, lse = attended(q, k, v, selection)
     expected, expected_lse = exact(q.double(), k.double(), v.double(), selection)
     assert worst_row_error(out, expected) < (1e-5 if dtype == torch.float32 else 4e-3)
+    torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
+
+
+SINKS = torch.tensor([0.4, -math.inf, -3.0, 30.0])  # the last outweighs all keys, the second is none
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_with_sinks(dtype):
+    q, k, v = make_qkv(2, 40, 77, 4, 2, 32, dtype)
+    selection = random_selection(2, 4, 40, 77, 16)
+    out, lse = attended(q, k, v, selection, sinks=SINKS.to(dtype))
+    expected, expected_lse = exact(q.double(), k.double(), v.double(), selection, sinks=SINKS.to(dtype).double())
+    assert worst_row_error(out[:, :, :3], expected[:, :, :3]) < (1e-5 if dtype == torch.float32 else 4e-3)
+    torch.testing.assert_close(out[:, :, 3].double(), expected[:, :, 3], atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(out[:, :, 1], attended(q, k, v, selection)[0][:, :, 1])
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(32, 16), (24, 48), (16, 40)])
+@pytest.mark.parametrize("page", [0, 12])
+def test_values_of_another_dimension(dim, value_dim, page):
+    """Selection and attention, of a call and of each sequence of a packed batch."""
+    single = [make_qkv(1, a, b, 2, 1, dim, seed=i, value_dim=value_dim) for i, (a, b) in enumerate(LENGTHS)]
+    q, k, v, batch = packed(single, page)
+    indices, counts = select(q, k, v, SMALL, batch=batch)
+    out, _ = attend(q, k, v, indices, counts, 16, batch=batch)
+    assert out.shape == (len(q), 2, value_dim)
+    for i, (low, high) in enumerate(pairwise(batch.q_starts)):
+        if low < high:
+            alone = keeps_what_the_reference_keeps(*single[i], SMALL)
+            expected = exact(*single[i], alone)[0]
+            torch.testing.assert_close(attended(*single[i], alone)[0], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(out[low:high], expected[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.7, -0.7, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_with_a_soft_cap(dtype, scale):
+    q, k, v = peaked(2, 40, 77, 4, 2, 32, dtype=dtype)
+    selection = random_selection(2, 4, 40, 77, 16)
+    extra = {"softcap": 5.0, "scale": scale}
+    out, lse = attended(q, k, v, selection, sinks=SINKS, **extra)
+    expected, expected_lse = exact(q.double(), k.double(), v.double(), selection, sinks=SINKS.double(), **extra)
+    assert worst_row_error(out[:, :, :3], expected[:, :, :3]) < (1e-5 if dtype == torch.float32 else 4e-3)
     torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
 
 

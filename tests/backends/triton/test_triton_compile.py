@@ -32,8 +32,10 @@ def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
 
 # Bytes of stack that were measured to be worth it, by card, head_dim and block size, on an H200. Blocks of 64: four warps
 # spill 8 bytes and reach 393 TFLOP/s, eight warps spill nothing and reach 238. Blocks of 128 from pages of 128: tiles of 64
-# spill 80 bytes and reach 333 TFLOP/s, tiles of 32 spill nothing and reach 223.
-SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80}
+# spill 80 bytes and reach 333 TFLOP/s, tiles of 32 spill nothing and reach 223. Keys of 192 and values of 128: not measured.
+SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80, ("sm80", 192, 64): 24}
+# Under a soft cap, by the same: few loads and stores of a row's numbers.
+CAP_SPILLS = {("sm80", 256, 128): 8, ("sm120", 256, 128): 8, ("sm90", 256, 64): 128}
 # Triton 3.8's ptxas takes 64, 80 or 128 registers, so that two programs fit on a multiprocessor, and some bytes of stack for
 # it.
 CHEAP_STACK = {"choose_kernel": 16, "pool_kernel": 8, "keep_kernel": 40}
@@ -43,7 +45,10 @@ LONGEST_ROW, LONGEST_ROW_STACK = 16384, {"sm100": 48, "sm120": 80, "gfx942": 79}
 
 def fits(target: str, launch: Recorded) -> Compiled:
     compiled = compile_for(target, launch)
-    allowed = SPILLS.get((target, launch.arguments.get("D"), launch.arguments.get("B")), 0)
+    shape = target, launch.arguments.get("D"), launch.arguments.get("B")
+    allowed = SPILLS.get(shape, 0)
+    if launch.arguments.get("steepness") is not None:
+        allowed = max(allowed, CAP_SPILLS.get(shape, 0))
     if target != "sm90":
         allowed = max(allowed, CHEAP_STACK.get(launch.kernel.fn.__name__, 0))
     if launch.arguments.get("COLUMNS") == LONGEST_ROW:
@@ -72,6 +77,15 @@ VARIANTS = {
     "page-128-dim-256": {"page": 128, "dim": 256},
     "page-1-block-64": {"page": 1, "block_size": 64},
     "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
+    "sinks-dim-64-block-64": {"dim": 64, "block_size": 64, "sinks": torch.bfloat16},
+    "cap-dim-256": {"dim": 256, "softcap": 50.0},
+    "cap-dim-256-block-64-page-64": {"dim": 256, "block_size": 64, "page": 64, "softcap": 50.0},
+    "cap": {"softcap": 50.0},
+    "dim-192-values-128": {"dim": 192, "value_dim": 128},
+    "dim-192-values-128-block-64": {"dim": 192, "value_dim": 128, "block_size": 64},
+    "dim-192-values-128-block-64-page-64": {"dim": 192, "value_dim": 128, "block_size": 64, "page": 64},
+    "dim-64-values-256": {"dim": 64, "value_dim": 256},
+    "sinks-page-64": {"page": 64, "sinks": torch.float32},
 }
 
 
@@ -100,6 +114,8 @@ SELECTIONS = {
     "ragged": {"ragged": True, "length": 9999},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
+    "cap": {"softcap": 50.0},
+    "dim-192-values-128": {"dim": 192, "value_dim": 128},
 }
 
 
@@ -124,6 +140,8 @@ MASSES = {
     "ragged-dim-64": {"ragged": True, "length": 9999, "dim": 64},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
+    "cap-dim-256": {"dim": 256, "softcap": 50.0},
+    "dim-192-values-128": {"dim": 192, "value_dim": 128},
     "factors": {"policy": FACTORS},
     "factors-page-16-dim-256": {"policy": FACTORS, "page": 16, "dim": 256},
 }  # fmt: skip

@@ -32,6 +32,10 @@ class HopperBackend(TritonBackend):
         fits = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
         return None if fits else "it needs compute capability 9.0 (Hopper)"
 
+    def value_obstacle(self, value_dim: int) -> str | None:
+        """Say that values must have the dimension of keys."""
+        return f"value_dim must be head_dim, not {value_dim}"
+
     def fused(self, call: Call) -> tuple[Tensor, Tensor]:
         """Select and attend; keys in pages that the copy engine does not take are packed first."""
         if call.paged and call.k.shape[1] % LEAST_BOX:

@@ -38,10 +38,10 @@ class ReferenceBackend(Backend):
         """Score every antidiagonal of every block pair, or estimate every pool's attention; other policies as they are."""
         twin = _TWINS.get(type(call.policy))
         if twin is None:
-            return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len)
-        return twin(call.q, call.k, call.v, call.policy, call.scale, call.prompt_len)
+            return super().select(call)
+        return twin(call.q, call.k, call.v, call.policy, call.scale, call.prompt_len, call.softcap)
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Take a masked softmax, one query block at a time."""
-        out, lse = attend(call.q, call.k, call.v, selection, call.scale)
+        out, lse = attend(call.q, call.k, call.v, selection, call.scale, call.sinks, call.softcap)
         return out, lse if call.return_lse else lse.new_empty(0)

@@ -19,4 +19,4 @@ class TorchBackend(Backend):
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Gather the kept blocks of each row and multiply."""
-        return attend(call.q, call.k, call.v, selection, call.scale, call.return_lse)
+        return attend(call.q, call.k, call.v, selection, call.scale, call.return_lse, call.sinks, call.softcap)

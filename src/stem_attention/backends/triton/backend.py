@@ -59,9 +59,15 @@ class TritonBackend(Backend):
             return obstacle
         if request.head_dim not in self.head_dims:
             return f"head_dim must be {self.head_dims_said}, not {request.head_dim}"
+        if request.value_dim is not None and (obstacle := self.value_obstacle(request.value_dim)) is not None:
+            return obstacle
         if request.block_size not in BLOCK_SIZES:
             return f"block_size must be 64 or 128, not {request.block_size}"
         return None
+
+    def value_obstacle(self, value_dim: int) -> str | None:
+        """Say why values of another dimension than keys will not do; None when they will."""
+        return None if value_dim in HEAD_DIMS else f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
 
     def card_obstacle(self, device: torch.device) -> str | None:
         """Say why a GPU will not do; None when it will: cards since Ampere, or with ROCm."""

@@ -19,7 +19,7 @@ from stem_attention.backends.triton.starter import Encoder, is_tile, starter, ti
 from stem_attention.call import Call
 
 _ALIGNED = 256  # bytes: as far as torch's own allocations begin apart, or more
-_WORKSPACE = 5  # the role of what only a call's own kernels use; inputs and outputs have those before
+_WORKSPACE = 6  # the role of what only a call's own kernels use; inputs and outputs have those before
 _MOST_BOUND = 256  # sets of addresses that a program remembers: more than a model has layers
 
 
@@ -54,9 +54,10 @@ class Launches:
             places[x.data_ptr()] = _WORKSPACE, end
             end += -(-x.numel() * x.element_size() // _ALIGNED) * _ALIGNED
         # Of two inputs at one address the first stands for both: calls of one form agree in which coincide.
-        for role, x in reversed(list(enumerate((call.q, call.k, call.v, out, lse)))):
-            if x.numel():
-                places[x.data_ptr()] = (role, 0)
+        given = (call.q, call.k, call.v, out, lse, call.sinks)
+        for role, tensor in reversed(list(enumerate(given))):
+            if tensor is not None and tensor.numel():
+                places[tensor.data_ptr()] = (role, 0)
         kept = {x.data_ptr() for x in self._kept}
         steps: list[_Step] = []
         for kernel, compiled, grid, args, constants in self._started:
@@ -129,12 +130,15 @@ class Program:
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run for a call of the form that was recorded."""
-        out = torch.empty_like(call.q, memory_format=torch.contiguous_format) if call.out is None else call.out
+        out = call.out
+        if out is None:
+            out = torch.empty((*call.q.shape[:-1], call.v.shape[-1]), dtype=call.q.dtype, device=call.q.device)
         lse = call.empty_lse() if call.return_lse else self._no_lse
         space = torch.empty(self._workspace, dtype=torch.uint8, device=call.q.device)
+        sinks = self._no_lse if call.sinks is None else call.sinks
         # A layer's cache stays where it is, and torch gives freed room away again: most calls find the addresses of an
         # earlier one, and its encoded tensor descriptors.
-        addresses = tuple([x.data_ptr() for x in (call.q, call.k, call.v, out, lse, space)])
+        addresses = tuple([x.data_ptr() for x in (call.q, call.k, call.v, out, lse, sinks, space)])
         launches = self._bound.get(addresses)
         if launches is None:
             if len(self._bound) >= _MOST_BOUND:
@@ -150,12 +154,14 @@ def form_of(call: Call) -> tuple[Any, ...]:
 
     Kernels are compiled for the alignment of addresses, and what two tensors share at one address they may share at another.
     """
-    q, k, v = call.q, call.k, call.v
+    q, k, v, sinks = call.q, call.k, call.v, call.sinks
     at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     out, kept = (0 if x is None else x.data_ptr() for x in (call.out, call.kept))
+    sink = None if sinks is None else (sinks.dtype, sinks.data_ptr() % 16, *(sinks.data_ptr() == other for other in at))
     return (
-        q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16, at[2] % 16, out % 16,
-        kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], call.policy, call.scale, call.prompt_len, call.return_lse,
+        q.shape, q.stride(), k.shape, k.stride(), v.shape[-1], v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16,
+        at[2] % 16, out % 16, kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], sink, call.softcap, call.policy,
+        call.scale, call.prompt_len, call.return_lse,
     )  # fmt: skip
 
 

@@ -64,11 +64,12 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def forward_extend(
         self, q: Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **extra: Any
     ) -> Any:
-        """Compute attention of a prefill batch, ``(tokens, q_heads * head_dim)``."""
+        """Compute attention of a prefill batch, ``(tokens, q_heads * v_head_dim)``."""
         if forward_batch is not self._batch:  # never the lengths of another batch, whoever skipped the call above
             self._plan(forward_batch)
         policy = self._policy(layer)
-        is_plain = all(value is None or value is False for value in extra.values())  # nothing that attention would have to heed
+        # Nothing else that attention would have to heed.
+        is_plain = all(value is None or value is False for name, value in extra.items() if name != "sinks")
         if not self._parts or policy is None or not is_plain:
             return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **extra)
         pool, scales = self.token_to_kv_pool, self._scales(layer)
@@ -80,12 +81,19 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
         # A slot is a page of one token: (slots, heads, dim) needs no copy to become a paged cache.
         keys, values = (x.unsqueeze(1) for x in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)))
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = torch.zeros_like(queries)  # rows behind the last request only pad the batch
-        backend, scale = self.settings.backend, layer.scaling
+        out = queries.new_zeros((*queries.shape[:2], layer.v_head_dim))  # rows behind the last request only pad the batch
+        given: dict[str, Any] = {
+            "backend": self.settings.backend,
+            "sinks": extra.get("sinks"),
+            "softcap": layer.logit_cap or None,
+            "k_scale": scales[0],
+            "v_scale": scales[1],
+        }
         for rows, limit in self._parts:
             mine = queries[rows.tokens]
             kept = COUNTERS.count_layer(rows, mine.shape[1]) if limit == 0 else None  # the others are not sparse
-            call = Call(mine, keys, values, policy, scale, 0, rows.batch, limit, False, backend, None, kept, *scales)
+            lengths: dict[str, Any] = {"batch": rows.batch, "dense_below": limit, "kept": kept}
+            call = Call(mine, keys, values, policy, layer.scaling, **lengths, **given)
             out[rows.tokens] = run(call)[0]
         return out.flatten(1)
 

@@ -54,9 +54,8 @@ def layer_obstacle(layer: Any, dense_layers: int, context_len: int) -> str | Non
         # SGLang counts the earlier tokens that a token sees beside itself.
         "sliding window": -1 < layer.sliding_window_size < context_len - 1,
         "chunked local attention": layer.use_irope,
-        "soft-capped scores": layer.logit_cap > 0,
+        f"scores bounded by {layer.logit_capping_method}": layer.logit_cap > 0 and layer.logit_capping_method != "tanh",
         "scores scaled by length": layer.xai_temperature_len > 0,
         f"positions inside attention ({layer.pos_encoding_mode})": layer.pos_encoding_mode != "NONE",
-        "values of another head dimension": layer.qk_head_dim != layer.v_head_dim,
     }
     return first_reason(obstacles)

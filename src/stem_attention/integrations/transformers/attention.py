@@ -10,7 +10,7 @@ from torch import Tensor
 from stem_attention.api import block_sparse_attention, select_blocks, stem_attention
 from stem_attention.backends import Request, get_backend
 from stem_attention.errors import UnsupportedError
-from stem_attention.integrations.transformers.dense import HostCall, Output, host_attention, needs_eager
+from stem_attention.integrations.transformers.dense import OURS, HostCall, Output, host_attention, needs_eager
 from stem_attention.integrations.transformers.settings import LayerCall, Now, settings_now
 from stem_attention.policies import Policy
 
@@ -27,8 +27,8 @@ def attention_forward(
     cache included. The mask is :func:`stem_mask`'s or the caller's own in 4D; ``kwargs`` are what else the model passes.
 
     Returns:
-        ``(batch, q_len, q_heads, dim)``, zero in rows that are padding on the sparse path; and the weights, where the model's
-        eager attention ran, else None.
+        ``(batch, q_len, q_heads, value_dim)``, zero in rows that are padding on the sparse path; and the weights, where the
+        model's eager attention ran, else None.
 
     Raises:
         UnsupportedError: A gradient is needed on the sparse path, or the layer needs what neither side offers.
@@ -43,7 +43,7 @@ def attention_forward(
         try:
             limit = now.dense_below
             if limit is None:
-                limit = get_backend(Request.of(query, now.policy.block_size)).dense_limit(None)
+                limit = get_backend(Request.of(query, value, now.policy.block_size)).dense_limit(None)
             if (call.kv_len if now.prompt_len is None else now.prompt_len) >= limit:
                 return _sparse(call, now, limit), None
         except Exception as error:  # its type stays, so that hosts can catch it
@@ -66,14 +66,12 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
         raise UnsupportedError(f"{type(call.module).__name__} selects keys itself; load it with another attn_implementation")
     if window is not None and call.kv_len > window if causal is None else causal.window is not None:
         return "sliding window"
-    if (reason := needs_eager(call)) is not None:
+    if (reason := needs_eager(call, OURS)) is not None:
         return reason
     if not call.is_causal and causal is None:
         return "not causal"
     if extra.get("position_bias") is not None:
         return "position bias"
-    if call.value.shape[3] != call.key.shape[3]:
-        return "value dimension differs from key dimension"
     if call.q_len < MIN_QUERY_LEN:
         return "decode" if call.q_len == 1 else "short query"
     if call.kv_len < call.q_len:
@@ -98,7 +96,7 @@ def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:
     spans = None if call.causal is None or call.causal.padding is None else call.causal.spans
     if spans is None:
         return _attend(call, now, policy, (q, k[:, :kv_len], v[:, :kv_len]), now.prompt_len, limit)
-    out, first = torch.zeros_like(q), kv_len - call.q_len
+    out, first = q.new_zeros((*q.shape[:3], v.shape[3])), kv_len - call.q_len
     for (start, end), group in groupby(range(len(spans)), key=spans.__getitem__):
         if end <= first:
             continue
@@ -115,15 +113,21 @@ def _attend(
     call: HostCall, now: Now, policy: Policy, qkv: tuple[Tensor, Tensor, Tensor], prompt_len: int | None, limit: int | None
 ) -> Tensor:
     """Select and attend, below ``limit`` tokens densely; apart if someone wants to see the selection."""
-    q_len, kv_len, scale = qkv[0].shape[1], qkv[1].shape[1], call.extra.get("scaling")
+    (q, k, v), sinks = qkv, call.extra.get("s_aux")
+    q_len, kv_len = q.shape[1], k.shape[1]
+    if isinstance(sinks, Tensor) and sinks.dtype != q.dtype:
+        sinks = sinks.float()
+    choice: dict[str, Any] = {"policy": policy, "prompt_len": prompt_len}
+    scores: dict[str, Any] = {"scale": call.extra.get("scaling"), "softcap": call.extra.get("softcap")}
     if now.observer is None:
-        return stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len)
+        whole: Tensor = stem_attention(q, k, v, dense_below=limit, sinks=sinks, **choice, **scores)
+        return whole
     start, selection, reason = perf_counter(), None, "short prompt"
     if limit is not None and (kv_len if prompt_len is None else prompt_len) < limit:  # a short row of a padded batch
-        out = stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len)
+        out: Tensor = stem_attention(q, k, v, dense_below=limit, sinks=sinks, **choice, **scores)
     else:
-        selection, reason = select_blocks(*qkv, policy=policy, scale=scale, prompt_len=prompt_len), "prefill"
-        out = block_sparse_attention(*qkv, selection, scale=scale)
+        selection, reason = select_blocks(q, k, v, **choice, **scores), "prefill"
+        out = block_sparse_attention(q, k, v, selection, sinks=sinks, **scores)
     seconds = perf_counter() - start
     now.observer(LayerCall(call.layer, q_len, kv_len, selection is not None, reason, selection, seconds))
     return out

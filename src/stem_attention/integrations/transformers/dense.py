@@ -19,6 +19,8 @@ _EAGER_ARGUMENTS = {
     "sinks": "attention sinks",
     "output_attentions": "attention weights asked for",
 }
+# Those that Stem computes too.
+OURS = ("softcap", "s_aux")
 _MIN_WINDOW_ROWS = 1024
 
 Output = tuple[Tensor, Tensor | None]
@@ -46,11 +48,11 @@ class HostCall:
         self.is_causal = bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def needs_eager(call: HostCall) -> str | None:
-    """Say why only the model's eager function can run a call, if so."""
+def needs_eager(call: HostCall, known: tuple[str, ...] = ()) -> str | None:
+    """Say why only the model's eager function can run a call, if so; not for the arguments that are ``known``."""
     for name, meaning in _EAGER_ARGUMENTS.items():
         value = call.extra.get(name)
-        if value is not None and value is not False:
+        if value is not None and value is not False and name not in known:
             return meaning
     return "its class supports eager attention alone" if is_eager_only(getattr(call.module, "config", None)) else None
 

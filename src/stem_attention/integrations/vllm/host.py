@@ -145,18 +145,19 @@ class StemImpl(AttentionImpl):
     scale: float
     policy: Policy | None = None
     stem_backend: str = "auto"
+    stem_sinks: Tensor | None
+    stem_softcap: float | None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         watch_runners()  # now: a runner that builds layers has been loaded, and has not yet built its metadata builders
         given = signature(super().__init__).bind(*args, **options).arguments
-        other = sorted(given.keys() - signature(AttentionImpl.__init__).parameters.keys())
+        self.stem_sinks, self.stem_softcap = given.get("sinks"), given.get("logits_soft_cap") or None
+        other = sorted(given.keys() - signature(AttentionImpl.__init__).parameters.keys() - {"sinks"})
         meant = [name for name in other if isinstance(given[name], Tensor) or given[name] not in (None, False)]
         obstacles = {
             "not causal self-attention": given.get("attn_type", AttentionType.DECODER) != AttentionType.DECODER,
             "ALiBi": given.get("alibi_slopes") is not None,
-            "soft-capped scores": bool(given.get("logits_soft_cap")),
-            "attention sinks": "sinks" in meant,
             f"unknown options {', '.join(meant)}": bool(meant),
         }
         self.stem_obstacle = first_reason(obstacles)
@@ -186,13 +187,14 @@ class StemImpl(AttentionImpl):
                 output[tokens] = part
         tokens = plan.sparse.tokens
         k, v, batch = self.keys_and_values(layer, kv_cache, plan.sparse.batch)
-        part, queries, scales = output[tokens], query[tokens], (None, None)
+        part, queries = output[tokens], query[tokens]
+        given: dict[str, Any] = {"out": part, "sinks": self.stem_sinks, "softcap": self.stem_softcap}
         if self.reads_fp8(layer):
             fp8 = current_platform.fp8_dtype()
-            k, v, scales = k.view(fp8), v.view(fp8), (layer._k_scale, layer._v_scale)
+            k, v, given["k_scale"], given["v_scale"] = k.view(fp8), v.view(fp8), layer._k_scale, layer._v_scale
             queries = _in_precision_of(part, queries, layer._q_scale)
-        kept, backend = COUNTERS.count_layer(plan.sparse, query.shape[1]), self.stem_backend
-        run(Call(queries, k, v, self.policy, self.scale, 0, batch, 0, False, backend, part, kept, *scales))
+        kept = COUNTERS.count_layer(plan.sparse, query.shape[1])
+        run(Call(queries, k, v, self.policy, self.scale, 0, batch, 0, False, self.stem_backend, kept=kept, **given))
         if isinstance(tokens, Tensor):
             output[tokens] = part
         return output
