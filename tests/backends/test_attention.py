@@ -146,6 +146,22 @@ def test_a_soft_cap_bounds_the_scores_of_attention_and_of_the_estimate(scale, ba
         assert torch.equal(block_sparse_attention(q, k, v, selection, **options), sparse)
 
 
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 16), (16, 40), (8, 5)])
+def test_values_of_another_dimension_than_keys(dim, value_dim, backend):
+    q, k, v = structured_qkv(2, 70, 101, 4, 2, dim, dtype=torch.float64, value_dim=value_dim, layout="fused")
+    for policy in (replace(SPARSE, min_blocks=4), Mass(block_size=16, key_pool=16)):
+        selection = select_blocks(q, k, v, policy=policy, backend=backend)
+        expected = masked_sdpa(q, k, v, token_mask(selection), dim**-0.5)
+        out = stem_attention(q, k, v, policy=policy, dense_below=0, backend=backend)
+        assert out.shape == (2, 70, 4, value_dim)
+        assert worst_row_error(out, expected) < 1e-12
+        assert torch.equal(block_sparse_attention(q, k, v, selection, backend=backend), out)
+        causal = torch.ones(70, 101, dtype=torch.bool).tril(31)
+        short, _ = (stem_attention(q, k, v, policy=policy, return_lse=lse, backend=backend) for lse in (False, True))
+        assert worst_row_error(short, masked_sdpa(q, k, v, causal, dim**-0.5)) < 1e-12
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_an_unselected_block_is_never_read_and_a_selected_one_shows(backend, poison):

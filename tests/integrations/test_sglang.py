@@ -242,6 +242,18 @@ def test_scores_are_capped(monkeypatch):
     assert not torch.equal(out, server.run([(0, 200), (0, 40)]))
 
 
+@pytest.mark.skipif(sglang_host.REAL, reason="its pool has one head dimension here")
+def test_values_of_another_dimension(monkeypatch):
+    server = Server(monkeypatch, [200])
+    pool = server.runner.token_to_kv_pool
+    pool.v_buffer = pool.v_buffer[..., :8].contiguous()
+    batch, q, k, v = server.batch([(0, 200)])
+    server.backend.init_forward_metadata(batch)
+    out = server.backend.forward_extend(q, k, v[..., :8], make_layer(v_head_dim=8), batch)
+    one = [*server.prompts[0][:2], server.prompts[0][2][..., :8]]
+    assert torch.equal(out, sa.stem_attention(*one, policy=SPARSE, dense_below=64)[0].flatten(1))
+
+
 def test_sinks_take_part(monkeypatch):
     server, sinks = Server(monkeypatch, [200, 40]), torch.tensor([0.0, 3.0, -2.0, 6.0])
     out = server.run([(0, 200), (0, 40)], extra={"sinks": sinks})  # the second is short, and keeps every block

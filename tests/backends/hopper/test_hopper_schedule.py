@@ -105,6 +105,7 @@ def test_heavy_rows_of_all_heads_start_first(plain):
     ({"device": torch.device("cpu")}, "needs a GPU"),
     ({"dtype": torch.float32}, "bfloat16 and float16"),
     ({"head_dim": 96}, "head_dim must be"),
+    ({"value_dim": 64}, "value_dim must be head_dim"),
     ({"block_size": 32}, "block_size must be"),
 ])  # fmt: skip
 def test_the_backend_says_what_it_cannot_do(changed, reason, monkeypatch):

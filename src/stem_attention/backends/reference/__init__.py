@@ -9,7 +9,7 @@ from stem_attention.backends.reference.attention import attend
 from stem_attention.backends.reference.mass import select_by_mass
 from stem_attention.backends.reference.select import select_by_score
 from stem_attention.call import Call
-from stem_attention.policies.base import Policy
+from stem_attention.policies.base import Policy, softcap_for
 from stem_attention.policies.mass import Mass
 from stem_attention.policies.stem import Stem
 from stem_attention.selection import BlockSelection
@@ -38,7 +38,8 @@ class ReferenceBackend(Backend):
         """Score every antidiagonal of every block pair, or estimate every pool's attention; other policies as they are."""
         twin = _TWINS.get(type(call.policy))
         if twin is None:
-            return super().select(call)
+            told = softcap_for(type(call.policy).__call__, call.softcap)
+            return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len, **told)
         return twin(call.q, call.k, call.v, call.policy, call.scale, call.prompt_len, call.softcap)
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:

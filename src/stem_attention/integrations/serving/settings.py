@@ -55,13 +55,10 @@ class Settings:
         self, device: torch.device | str, dtype: torch.dtype, head_dim: int, value_dim: int | None = None
     ) -> Explanation:
         """Say which backend serves a model, and from which length on; UnsupportedError with all reasons where none does."""
-        asked = {
-            "value_dim": None if value_dim == head_dim else value_dim,
-            "policy": self.policy,
-            "dense_below": self.dense_below,
-            "backend": self.backend,
-        }
-        explanation = explain(device=device, dtype=dtype, head_dim=head_dim, **asked)  # type: ignore[arg-type]
+        explanation = explain(
+            device=device, dtype=dtype, head_dim=head_dim, value_dim=value_dim, policy=self.policy,
+            dense_below=self.dense_below, backend=self.backend,
+        )  # fmt: skip
         if explanation.chosen is None:
             raise UnsupportedError(f"Stem cannot run this model.\n{explanation}")
         return explanation
