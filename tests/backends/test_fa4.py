@@ -61,11 +61,9 @@ def test_it_names_what_else_it_does_not_take(monkeypatch):
 
 
 @pytest.mark.usefixtures("installed")
-def test_auto_takes_it_on_blackwell_alone_and_its_name_gets_it_on_hopper(monkeypatch):
-    card(monkeypatch, 10)
-    assert explain_request(Request(CUDA, torch.bfloat16, 128, 64)).chosen == "fa4"
-    assert explain_request(Request(CUDA, torch.bfloat16, 256, 64)).chosen == "triton"
-    card(monkeypatch, 9)
+@pytest.mark.parametrize("capability", [9, 10])
+def test_only_its_name_gets_it(capability, monkeypatch):
+    card(monkeypatch, capability)
     request = Request(CUDA, torch.bfloat16, 96, 64)  # which the hopper backend does not take
     auto = explain_request(request)
     assert auto.chosen == "triton"

@@ -24,8 +24,8 @@ class FA4Backend(TritonBackend):
 
     name = "fa4"
     caveat = (
-        "packed batches, caches in pages, a first query inside a block, addresses or strides that are no multiple of 16 bytes, "
-        "and more than 2^30 pairs of blocks run portably"
+        "sinks, soft caps, values of another dimension, packed batches, caches in pages, a first query inside a block, "
+        "addresses or strides that are no multiple of 16 bytes, and more than 2^30 pairs of blocks run portably"
     )
     head_dims = range(16, 129, 8)  # above, FlashAttention-4's tiles of keys do not divide a block
     head_dims_said = "a multiple of 8 between 16 and 128"
@@ -44,9 +44,10 @@ class FA4Backend(TritonBackend):
         return None if fits else "FlashAttention-4 takes lists of blocks on compute capability 9, 10 and 11 alone"
 
     def only_by_name(self, request: Request) -> str | None:
-        """Leave Hopper to the hopper backend, which is faster there."""
+        """Leave Hopper to the hopper backend, and Blackwell to kernels that have run there."""
         hopper = torch.cuda.get_device_capability(request.device)[0] == 9
-        return "the library's own kernels are faster on Hopper; only by name" if hopper else None
+        why = "the library's own kernels are faster on Hopper" if hopper else "nobody has run it on this card"
+        return f"{why}; only by name"
 
     def path(self, policy: Policy) -> tuple[str, ...]:
         """Name what selects and what attends; see :meth:`Backend.path`."""
@@ -68,7 +69,13 @@ class FA4Backend(TritonBackend):
 
 
 def _takes(call: Call, block_size: int) -> bool:
-    """Tell whether FlashAttention-4 takes a call: its rows begin with the first query, and it copies from 16-byte addresses."""
+    """Tell whether FlashAttention-4 takes a call.
+
+    Its scores are plain and its values as wide as its keys, its rows begin with the first query, and it copies from 16-byte
+    addresses.
+    """
+    if not call.plain or call.v.shape[-1] != call.q.shape[-1]:
+        return False
     if call.batch is not None or (call.k.shape[1] - call.q.shape[1]) % block_size:
         return False
     grid = BlockGrid.of(call.q, call.k, block_size)
