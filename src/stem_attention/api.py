@@ -7,11 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from stem_attention import checks, ops
+from stem_attention import checks, gradients, ops
 from stem_attention.backends import Explanation, Request, backend_of, explain_request
 from stem_attention.backends.dense import dense_attention
 from stem_attention.call import Call
-from stem_attention.errors import bad_argument
+from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.policies import Policy, read_policy
 from stem_attention.selection import BlockSelection, check_device
 
@@ -32,8 +32,12 @@ def stem_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute causal attention that reads just the key blocks that a policy keeps.
 
-    Prefill only. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Only the last dimension
-    must be contiguous; nothing is copied or padded.
+    Prefill and training. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Only the last
+    dimension must be contiguous; nothing is copied or padded.
+
+    Gradients of q, k and v are exact for the blocks that were kept: ``dq = scale · Σ_kept dS K`` with ``dS = P ∘ (dP - Δ)``. The
+    choice itself is piecewise constant and gets none. The same inputs give the same bits. Dense calls differentiate as torch's
+    own attention.
 
     Args:
         q: ``(batch, q_len, q_heads, head_dim)``, bf16, fp16, fp32, or fp64 off the GPU.
@@ -55,7 +59,7 @@ def stem_attention(
 
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
-        UnsupportedError: The backend cannot run this, or a gradient is needed.
+        UnsupportedError: The backend cannot run this, or a second or a forward-mode derivative is asked for.
 
     Warns:
         UserWarning: The shapes suggest ``(batch, heads, length, dim)``. Said once.
@@ -71,7 +75,10 @@ def stem_attention(
             limit = 0  # decided: the operator need not ask again
         elif not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
-    out, lse = ops.forward(q, k, v, ops.travel(known), scale, length, limit, return_lse, name)
+    if gradients.needed(q, k, v):
+        out, lse = gradients.forward(q, k, v, ops.travel(known), scale, length, limit, name)
+    else:
+        out, lse = ops.forward(q, k, v, ops.travel(known), scale, length, limit, return_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -117,7 +124,7 @@ def stem_attention_varlen(
 
     Raises:
         ValueError: An argument is wrong; the message names it.
-        UnsupportedError: The backend cannot run this, or a gradient is needed.
+        UnsupportedError: The backend cannot run this, or a gradient is needed through a paged cache.
     """
     if page_table is None:
         checks.check_qkv(q, k, v, ("total", "heads", "dim"))
@@ -131,10 +138,14 @@ def stem_attention_varlen(
         checks.check_pages(page_table, key_starts, pages=k.shape[0], page_size=k.shape[1])
     checks.check_flag("return_lse", return_lse)
     lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
-    out, lse = ops.forward_varlen(
-        q, k, v, starts, key_starts, page_table, lengths, ops.travel(_policy(policy, q)), checks.check_scale(scale, q.shape[2]),
-        checks.check_dense_below(dense_below), return_lse, checks.check_backend(backend),
-    )  # fmt: skip
+    text, scale = ops.travel(_policy(policy, q)), checks.check_scale(scale, q.shape[2])
+    limit, name = checks.check_dense_below(dense_below), checks.check_backend(backend)
+    if gradients.needed(q, k, v):
+        if page_table is not None:
+            raise UnsupportedError("page_table: there is no gradient through a paged cache; pass packed keys and values")
+        out, lse = gradients.forward_varlen(q, k, v, starts, key_starts, lengths, text, scale, limit, name)
+    else:
+        out, lse = ops.forward_varlen(q, k, v, starts, key_starts, page_table, lengths, text, scale, limit, return_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -174,7 +185,11 @@ def block_sparse_attention(
     checks.check_selection(selection, q, k)
     checks.check_flag("return_lse", return_lse)
     scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
-    out, lse = ops.attend(q, k, v, selection.indices, selection.counts, selection.block_size, scale, return_lse, name)
+    lists = (selection.indices, selection.counts, selection.block_size)
+    if gradients.needed(q, k, v):
+        out, lse = gradients.attend(q, k, v, *lists, scale, name)
+    else:
+        out, lse = ops.attend(q, k, v, *lists, scale, return_lse, name)
     return (out, lse) if return_lse else out
 
 

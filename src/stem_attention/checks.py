@@ -23,7 +23,7 @@ _told_of_layout: list[tuple[int, ...]] = []
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch", "length", "heads", "dim")) -> None:
-    """Check rank, dtype, device, heads and dimensions of q, k and v; UnsupportedError where a gradient would be needed."""
+    """Check rank, dtype, device, heads and dimensions of q, k and v; UnsupportedError for dual numbers of forward mode."""
     axes = ", ".join(layout)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != len(layout):
@@ -44,8 +44,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         fix = "query head h reads kv head h // (q_heads // kv_heads); transpose tensors whose heads come before the length"
         raise bad_argument("k", f"a number of kv heads that divides the {heads} query heads", kv_heads, fix)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise UnsupportedError("Stem has no backward pass yet; call it under torch.no_grad() or torch.inference_mode()")
     # Operators drop tangents without a word, and forward mode asks no tensor whether it requires a gradient.
     if not torch.compiler.is_compiling() and any(_unpack_dual(x)[1] is not None for x in (q, k, v)):
         raise UnsupportedError("Stem has no forward-mode derivative; detach q, k and v, or leave the dual level")
