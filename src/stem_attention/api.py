@@ -36,8 +36,8 @@ def stem_attention(
     dimension must be contiguous; nothing is copied or padded.
 
     Gradients of q, k and v are exact for the blocks that were kept: ``dq = scale · Σ_kept dS K`` with ``dS = P ∘ (dP - Δ)``. The
-    choice itself is piecewise constant and gets none. The same inputs give the same bits. Dense calls differentiate as torch's
-    own attention.
+    choice itself is piecewise constant and gets none. The same inputs give the same bits. Dense calls are differentiated by torch
+    itself, but in compiled code, and with ``return_lse``, as sparse ones that keep everything.
 
     Args:
         q: ``(batch, q_len, q_heads, head_dim)``, bf16, fp16, fp32, or fp64 off the GPU.
@@ -76,7 +76,7 @@ def stem_attention(
         elif not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
     if gradients.needed(q, k, v):
-        out, lse = gradients.forward(q, k, v, ops.travel(known), scale, length, limit, name)
+        out, lse = gradients.forward(q, k, v, known, scale, length, limit, name)
     else:
         out, lse = ops.forward(q, k, v, ops.travel(known), scale, length, limit, return_lse, name)
     return (out, lse) if return_lse else out
@@ -138,13 +138,14 @@ def stem_attention_varlen(
         checks.check_pages(page_table, key_starts, pages=k.shape[0], page_size=k.shape[1])
     checks.check_flag("return_lse", return_lse)
     lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
-    text, scale = ops.travel(_policy(policy, q)), checks.check_scale(scale, q.shape[2])
+    known, scale = _policy(policy, q), checks.check_scale(scale, q.shape[2])
     limit, name = checks.check_dense_below(dense_below), checks.check_backend(backend)
     if gradients.needed(q, k, v):
         if page_table is not None:
             raise UnsupportedError("page_table: there is no gradient through a paged cache; pass packed keys and values")
-        out, lse = gradients.forward_varlen(q, k, v, starts, key_starts, lengths, text, scale, limit, name)
+        out, lse = gradients.forward_varlen(q, k, v, starts, key_starts, lengths, known, scale, limit, name)
     else:
+        text = ops.travel(known)
         out, lse = ops.forward_varlen(q, k, v, starts, key_starts, page_table, lengths, text, scale, limit, return_lse, name)
     return (out, lse) if return_lse else out
 

@@ -21,6 +21,7 @@ from stem_attention.backends.kept import WORD
 from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.call import Call, PackedBatch
 from stem_attention.errors import UnsupportedError
+from stem_attention.policies.base import Policy
 from stem_attention.selection import BlockSelection
 
 
@@ -30,21 +31,20 @@ def needed(*tensors: Tensor) -> bool:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, dense_below: int | None, backend: str
+    q: Tensor, k: Tensor, v: Tensor, policy: Policy, scale: float, prompt_len: int, dense_below: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Run as the operator of that name; the results have gradients."""
-    size = ops.arrived(policy).block_size
-    return _attention(q, k, v, "forward_kept", (policy, scale, prompt_len, dense_below, backend), size, scale, None, None, backend)
+    rest = (ops.travel(policy), scale, prompt_len, dense_below, backend)
+    return _attention(q, k, v, "forward_kept", rest, policy.block_size, scale, None, None, backend)
 
 
 def forward_varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], prompt_lens: Sequence[int], policy: str,
-    scale: float, dense_below: int | None, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], prompt_lens: Sequence[int],
+    policy: Policy, scale: float, dense_below: int | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run as the operator of that name; the results have gradients."""
-    size = ops.arrived(policy).block_size
-    rest = (q_starts, k_starts, prompt_lens, policy, scale, dense_below, backend)
-    return _attention(q, k, v, "forward_varlen_kept", rest, size, scale, q_starts, k_starts, backend)
+    rest = (q_starts, k_starts, prompt_lens, ops.travel(policy), scale, dense_below, backend)
+    return _attention(q, k, v, "forward_varlen_kept", rest, policy.block_size, scale, q_starts, k_starts, backend)
 
 
 def attend(

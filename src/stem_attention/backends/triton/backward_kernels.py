@@ -139,8 +139,9 @@ def dkv_kernel(
     sum_k = tl.zeros([BK, BD], tl.float32)
     sum_v = tl.zeros([BK, BDV], tl.float32)
     SUB: tl.constexpr = B // BM
+    entry = tl.load(lists + begin, mask=count > 0, other=0)
     for t in range(0, count * SUB):
-        entry = tl.load(lists + begin + t // SUB)
+        following = tl.load(lists + begin + tl.minimum((t + 1) // SUB, count - 1))  # in time for the next step's tiles
         head, row = kv_head * G + entry // rows, start // B + entry % rows
         position = row * B + (t % SUB) * BM
         positions = position + tl.arange(0, BM)
@@ -162,6 +163,7 @@ def dkv_kernel(
         sum_v = tl.dot(weights.to(do_tile.dtype), do_tile, sum_v)
         d_scores = weights * (tl.dot(v_tile, do_tile.T) - shift[None, :])
         sum_k = tl.dot(d_scores.to(q_tile.dtype), q_tile, sum_k)
+        entry = following
     sum_k = sum_k * scale
     dims, v_dims = tl.arange(0, BD), tl.arange(0, BDV)
     slot = tl.load(slots + column)
