@@ -1,13 +1,14 @@
 """The attention function of "stem": sparse where a policy can choose, dense as the host would be everywhere else."""
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stem_attention.api import block_sparse_attention, select_blocks, stem_attention
+from stem_attention import gradients
+from stem_attention.api import block_sparse_attention, select_blocks, stem_attention, stem_attention_varlen
 from stem_attention.backends import Request, get_backend
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.transformers.dense import HostCall, Output, host_attention, needs_eager
@@ -31,7 +32,7 @@ def attention_forward(
         eager attention ran, else None.
 
     Raises:
-        UnsupportedError: A gradient is needed on the sparse path, or the layer needs what neither side offers.
+        UnsupportedError: Dropout is asked for where a gradient is, or the layer needs what neither side offers.
         Exception: What a policy or the sparse path raises, its message with the layer and the shapes.
     """
     call = HostCall(module, query, key, value, attention_mask, kwargs)
@@ -44,7 +45,8 @@ def attention_forward(
             limit = now.dense_below
             if limit is None:
                 limit = get_backend(Request.of(query, now.policy.block_size)).dense_limit(None)
-            if (call.kv_len if now.prompt_len is None else now.prompt_len) >= limit:
+            longest = call.kv_len if call.borders is None else max(high - low for low, high in pairwise(call.borders))
+            if (longest if now.prompt_len is None else now.prompt_len) >= limit:
                 return _sparse(call, now, limit), None
         except Exception as error:  # its type stays, so that hosts can catch it
             shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, {query.dtype}"
@@ -78,7 +80,7 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
         return "decode" if call.q_len == 1 else "short query"
     if call.kv_len < call.q_len:
         return "fewer keys than queries"
-    if call.mask is not None and causal is None:
+    if call.mask is not None and causal is None and call.borders is None:
         return "custom mask"
     if causal is not None and causal.padding is not None:
         if torch.compiler.is_compiling():
@@ -87,14 +89,21 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
             return "padding inside the text"
     if 0 <= call.layer < now.dense_layers:
         return "dense layer"
-    needs_gradient = torch.is_grad_enabled() and call.query.requires_grad
-    return "dropout" if extra.get("dropout", 0.0) > 0 and not needs_gradient else None
+    return "dropout" if extra.get("dropout", 0.0) > 0 and not _trains(call) else None
+
+
+def _trains(call: HostCall) -> bool:
+    return gradients.needed(call.query, call.key, call.value)
 
 
 def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:
     """Run every row of the batch on its own tokens, neighbours with equal padding together."""
+    if call.extra.get("dropout", 0.0) > 0:  # while it trains: without a gradient such a layer runs dense
+        raise UnsupportedError("dropout: sparse attention has none; train with attention_dropout=0 in the model's config")
     policy, kv_len = now.policy.for_layer(call.layer), call.kv_len
     q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    if call.borders is not None:
+        return _packed(call, now, policy, (q[0], k[0], v[0]), call.borders, limit)
     spans = None if call.causal is None or call.causal.padding is None else call.causal.spans
     if spans is None:
         return _attend(call, now, policy, (q, k[:, :kv_len], v[:, :kv_len]), now.prompt_len, limit)
@@ -109,6 +118,18 @@ def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:
         prompt_len = None if now.prompt_len is None else (now.prompt_len if end == kv_len else end) - start
         out[rows, queries] = _attend(call, now, policy, (q[rows, queries], k[rows, keys], v[rows, keys]), prompt_len, limit)
     return out
+
+
+def _packed(
+    call: HostCall, now: Now, policy: Policy, qkv: tuple[Tensor, Tensor, Tensor], borders: list[int], limit: int | None
+) -> Tensor:
+    """Run sequences that lie one after the other; apart if someone wants to see the selections."""
+    if now.observer is not None:
+        parts = [tuple(x[None, low:high] for x in qkv) for low, high in pairwise(borders)]
+        return torch.cat([_attend(call, now, policy, (q, k, v), None, limit) for q, k, v in parts], 1)
+    starts, longest = torch.tensor(borders, dtype=torch.int32), max(high - low for low, high in pairwise(borders))
+    lengths = (starts, starts, longest, longest)
+    return stem_attention_varlen(*qkv, *lengths, policy=policy, dense_below=limit, scale=call.extra.get("scaling"))[None]
 
 
 def _attend(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stem_attention.errors import UnsupportedError
@@ -21,6 +22,8 @@ _EAGER_ARGUMENTS = {
 }
 _MIN_WINDOW_ROWS = 1024
 
+_READ = WeakTensorKeyDictionary()
+
 Output = tuple[Tensor, Tensor | None]
 
 
@@ -29,7 +32,8 @@ class HostCall:
 
     ``mask`` is the layer's, or its entries where it no longer is what it says; ``causal`` is the mask if it says of what it is
     made. ``kv_len`` counts the keys that exist: a static cache hands over its whole buffer. ``layer`` is -1 when the module
-    does not say. ``is_causal``: a query sees no later keys, as far as the mask does not say.
+    does not say. ``is_causal``: a query sees no later keys, as far as the mask does not say. ``borders``: where several sequences
+    begin that lie one after the other in the single row of a batch, and where the last one ends; None unless the host says so.
     """
 
     def __init__(
@@ -44,6 +48,26 @@ class HostCall:
         index, given = getattr(module, "layer_idx", None), extra.get("is_causal")
         self.layer = index if isinstance(index, int) else -1
         self.is_causal = bool(getattr(module, "is_causal", True) if given is None else given)
+        self.borders = self._borders()
+
+    def _borders(self) -> list[int] | None:
+        starts = self.extra.get("cu_seq_lens_q")
+        if not isinstance(starts, Tensor) or len(starts) < 3 or torch.compiler.is_compiling():  # compiled code cannot read it
+            return None
+        borders = _read(starts)
+        whole = self.query.shape[0] == 1 and borders[-1] == self.q_len == self.kv_len
+        return borders if whole else None
+
+
+def _read(starts: Tensor) -> list[int]:
+    """Return the numbers of a tensor, which waits for a GPU: once for all layers, unless someone writes to it."""
+    if starts.is_inference():  # nobody counts what is written to it
+        return list(starts.tolist())
+    version, numbers = _READ.get(starts, (None, []))
+    if version != starts._version:
+        numbers = starts.tolist()
+        _READ[starts] = starts._version, numbers
+    return numbers
 
 
 def needs_eager(call: HostCall) -> str | None:
