@@ -56,7 +56,12 @@ def attend(
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out, lse, _ = _Attention.apply(q, k, v, *rest)
+    try:
+        out, lse, _ = _Attention.apply(q, k, v, *rest)
+    except NotImplementedError as error:  # compiled code takes no functions that say so themselves
+        if "jvp" not in str(error):
+            raise
+        raise UnsupportedError("Stem has no forward-mode derivative, of its gradient neither; leave the dual level") from error
     return out, lse
 
 
