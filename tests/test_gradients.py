@@ -100,7 +100,9 @@ def test_the_whole_call_has_the_gradient_of_its_selection(backend, policy):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_packed_batch_has_the_gradients_of_its_sequences(backend):
-    parts = [structured_qkv(1, *lengths, 4, 2, 16, seed=i) for i, lengths in enumerate([(100, 100), (1, 60), (33, 140), (0, 20)])]
+    parts = [
+        structured_qkv(1, *lengths, 4, 2, 16, seed=i) for i, lengths in enumerate([(100, 100), (1, 60), (33, 140), (0, 20)])
+    ]
     options = {"policy": SPARSE, "dense_below": 50, "return_lse": True, "backend": backend}
     packed = pack(parts)
     inputs = [packed[name].requires_grad_() for name in "qkv"]

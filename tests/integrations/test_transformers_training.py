@@ -45,6 +45,23 @@ def test_checkpointing_changes_no_bit():
     assert torch.equal(trained(SPARSE, checkpoint=True)[1], trained(SPARSE)[1])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_trains_a_model_of_fp32(compiled):
+    """Its rotated queries and keys are fp32, its values are not."""
+
+    def run(attention):
+        model = small_llama(attention).train()
+        if attention == "stem":
+            hosts.set_policy(model, KEEP_ALL, dense_below=0)
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            forward(input_ids=tokens(1, LENGTH), use_cache=False).logits.float().square().sum().backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    torch.compiler.reset()
+    assert relative_error(run("stem"), run("sdpa")) < 0.02
+
+
 def test_padded_rows_train_as_if_they_came_alone():
     padding, ids = torch.ones(2, LENGTH, dtype=torch.long), tokens(2, LENGTH)
     padding[1, :100] = 0
@@ -132,7 +149,9 @@ def test_the_trainer_trains(tmp_path):
     rows = [{"input_ids": ids, "labels": ids} for ids in tokens(8, LENGTH)]
     options = {"max_steps": 3, "per_device_train_batch_size": 2, "report_to": [], "save_strategy": "no", "use_cpu": True}
     trainer = transformers.Trainer(
-        model=model, args=transformers.TrainingArguments(str(tmp_path), gradient_checkpointing=True, **options), train_dataset=rows
+        model=model,
+        args=transformers.TrainingArguments(str(tmp_path), gradient_checkpointing=True, **options),
+        train_dataset=rows,
     )
     assert trainer.train().training_loss > 0
     assert not torch.equal(model.lm_head.weight, before)

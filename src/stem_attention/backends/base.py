@@ -127,7 +127,9 @@ class Backend(ABC):
         """
         if call.batch is None:
             short = self.runs_dense(call)
-            selection = keep_everything(call.q, call.k, call.policy.block_size) if short else check_chosen(call, self.select(call))
+            selection = (
+                keep_everything(call.q, call.k, call.policy.block_size) if short else check_chosen(call, self.select(call))
+            )
             return self.attend_kept(call, selection)
         out, lse = replace(call, return_lse=True).empty_results()
         kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)

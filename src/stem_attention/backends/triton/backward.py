@@ -109,7 +109,7 @@ def d_keys_values(
         *delta.stride()[:2], layout.q_len, layout.kv_len, layout.kv_heads, layout.rows, layout.blocks, number, scale,
         G=layout.group, B=size, BK=choice.own, BM=choice.tile, **dims, RAGGED=layout.packed, TMA=choice.tma, **choice.options,
     )  # fmt: skip
-    tile = min(16, size)
+    tile = min(8, size)
     launches.start(
         sum_kernel, (number, size // tile), sums_k, sums_v, d_k, d_v, columns.chunks, columns.slots, layout.cu_k, *strides,
         layout.kv_len, layout.kv_heads, layout.blocks, B=size, TILE=tile, **dims, RAGGED=layout.packed, num_warps=4,

@@ -43,9 +43,7 @@ class Columns:
     room: int
 
 
-def pack(
-    layout: Layout, indices: Tensor, counts: Tensor, block_size: int, kept: Tensor, launches: Launches
-) -> None:
+def pack(layout: Layout, indices: Tensor, counts: Tensor, block_size: int, kept: Tensor, launches: Launches) -> None:
     """Set bits of ``kept (batch, q_heads, rows, words)``, which are 0 before; lists as attention takes them."""
     launches.start(
         pack_kernel, (layout.rows * layout.heads, layout.batch), indices, counts, kept, layout.cu_q, layout.cu_k,

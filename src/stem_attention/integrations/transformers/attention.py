@@ -11,7 +11,7 @@ from stem_attention import gradients
 from stem_attention.api import block_sparse_attention, select_blocks, stem_attention, stem_attention_varlen
 from stem_attention.backends import Request, get_backend
 from stem_attention.errors import UnsupportedError
-from stem_attention.integrations.transformers.dense import HostCall, Output, host_attention, needs_eager
+from stem_attention.integrations.transformers.dense import HostCall, Output, autocast, host_attention, needs_eager
 from stem_attention.integrations.transformers.settings import LayerCall, Now, settings_now
 from stem_attention.policies import Policy
 
@@ -35,6 +35,8 @@ def attention_forward(
         UnsupportedError: Dropout is asked for where a gradient is, or the layer needs what neither side offers.
         Exception: What a policy or the sparse path raises, its message with the layer and the shapes.
     """
+    # Autocast leaves rotated queries and keys in fp32 beside values that it has cast; "sdpa" would have it cast all three.
+    query, key, value = (autocast(x) for x in (query, key, value))
     call = HostCall(module, query, key, value, attention_mask, kwargs)
     now = settings_now(getattr(module, "config", None))
     reason = _obstacle(call, now)

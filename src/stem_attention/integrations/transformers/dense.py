@@ -70,6 +70,13 @@ def _read(starts: Tensor) -> list[int]:
     return numbers
 
 
+def autocast(x: Tensor) -> Tensor:
+    """Return a tensor as autocast hands it to products, where autocast is on."""
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if on else x
+
+
 def needs_eager(call: HostCall) -> str | None:
     """Say why only the model's eager function can run a call, if so."""
     for name, meaning in _EAGER_ARGUMENTS.items():
