@@ -1,4 +1,4 @@
-"""Gradients through a fixed selection: against finite differences, against autograd of plain masked attention, and bit by bit."""
+"""Gradients for a fixed selection: against finite differences, autograd of plain masked attention, and bit by bit."""
 
 from itertools import pairwise
 

@@ -35,9 +35,9 @@ def stem_attention(
     Prefill and training. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Only the last
     dimension must be contiguous; nothing is copied or padded.
 
-    Gradients of q, k and v are exact for the blocks that were kept: ``dq = scale · Σ_kept dS K`` with ``dS = P ∘ (dP - Δ)``. The
-    choice itself is piecewise constant and gets none. The same inputs give the same bits. Dense calls are differentiated by torch
-    itself, but in compiled code, and with ``return_lse``, as sparse ones that keep everything.
+    Gradients of q, k and v are exact for the blocks that were kept: ``dq = scale · Σ_kept dS K`` with ``dS = P ∘ (dP - Δ)``.
+    The choice itself is piecewise constant and gets none. The same inputs give the same bits. Dense calls are differentiated
+    by torch itself, but in compiled code, and with ``return_lse``, as sparse ones that keep everything.
 
     Args:
         q: ``(batch, q_len, q_heads, head_dim)``, bf16, fp16, fp32, or fp64 off the GPU.

@@ -10,7 +10,8 @@ kept keys, O the output and L the log-sum-exp::
 Between the passes lie q, k, v, O, L and a bit for each pair of blocks; P is worked out again, block by block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def attend(
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     try:
-        out, lse, _ = _Attention.apply(q, k, v, *rest)
+        out, lse, _ = _Attention.apply(q, k, v, *rest)  # type: ignore[no-untyped-call]
     except NotImplementedError as error:  # compiled code takes no functions that say so themselves
         if "jvp" not in str(error):
             raise
@@ -142,7 +143,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch = None
     if q_starts is not None and k_starts is not None:
-        prompt_lens = [high - low for low, high in zip(k_starts, k_starts[1:], strict=False)]
+        prompt_lens = [high - low for low, high in pairwise(k_starts)]
         batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, None, q.device)
     call = Call(q, k, v, ops.any_policy(block_size), scale, k.shape[1], batch, return_lse=True, backend=backend)
     return backends.backward(call, kept, (out, lse), (d_out, d_lse))
@@ -172,7 +173,7 @@ def _fake_forward_varlen_kept(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     size = ops.arrived(policy).block_size
-    most_q, most_k = (max(b - a for a, b in zip(starts, starts[1:], strict=False)) for starts in (q_starts, k_starts))
+    most_q, most_k = (max(b - a for a, b in pairwise(starts)) for starts in (q_starts, k_starts))
     return _results(q, len(prompt_lens), block_count(most_q - 1, size) + 1 if most_q else 0, block_count(most_k, size))
 
 
@@ -181,7 +182,7 @@ def _fake_backward(d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor
     return d_q, d_k, d_v
 
 
-_FAKES = {
+_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
     _forward_kept: _fake_forward_kept, _forward_varlen_kept: _fake_forward_varlen_kept, _attend_kept: _fake_attend_kept,
     _backward: _fake_backward,
 }  # fmt: skip

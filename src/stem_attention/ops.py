@@ -1,8 +1,8 @@
 """The library as torch operators, so that torch.compile sees opaque calls with known shapes.
 
 Operators take no dataclasses: a policy travels as its JSON text, a selection as its two tensors and a packed batch as its
-borders. They are defined plainly, which costs a call 0.1 ms less than ``torch.library.custom_op``. Autograd goes through none of
-these: calls that need a gradient run the operators of ``gradients.py``.
+borders. They are defined plainly, which costs a call 0.1 ms less than ``torch.library.custom_op``. Autograd goes through none
+of these: calls that need a gradient run the operators of ``gradients.py``.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""On a GPU: gradients as good as those of torch's own attention, the same in every run, and with everything that training uses."""
+"""On a GPU: gradients as good as those of torch's own attention, the same in every run, in all that training uses."""
 
 from itertools import pairwise
 

@@ -49,17 +49,18 @@ def test_checkpointing_changes_no_bit():
 def test_autocast_trains_a_model_of_fp32(compiled):
     """Its rotated queries and keys are fp32, its values are not."""
 
-    def run(attention):
+    def run(attention, autocast=True):
         model = small_llama(attention).train()
         if attention == "stem":
             hosts.set_policy(model, KEEP_ALL, dense_below=0)
         forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             forward(input_ids=tokens(1, LENGTH), use_cache=False).logits.float().square().sum().backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
     torch.compiler.reset()
-    assert relative_error(run("stem"), run("sdpa")) < 0.02
+    exact = run("sdpa", autocast=False)
+    assert 0 < relative_error(run("stem"), exact) <= 1.5 * relative_error(run("sdpa"), exact)
 
 
 def test_padded_rows_train_as_if_they_came_alone():

@@ -28,8 +28,8 @@ def kept_shape(call: Call) -> tuple[int, int, int, int]:
 def pack(selection: BlockSelection) -> Tensor:
     """Return the bits of a selection, int32 ``(batch, q_heads, rows, words)``."""
     mask = selection.to_mask()
-    bits = torch.nn.functional.pad(mask, (0, -mask.shape[3] % WORD)).unflatten(3, (-1, WORD))
-    powers = torch.ones(WORD, dtype=torch.int64, device=mask.device) << torch.arange(WORD, device=mask.device)
+    bits = torch.unflatten(torch.nn.functional.pad(mask, (0, -mask.shape[3] % WORD)), 3, (-1, WORD))
+    powers = 2 ** torch.arange(WORD, device=mask.device)
     return (bits * powers).sum(-1).to(torch.int32)  # wraps around: the highest bit is the sign
 
 

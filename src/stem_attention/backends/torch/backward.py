@@ -57,7 +57,9 @@ def gradients(
             _add(d_keys, ids, (d_scores.mT @ queries[rows]).mul_(scale))
             _add(d_values, ids, weights.mT @ d_results[rows])
         inside = slice(before, before + grid.q_len)
-        d_q[b, :, own] = d_queries.unflatten(0, (own.stop - own.start, -1)).flatten(1, 2)[:, inside].transpose(0, 1).to(q.dtype)
+        d_q[b, :, own] = (
+            torch.unflatten(d_queries, 0, (own.stop - own.start, -1)).flatten(1, 2)[:, inside].transpose(0, 1).to(q.dtype)
+        )
         d_k[b, :, g] = d_keys.flatten(0, 1)[: grid.kv_len].to(k.dtype)
         d_v[b, :, g] = d_values.flatten(0, 1)[: grid.kv_len].to(v.dtype)
     return d_q, d_k, d_v

@@ -83,7 +83,8 @@ def d_queries(
         q, k, v, k_tiles, v_tiles, d_out, lse, delta, d_q, lists, starts, layout.cu_q, layout.cu_k,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3], *d_q.stride()[:3], *lse.stride()[:2],
         *delta.stride()[:2], layout.q_len, layout.kv_len, layout.heads, layout.rows, min(_HEAVY_ROWS, layout.rows), scale,
-        G=layout.group, B=size, BM=choice.own, BN=choice.tile, **_dims(q, v), RAGGED=layout.packed, TMA=choice.tma, **choice.options,
+        G=layout.group, B=size, BM=choice.own, BN=choice.tile, **_dims(q, v), RAGGED=layout.packed, TMA=choice.tma,
+        **choice.options,
     )  # fmt: skip
 
 

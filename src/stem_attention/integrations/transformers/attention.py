@@ -127,11 +127,12 @@ def _packed(
 ) -> Tensor:
     """Run sequences that lie one after the other; apart if someone wants to see the selections."""
     if now.observer is not None:
-        parts = [tuple(x[None, low:high] for x in qkv) for low, high in pairwise(borders)]
+        parts = ([x[None, low:high] for x in qkv] for low, high in pairwise(borders))
         return torch.cat([_attend(call, now, policy, (q, k, v), None, limit) for q, k, v in parts], 1)
     starts, longest = torch.tensor(borders, dtype=torch.int32), max(high - low for low, high in pairwise(borders))
-    lengths = (starts, starts, longest, longest)
-    return stem_attention_varlen(*qkv, *lengths, policy=policy, dense_below=limit, scale=call.extra.get("scaling"))[None]
+    options: dict[str, Any] = {"policy": policy, "dense_below": limit, "scale": call.extra.get("scaling")}
+    out: Tensor = stem_attention_varlen(*qkv, starts, starts, longest, longest, **options)
+    return out[None]
 
 
 def _attend(

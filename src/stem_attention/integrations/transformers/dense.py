@@ -1,7 +1,7 @@
 """Run a call as the host would: with "sdpa", or with the model's own eager function where "sdpa" has no answer."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ _EAGER_ARGUMENTS = {
 }
 _MIN_WINDOW_ROWS = 1024
 
-_READ = WeakTensorKeyDictionary()
+_READ: MutableMapping[Tensor, tuple[int, list[int]]] = WeakTensorKeyDictionary()
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -32,8 +32,8 @@ class HostCall:
 
     ``mask`` is the layer's, or its entries where it no longer is what it says; ``causal`` is the mask if it says of what it is
     made. ``kv_len`` counts the keys that exist: a static cache hands over its whole buffer. ``layer`` is -1 when the module
-    does not say. ``is_causal``: a query sees no later keys, as far as the mask does not say. ``borders``: where several sequences
-    begin that lie one after the other in the single row of a batch, and where the last one ends; None unless the host says so.
+    does not say. ``is_causal``: a query sees no later keys, as far as the mask does not say. ``borders``: where sequences begin
+    that lie one after the other in the single row of a batch, and where the last one ends; None unless the host says so.
     """
 
     def __init__(
@@ -63,11 +63,9 @@ def _read(starts: Tensor) -> list[int]:
     """Return the numbers of a tensor, which waits for a GPU: once for all layers, unless someone writes to it."""
     if starts.is_inference():  # nobody counts what is written to it
         return list(starts.tolist())
-    version, numbers = _READ.get(starts, (None, []))
-    if version != starts._version:
-        numbers = starts.tolist()
-        _READ[starts] = starts._version, numbers
-    return numbers
+    if starts not in _READ or _READ[starts][0] != starts._version:
+        _READ[starts] = starts._version, starts.tolist()
+    return _READ[starts][1]
 
 
 def autocast(x: Tensor) -> Tensor:
