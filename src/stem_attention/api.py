@@ -177,7 +177,7 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute exact causal attention over the blocks of ``selection``, whichever policy made it.
+    """Compute exact causal attention over the blocks of ``selection``, whichever policy made it, with exact gradients for it.
 
     Args, returns and errors are those of :func:`stem_attention`; ``selection`` must have been made for these shapes.
     """
