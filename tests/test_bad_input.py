@@ -218,8 +218,3 @@ def test_bad_sinks(case, call):
     sinks, way_out = BAD_SINKS[case]
     with pytest.raises(ValueError, match=f"^sinks: expected (.+, got .+; )?.*{re.escape(way_out)}"):
         varlen(sinks=sinks) if call is None else call(*make_qkv(2, 40, 50, 4, 2, 16), sinks=sinks)
-
-
-def test_sinks_that_need_a_gradient():
-    with pytest.raises(sa.UnsupportedError, match="no backward pass"):
-        varlen(sinks=torch.zeros(4, requires_grad=True))

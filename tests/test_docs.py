@@ -18,6 +18,7 @@ POLICIES = ROOT / "docs" / "policies.md"
 SCHEDULE = set(Stem().to_dict()) - {"policy", "stride", "beta", "magnitude"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEED_A_MODEL = ("finetune_long",)
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LOCAL_LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)[^)]*\)")
 
@@ -91,7 +92,10 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.model] * (path.stem in NEED_A_MODEL)) for path in EXAMPLES],
+)
 def test_example_runs(example, tmp_path):
     ran = subprocess.run([sys.executable, example], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr

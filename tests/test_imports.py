@@ -24,6 +24,7 @@ ORDER = (
     ("call",),
     ("backends",),
     ("ops",),
+    ("gradients",),
     ("api",),
     ("",),
     ("testing",),

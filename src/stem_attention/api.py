@@ -7,11 +7,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from stem_attention import checks, ops
+from stem_attention import checks, gradients, ops
 from stem_attention.backends import Explanation, Request, backend_of, explain_request
 from stem_attention.backends.dense import dense_attention
 from stem_attention.call import Call
-from stem_attention.errors import bad_argument
+from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.policies import Policy, read_policy
 from stem_attention.selection import BlockSelection, check_device
 
@@ -35,8 +35,12 @@ def stem_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute causal attention that reads just the key blocks that a policy keeps.
 
-    Prefill only. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Only the last dimension
-    must be contiguous; nothing is copied or padded.
+    Prefill and training. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Only the last
+    dimension must be contiguous; nothing is copied or padded.
+
+    Gradients of q, k and v are exact for the blocks that were kept: ``dq = scale · Σ_kept dS K`` with ``dS = P ∘ (dP - Δ)``.
+    The choice itself is piecewise constant and gets none. The same inputs give the same bits. Dense calls are differentiated
+    by torch itself, but in compiled code, and with ``return_lse``, as sparse ones that keep everything.
 
     Args:
         q: ``(batch, q_len, q_heads, head_dim)``, bf16, fp16, fp32, or fp64 off the GPU.
@@ -62,7 +66,7 @@ def stem_attention(
 
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
-        UnsupportedError: The backend cannot run this, or a gradient is needed.
+        UnsupportedError: The backend cannot run this, or a second or a forward-mode derivative is asked for.
 
     Warns:
         UserWarning: The shapes suggest ``(batch, heads, length, dim)``. Said once.
@@ -80,7 +84,11 @@ def stem_attention(
             limit = 0  # decided: the operator need not ask again
         elif call.plain and not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
-    out, lse = ops.forward(q, k, v, sinks, ops.travel(known), scale, softcap, length, limit, return_lse, name)
+    if gradients.needed(q, k, v, sinks):
+        gradients.check_forms(q, v, softcap)
+        out, lse = gradients.forward(q, k, v, sinks, known, scale, length, limit, name)
+    else:
+        out, lse = ops.forward(q, k, v, sinks, ops.travel(known), scale, softcap, length, limit, return_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -131,7 +139,7 @@ def stem_attention_varlen(
 
     Raises:
         ValueError: An argument is wrong; the message names it.
-        UnsupportedError: The backend cannot run this, or a gradient is needed.
+        UnsupportedError: The backend cannot run this, or a gradient is needed through a paged cache.
     """
     if page_table is None:
         checks.check_qkv(q, k, v, ("total", "heads", "dim"))
@@ -145,11 +153,17 @@ def stem_attention_varlen(
         checks.check_pages(page_table, key_starts, pages=k.shape[0], page_size=k.shape[1])
     checks.check_flag("return_lse", return_lse)
     lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
-    out, lse = ops.forward_varlen(
-        q, k, v, checks.check_sinks(sinks, q), starts, key_starts, page_table, lengths, ops.travel(_policy(policy, q)),
-        checks.check_scale(scale, q.shape[2]), checks.check_softcap(softcap), checks.check_dense_below(dense_below), return_lse,
-        checks.check_backend(backend),
-    )  # fmt: skip
+    known, scale = _policy(policy, q), checks.check_scale(scale, q.shape[2])
+    limit, name = checks.check_dense_below(dense_below), checks.check_backend(backend)
+    sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
+    if gradients.needed(q, k, v, sinks):
+        if page_table is not None:
+            raise UnsupportedError("page_table: there is no gradient through a paged cache; pass packed keys and values")
+        gradients.check_forms(q, v, softcap)
+        out, lse = gradients.forward_varlen(q, k, v, sinks, starts, key_starts, lengths, known, scale, limit, name)
+    else:
+        tables = starts, key_starts, page_table, lengths
+        out, lse = ops.forward_varlen(q, k, v, sinks, *tables, ops.travel(known), scale, softcap, limit, return_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -181,7 +195,7 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, softcap: float | None = None,
     sinks: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute exact causal attention over the blocks of ``selection``, whichever policy made it.
+    """Compute exact causal attention over the blocks of ``selection``, whichever policy made it, with exact gradients for it.
 
     Args, returns and errors are those of :func:`stem_attention`; ``selection`` must have been made for these shapes.
     """
@@ -190,8 +204,13 @@ def block_sparse_attention(
     checks.check_selection(selection, q, k)
     checks.check_flag("return_lse", return_lse)
     scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
-    parts = selection.indices, selection.counts, selection.block_size
-    out, lse = ops.attend(q, k, v, checks.check_sinks(sinks, q), *parts, scale, checks.check_softcap(softcap), return_lse, name)
+    sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
+    lists = selection.indices, selection.counts, selection.block_size
+    if gradients.needed(q, k, v, sinks):
+        gradients.check_forms(q, v, softcap)
+        out, lse = gradients.attend(q, k, v, sinks, *lists, scale, name)
+    else:
+        out, lse = ops.attend(q, k, v, sinks, *lists, scale, softcap, return_lse, name)
     return (out, lse) if return_lse else out
 
 

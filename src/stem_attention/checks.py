@@ -23,7 +23,7 @@ _told_of_layout: list[tuple[int, ...]] = []
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch", "length", "heads", "dim")) -> None:
-    """Check rank, dtype, device, heads and dimensions of q, k and v; UnsupportedError where a gradient would be needed."""
+    """Check rank, dtype, device, heads and dimensions of q, k and v; UnsupportedError for dual numbers of forward mode."""
     axes = ", ".join(layout)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != len(layout):
@@ -43,13 +43,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         fix = "query head h reads kv head h // (q_heads // kv_heads); transpose tensors whose heads come before the length"
         raise bad_argument("k", f"a number of kv heads that divides the {heads} query heads", kv_heads, fix)
-    _check_no_derivative(q, k, v)
+    _check_no_tangents(q, k, v)
 
 
-def _check_no_derivative(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise UnsupportedError("Stem has no backward pass yet; call it under torch.no_grad() or torch.inference_mode()")
-    # Operators drop tangents without a word, and forward mode asks no tensor whether it requires a gradient.
+def _check_no_tangents(*tensors: Tensor) -> None:
+    """Refuse forward mode: operators drop tangents without a word, and it asks no tensor whether it requires a gradient."""
     if not torch.compiler.is_compiling() and any(_unpack_dual(x)[1] is not None for x in tensors):
         raise UnsupportedError("Stem has no forward-mode derivative; detach q, k and v, or leave the dual level")
 
@@ -108,7 +106,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
         raise bad_argument("sinks", f"the device of q, {q.device}", sinks.device, "move it with .to()")
     if heads > 1 and sinks.stride(0) != 1:
         raise bad_argument("sinks", "a contiguous tensor", f"strides {sinks.stride()}", "call .contiguous()")
-    _check_no_derivative(sinks)
+    _check_no_tangents(sinks)
     return sinks
 
 

@@ -1,13 +1,15 @@
 """Run a call: on the device of its tensors, in their precision, by the backend that serves it."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from stem_attention.backends.base import Backend, Request, check_chosen
+from stem_attention.backends.base import Backend, Request, Results, check_chosen
 from stem_attention.backends.dense import without_autocast
+from stem_attention.backends.kept import kept_shape
 from stem_attention.backends.reference.packing import packed as reference_packed
 from stem_attention.backends.registry import get_backend
 from stem_attention.call import Call
@@ -44,6 +46,36 @@ def attend(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         return call.empty_results()
     with _device_of(call.q), without_autocast(call.q.device):
         return backend_of(call).attend(call, selection)
+
+
+def run_kept(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a call whose gradient will be asked for. Returns ``out`` and ``lse`` as :func:`run`, and what was kept, as bits."""
+    if call.q.numel() == 0:
+        return _nothing_kept(call)
+    with _device_of(call.q), without_autocast(call.q.device):
+        return backend_of(call).forward_kept(call)
+
+
+def attend_kept(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute attention over given blocks; returns as :func:`run_kept`."""
+    if call.q.numel() == 0:
+        return _nothing_kept(call)
+    with _device_of(call.q), without_autocast(call.q.device):
+        return backend_of(call).attend_kept(call, selection)
+
+
+def backward(call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v of a call that :func:`run_kept` or :func:`attend_kept` ran; see the backend's."""
+    if call.q.numel() == 0:
+        d_q, d_k, d_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
+        return d_q, d_k, d_v
+    with _device_of(call.q), without_autocast(call.q.device):
+        return backend_of(call).backward(call, kept, results, d_results)
+
+
+def _nothing_kept(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
+    return *replace(call, return_lse=True).empty_results(), kept
 
 
 def backend_of(call: Call) -> Backend:

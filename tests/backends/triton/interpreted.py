@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from stem_attention import BlockSelection, Mass, Policy, Stem
+from stem_attention.backends.kept import pack as eager_pack
 from stem_attention.backends.reference import ReferenceBackend
-from stem_attention.backends.triton import TritonBackend, attention, layout, packing
+from stem_attention.backends.triton import TritonBackend, attention, backward, layout, packing, pieces
+from stem_attention.backends.triton.kept import list_columns, list_rows
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies.ranked import choose as eager_choose
-from stem_attention.testing import make_qkv, random_selection, to_pages, worst_row_error
+from stem_attention.testing import make_qkv, random_selection, relative_error, to_pages, worst_row_error
 
 from .choosing import choose
 
@@ -421,3 +423,108 @@ def test_pages_of_any_size_are_packed(page):
     call = Call(q, k, v, SMALL, 1.0, batch=batch)
     expected = (torch.cat([batch.sequence(x, i) for i in range(batch.sequences)]) for x in (k, v))
     assert all(map(torch.equal, packing.packed(call, Launches()), expected))
+
+
+def gradients_agree(call: Call, kept: Tensor, results: tuple[Tensor, Tensor], bound: float = 2e-6) -> tuple[Tensor, ...]:
+    """Gradients by the kernels, once they are those of the reference's autograd in fp64."""
+    draw = torch.Generator().manual_seed(1)
+    d_results = tuple(torch.randn(x.shape, generator=draw).to(x.dtype) for x in results)
+    found = TritonBackend().backward(call, kept, results, (d_results[0], d_results[1]))
+    exact = replace(call, **{name: getattr(call, name).double() for name in "qkv"})
+    d_exact = (d_results[0].double(), d_results[1])
+    for ours, theirs in zip(found, REFERENCE.backward(exact, kept, results, d_exact), strict=True):
+        assert relative_error(ours, theirs) < bound
+    return found
+
+
+def kept_by(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> tuple[Call, Tensor, tuple[Tensor, Tensor]]:
+    """A call over a selection, its bits and its results."""
+    size = selection.block_size
+    call = Call(q, k, v, Stem(block_size=size, stride=1), q.shape[3] ** -0.5, k.shape[1], return_lse=True)
+    out, lse, kept = TritonBackend().attend_kept(call, selection)
+    assert torch.equal(kept, eager_pack(selection))
+    return call, kept, (out, lse)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "dtype"),
+    [
+        ((2, 40, 75, 4, 2, 32), 16, torch.float32),
+        ((1, 45, 160, 3, 1, 24), 32, torch.float16),
+        ((1, 1, 70, 2, 2, 16), 16, torch.float32),
+        ((1, 100, 140, 2, 1, 80), 64, torch.float32),
+    ],
+    ids=["chunk", "group-of-3-fp16", "one-query", "block-64"],
+)
+def test_gradients_are_those_of_the_references_autograd(shape, block, dtype):
+    q, k, v = make_qkv(*shape, dtype=dtype)
+    selection = random_selection(shape[0], shape[3], shape[1], shape[2], block, 0.4)
+    gradients_agree(*kept_by(q, k, v, selection), bound=1e-3 if dtype == torch.float16 else 2e-6)
+
+
+def test_gradients_where_the_first_block_is_cut_into_chunks_and_heads_run_apart(monkeypatch):
+    """Every row of 3 heads keeps the first block: 39 entries, of which a chunk has 16 at most."""
+    q, k, v = make_qkv(1, 200, 200, 6, 2, 16)
+    mask = random_selection(1, 6, 200, 200, 16, 0.02).to_mask()
+    mask[..., 0] = True
+    call, kept, results = kept_by(q, k, v, BlockSelection.from_mask(mask, block_size=16, q_len=200, kv_len=200))
+    columns = list_columns(kept, 3, 13, 6 * 91, 1024, Launches())
+    assert columns.chunks.view(2, 13)[:, 0].tolist() == [3, 3]
+    split = columns.slots >= 0
+    assert torch.equal(split, columns.chunks > 1)
+    assert int(columns.slots[split][-1] + columns.chunks[split][-1]) <= columns.room
+    together = gradients_agree(call, kept, results)
+    monkeypatch.setattr(backward, "LIST_BYTES", 1)
+    assert all(map(torch.equal, gradients_agree(call, kept, results), together))
+
+
+def test_lists_both_ways_hold_the_selection_in_order():
+    selection = random_selection(2, 4, 600, 1300, 16, 0.3)  # more than 64 rows and 32 key blocks: several tiles each
+    kept, mask = eager_pack(selection), selection.to_mask()
+    (_, heads, rows, blocks), most, launches = mask.shape, int(mask.sum()), Launches()
+    lists, starts = list_rows(kept, blocks, most, launches)
+    assert torch.equal(lists, mask.nonzero()[:, 3].int())
+    assert torch.equal(starts[1:] - starts[:-1], selection.counts.flatten())
+    columns = list_columns(kept, 2, blocks, most, 7, launches)
+    by_column = mask.unflatten(1, (heads // 2, 2)).permute(0, 1, 4, 2, 3)  # sequence, kv head, key block, query head, row
+    entries = by_column.nonzero()
+    assert torch.equal(columns.lists, (entries[:, 3] * rows + entries[:, 4]).int())
+    assert torch.equal(columns.starts[1:] - columns.starts[:-1], by_column.sum(-1).flatten().int())
+    assert int(columns.longest) == -(-most // 7)
+    owners = columns.owners[columns.owners < len(columns.chunks)]
+    assert torch.equal(owners, torch.arange(len(columns.chunks)).repeat_interleave(columns.chunks).int())
+    assert torch.equal(columns.firsts, columns.chunks.cumsum(0).int() - columns.chunks)
+
+
+def test_gradients_of_a_packed_batch_are_those_of_each_sequence():
+    single = some()
+    q, k, v, batch = packed(single)
+    policy = replace(SMALL, tail_blocks=2)  # two rows without a list
+    call = Call(q, k, v, policy, q.shape[-1] ** -0.5, batch=batch, dense_below=70, return_lse=True)
+    out, lse, kept = TritonBackend().forward_kept(call)
+    found = gradients_agree(call, kept, (out, lse))
+    draw = torch.Generator().manual_seed(1)
+    d_out, d_lse = (torch.randn(x.shape, generator=draw) for x in (out, lse))
+    for i, (low, high) in enumerate(pairwise(batch.q_starts)):
+        k_low, k_high = batch.k_starts[i : i + 2]
+        if low == high:
+            assert not found[1][k_low:k_high].any()
+            assert not found[2][k_low:k_high].any()
+            continue
+        part = replace(call.only(i), dense_below=70)
+        *results, bits = TritonBackend().forward_kept(part)
+        assert torch.equal(kept[i, :, : bits.shape[2], : bits.shape[3]], bits[0])
+        assert not kept[i, :, bits.shape[2] :].any()
+        alone = TritonBackend().backward(part, bits, tuple(results), (d_out[None, low:high], d_lse[None, :, low:high]))
+        assert torch.equal(found[0][low:high], alone[0][0])
+        for ours, theirs in zip(found[1:], alone[1:], strict=True):
+            torch.testing.assert_close(ours[k_low:k_high], theirs[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_call_that_is_cut_keeps_the_bits_of_one_that_is_not(monkeypatch):
+    q, k, v = peaked(1, 70, 110, 2, 1, 16)
+    call = Call(q, k, v, BY_MASS, 0.25, 110, dense_below=0)
+    whole = TritonBackend().forward_kept(call)
+    monkeypatch.setattr(pieces, "LIST_BYTES", 4 * 2 * 7 * 2)
+    assert len(pieces.pieces(call)) > 1
+    assert all(map(torch.equal, TritonBackend().forward_kept(call), whole))

@@ -19,8 +19,10 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attention import Mass, Policy, Stem
-from stem_attention.backends.triton import TritonBackend, attention, mass, packing, stem
-from stem_attention.backends.triton.launch import Launch
+from stem_attention.backends.kept import kept_shape
+from stem_attention.backends.triton import TritonBackend, attention, backward, mass, packing, stem
+from stem_attention.backends.triton.kept import pack
+from stem_attention.backends.triton.launch import BackwardLaunch, Launch
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
@@ -130,6 +132,25 @@ def record_attention(
         counts = indices[..., 0].contiguous()
         attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, 2, launches)
     return launches.recorded[0]
+
+
+def record_backward(
+    target: str, *, dim: int = 128, block_size: int = 128, dtype: torch.dtype = torch.bfloat16, ragged: bool = False,
+    launches: dict[str, BackwardLaunch] | None = None,
+) -> dict[str, Recorded]:  # fmt: skip
+    """The launches of a gradient on a card, by kernel; of two of one kernel the last. Other choices may be given for it."""
+    started = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "architecture", lambda _: target)
+        if launches is not None:
+            patch.setattr(backward, "backward_launch", lambda kernel, *_: launches[kernel])
+        call = _call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, 0, None)
+        kept = torch.zeros(kept_shape(call), dtype=torch.int32)
+        out, lse = replace(call, return_lse=True).empty_results()
+        indices = torch.zeros((1, 8, kept.shape[2], 3), dtype=torch.int32)
+        pack(Layout.of(call, block_size, started), indices, indices[..., 0].contiguous(), block_size, kept, started)
+        backward.backward(call, kept, (out, lse), (out, lse), started)
+    return {launch.kernel.fn.__name__: launch for launch in started.recorded}
 
 
 def _call(

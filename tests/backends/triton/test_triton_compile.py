@@ -18,6 +18,7 @@ from .offline import (
     Recorded,
     compile_for,
     record_attention,
+    record_backward,
     record_packing,
     record_selection,
 )
@@ -36,6 +37,8 @@ def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
 SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80, ("sm80", 192, 64): 24}
 # Under a soft cap, by the same: few loads and stores of a row's numbers.
 CAP_SPILLS = {("sm80", 256, 128): 8, ("sm120", 256, 128): 8, ("sm90", 256, 64): 128}
+# Of the gradient's, by the same: two words, beside 128 registers of sums.
+BACKWARD_SPILLS = {("sm90", 128, 64): 8, ("sm90", 80, 64): 8}
 # Triton 3.8's ptxas takes 64, 80 or 128 registers, so that two programs fit on a multiprocessor, and some bytes of stack for
 # it.
 CHEAP_STACK = {"choose_kernel": 16, "pool_kernel": 8, "keep_kernel": 40}
@@ -49,6 +52,8 @@ def fits(target: str, launch: Recorded) -> Compiled:
     allowed = SPILLS.get(shape, 0)
     if launch.arguments.get("steepness") is not None:
         allowed = max(allowed, CAP_SPILLS.get(shape, 0))
+    if launch.kernel.fn.__name__ in ("dq_kernel", "dkv_kernel"):
+        allowed = BACKWARD_SPILLS.get((target, launch.arguments["D"], launch.arguments["B"]), 0)
     if target != "sm90":
         allowed = max(allowed, CHEAP_STACK.get(launch.kernel.fn.__name__, 0))
     if launch.arguments.get("COLUMNS") == LONGEST_ROW:
@@ -167,3 +172,34 @@ def test_the_norms_of_the_z_score(target):
 def test_packing_of_an_fp8_cache(target, dim):
     for by_head in (False, True):
         fits(target, record_packing(dim, by_head))
+
+
+BACKWARD = {
+    "fp16": {"dtype": FP16},
+    "ragged": {"ragged": True},
+    "ragged-block-64": {"ragged": True, "block_size": 64},
+    "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
+    "ragged-dim-256": {"ragged": True, "dim": 256},
+    **{f"dim-{dim}-block-{size}": {"dim": dim, "block_size": size} for dim in (64, 128, 256) for size in (64, 128)},
+}
+KERNELS = {"delta_kernel", "pack_kernel", "rows_kernel", "columns_kernel", "dq_kernel", "dkv_kernel", "sum_kernel"}
+
+
+@pytest.mark.parametrize("variant", variants(BACKWARD, "ragged-dim-80-fp16", "dim-128-block-64"))
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients(target, variant):
+    launches = record_backward(target, **BACKWARD[variant])
+    assert set(launches) == KERNELS
+    for name, launch in launches.items():
+        if name not in ("dq_kernel", "dkv_kernel") and variant not in ("fp16", "ragged"):
+            continue  # they hardly differ
+        compiled = fits(target, launch)
+        descriptors = target in ("sm90", "sm100") and "ragged" not in variant and name in ("dq_kernel", "dkv_kernel")
+        assert ("cp.async.bulk.tensor" in compiled.assembly) == descriptors
+
+
+@pytest.mark.parametrize("variant", ["ragged", "dim-128-block-64", "dim-256-block-128"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_loop_with_two_sums_is_not_pipelined(target, variant):
+    """Triton 3.6 makes wrong code of such a loop where its length is not known: two sums in fp32, several stages."""
+    assert record_backward(target, **BACKWARD[variant])["dkv_kernel"].options["num_stages"] == 1

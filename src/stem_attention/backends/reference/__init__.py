@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from stem_attention.backends.base import Backend, Request
+from stem_attention.backends.base import Backend, Request, Results
+from stem_attention.backends.kept import unpack
 from stem_attention.backends.reference.attention import attend
 from stem_attention.backends.reference.mass import select_by_mass
 from stem_attention.backends.reference.select import select_by_score
@@ -46,3 +48,13 @@ class ReferenceBackend(Backend):
         """Take a masked softmax, one query block at a time."""
         out, lse = attend(call.q, call.k, call.v, selection, call.scale, call.sinks, call.softcap)
         return out, lse if call.return_lse else lse.new_empty(0)
+
+    def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the attention again, and let torch differentiate it."""
+        if call.batch is not None:
+            return super().backward(call, kept, results, d_results)
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
+            again = attend(q, k, v, unpack(kept, call.grid), call.scale, call.sinks)
+        d_q, d_k, d_v = torch.autograd.grad(again, (q, k, v), d_results)
+        return d_q, d_k, d_v

@@ -103,8 +103,7 @@ def _attend_group(
         if norms is not None and peak is not None:  # the largest weight is exp(peak - lse): no second pass of exponentials
             norms.index_copy_(0, rows, peak - weights.amax(-1).log())
 
-    most = _WORKSPACE // (size * (size + keys.shape[2] + values.shape[2]))
-    run_all(attend_unit, list(_units(counts, most)), q.device)
+    run_all(attend_unit, list(query_units(counts, size, keys.shape[2] + values.shape[2])), q.device)
     if sinks is not None and norms is not None:
         logits = sinks.to(dtype).repeat_interleave(grid.rows)[:, None]
         results *= torch.sigmoid(norms - logits)[..., None]  # the keys' part of a softmax that the sink takes part in
@@ -115,9 +114,12 @@ def _attend_group(
         lse.copy_(torch.unflatten(norms, 0, (heads, -1)).flatten(1, 2)[:, inside])
 
 
-def _units(counts: Sequence[int], most: int) -> Iterator[tuple[slice, int]]:
-    """Split the sorted ``counts`` into runs of equal ones, of at most ``most`` blocks together."""
-    first = 0
+def query_units(counts: Sequence[int], size: int, dims: int) -> Iterator[tuple[slice, int]]:
+    """Split the sorted ``counts`` into runs of equal ones, as many as the workspace has room for.
+
+    A kept block has ``size`` keys and values, of ``dims`` numbers together, and as many scores for each of ``size`` queries.
+    """
+    first, most = 0, _WORKSPACE // (size * (size + dims))
     for count, run in groupby(counts):
         end, step = first + sum(1 for _ in run), max(1, most // max(count, 1))
         yield from ((slice(at, min(at + step, end)), count) for at in range(first, end, step))
