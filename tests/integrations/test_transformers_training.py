@@ -1,5 +1,7 @@
 """A model on "stem" trains: its gradients are those of the attention that ran, whatever host feature stands around it."""
 
+from threading import Thread
+
 import pytest
 import torch
 
@@ -61,6 +63,26 @@ def test_autocast_trains_a_model_of_fp32(compiled):
     torch.compiler.reset()
     exact = run("sdpa", autocast=False)
     assert 0 < relative_error(run("stem"), exact) <= 1.5 * relative_error(run("sdpa"), exact)
+
+
+def test_a_block_that_does_not_reach_a_checkpointed_layer_is_refused_and_never_another_policy():
+    """On a GPU torch computes such layers again in threads of its own; here a thread goes backwards as they do."""
+    model, errors = small_llama().train(), []
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def backward(loss):
+        try:
+            loss.backward()
+        except UnsupportedError as error:
+            errors.append(str(error))
+
+    with hosts.use_policy(SPARSE, dense_below=0):
+        loss = model(input_ids=tokens(1, LENGTH), use_cache=False).logits.sum()
+        thread = Thread(target=backward, args=(loss,))
+        thread.start()
+        thread.join()
+    assert len(errors) == 1
+    assert "set_policy" in errors[0]
 
 
 def test_padded_rows_train_as_if_they_came_alone():
