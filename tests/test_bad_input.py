@@ -44,7 +44,7 @@ BAD_TENSORS = {
     "k_last_dim_strided": ("k", lambda q, k, v: (q, k.repeat(1, 1, 1, 2)[..., ::2], v), ".contiguous()"),
     "v_last_dim_expanded": ("v", lambda q, k, v: (q, k, v[..., :1].expand(-1, -1, -1, 16)), ".contiguous()"),
     "k_head_dim": ("k", lambda q, k, v: (q, k[..., :8], v[..., :8]), "last dimensions"),
-    "v_head_dim": ("v", lambda q, k, v: (q, k, v[..., :8]), "last dimensions"),
+    "v_head_dim": ("v", lambda q, k, v: (q, k, v[..., :0]), "last dimensions"),
     "head_dim_0": ("q", lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]), "last dimensions"),
     "v_length": ("v", lambda q, k, v: (q, k, v[:, 1:]), "one value for every key"),
     "v_heads": ("v", lambda q, k, v: (q, k, v[:, :, :1]), "one value for every key"),
@@ -77,6 +77,7 @@ OTHER_FACTORS = [[1.0] * 4] * 2, [[1.0] * 3], [[1.0] * 5]  # of two layers; of o
         ("prompt_len", 49, "every token of the prompt"),
         *(("policy", sa.Mass(head_factors=factors), "pass policy.for_layer(layer)") for factors in OTHER_FACTORS),
         ("scale", float("nan"), "leave it out"),
+        *(("softcap", cap, "without a cap") for cap in (0.0, -1, float("inf"), True, "50")),
         ("backend", "flash", 'use "auto"'),
     ],
 )
@@ -197,3 +198,23 @@ def test_short_prompts_of_many_heads_and_compiled_code_are_not_warned_of():
     torch.compiler.reset()
     compiled = torch.compile(sa.stem_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     assert not told_of(compiled, *HEADS_FIRST)
+
+
+BAD_SINKS = {
+    "a list": ([0.0] * 4, "each query head"),
+    "of other heads": (torch.zeros(2), "a rank passes those of its heads"),
+    "of each query": (torch.zeros(4, 1), "each query head"),
+    "of another dtype": (torch.zeros(4, dtype=torch.float16), ".float()"),
+    "elsewhere": (torch.zeros(4, device="meta"), "move it"),
+    "strided": (torch.zeros(8)[::2], ".contiguous()"),
+}
+
+
+@pytest.mark.parametrize(
+    "call", [CALLS["stem_attention"], CALLS["dense"], attend, None], ids=["sparse", "dense", "lists", "packed"]
+)
+@pytest.mark.parametrize("case", BAD_SINKS)
+def test_bad_sinks(case, call):
+    sinks, way_out = BAD_SINKS[case]
+    with pytest.raises(ValueError, match=f"^sinks: expected (.+, got .+; )?.*{re.escape(way_out)}"):
+        varlen(sinks=sinks) if call is None else call(*make_qkv(2, 40, 50, 4, 2, 16), sinks=sinks)

@@ -37,6 +37,13 @@ def dense(q, k, v):
     return sa.stem_attention(q, k, v), *sa.stem_attention(q, k, v, return_lse=True)
 
 
+def attention_with_sinks_and_a_cap(q, k, v):
+    extra = {"sinks": q[0, 0, :, 0].contiguous(), "softcap": 2.0}
+    sparse, short = (sa.stem_attention(q, k, v, policy=SPARSE, dense_below=limit, **extra) for limit in (0, 1000))
+    selection = sa.select_blocks(q, k, v, policy=SPARSE, softcap=2.0)
+    return sparse + 1, short, *sa.block_sparse_attention(q, k, v, selection, return_lse=True, **extra)
+
+
 def two_steps(q, k, v, policy=SPARSE):
     selection = sa.select_blocks(q, k, v, policy=policy)
     out, lse = sa.block_sparse_attention(q, k, v, selection, return_lse=True)
@@ -63,7 +70,14 @@ def same(result, expected):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     "function",
-    [attention, attention_with_lse, two_steps, two_steps_of_ragged_rows, two_steps_of_heads_with_shares],
+    [
+        attention,
+        attention_with_lse,
+        attention_with_sinks_and_a_cap,
+        two_steps,
+        two_steps_of_ragged_rows,
+        two_steps_of_heads_with_shares,
+    ],
 )
 def test_compiled_equals_eager(function, dynamic):
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -120,13 +134,15 @@ def test_compiled_code_raises_the_same_errors():
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("layout", ["bshd", "fused"])
-def test_opcheck_of_forward_and_attend(layout, return_lse):
+@pytest.mark.parametrize(
+    ("layout", "sinks", "cap"), [("bshd", None, 2.0), ("fused", None, None), ("bshd", torch.ones(4), None)]
+)
+def test_opcheck_of_forward_and_attend(layout, sinks, cap, return_lse):
     q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, layout=layout)
     for policy, dense_below in product((SPARSE, EXTRA, FACTORS), (0, None)):
-        torch.library.opcheck(ops.forward, (q, k, v, policy.to_json(), 0.25, 130, dense_below, return_lse, "auto"))
+        torch.library.opcheck(ops.forward, (q, k, v, sinks, policy.to_json(), 0.25, cap, 130, dense_below, return_lse, "auto"))
     selection = random_selection(2, 4, 100, 130, 16)
-    torch.library.opcheck(ops.attend, (q, k, v, selection.indices, selection.counts, 16, 0.25, return_lse, "auto"))
+    torch.library.opcheck(ops.attend, (q, k, v, sinks, selection.indices, selection.counts, 16, 0.25, cap, return_lse, "auto"))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -134,7 +150,7 @@ def test_opcheck_of_forward_and_attend(layout, return_lse):
 @pytest.mark.parametrize("q_len", [1, 100])
 def test_opcheck_of_select(q_len, policy, backend):
     q, k, v = structured_qkv(2, q_len, 130, 4, 2, 16, layout="fused")
-    torch.library.opcheck(ops.select, (q, k, v, policy.to_json(), 0.25, 200, backend))
+    torch.library.opcheck(ops.select, (q, k, v, policy.to_json(), 0.25, None, 200, backend))
 
 
 def test_the_width_of_a_selection_is_the_budget_even_where_no_row_fills_it():
@@ -142,7 +158,7 @@ def test_the_width_of_a_selection_is_the_budget_even_where_no_row_fills_it():
     ours, theirs = (sa.select_blocks(q, k, v, policy=EXTRA, prompt_len=200, backend=b) for b in ("torch", "reference"))
     assert ours.counts.max() < ours.indices.shape[3]  # or this example shows nothing
     assert torch.equal(ours.indices, theirs.indices)
-    torch.library.opcheck(ops.select, (q, k, v, EXTRA.to_json(), 0.25, 200, "reference"))
+    torch.library.opcheck(ops.select, (q, k, v, EXTRA.to_json(), 0.25, None, 200, "reference"))
 
 
 @pytest.mark.parametrize("q_len", [0, 1, 130])
@@ -178,5 +194,5 @@ def test_opcheck_of_forward_varlen(paged, return_lse):
     q, k, v = (x[0] for x in make_qkv(1, 48, 80, 4, 2, 16))
     table = torch.arange(5, dtype=torch.int32).view(1, 5) if paged else None
     k, v = (x.unflatten(0, (5, 16)) if paged else x for x in (k, v))
-    arguments = (q, k, v, [0, 48], [0, 80], table, [80], SPARSE.to_json(), 0.25, 0, return_lse, "auto")
+    arguments = (q, k, v, None, [0, 48], [0, 80], table, [80], SPARSE.to_json(), 0.25, 2.0, 0, return_lse, "auto")
     torch.library.opcheck(ops.forward_varlen, arguments)

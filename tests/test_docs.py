@@ -20,6 +20,7 @@ POLICIES = ROOT / "docs" / "policies.md"
 SCHEDULE = set(Stem().to_dict()) - {"policy", "stride", "beta", "magnitude"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEED_A_MODEL = ("ask_document", "finetune_long")
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LOCAL_LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)[^)]*\)")
 
@@ -95,11 +96,10 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize(
     "example",
-    [pytest.param(path, marks=[pytest.mark.model] * (path.stem == "ask_document")) for path in EXAMPLES],
-    ids=lambda path: path.stem,
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.model] * (path.stem in NEED_A_MODEL)) for path in EXAMPLES],
 )
 def test_example_runs(example, tmp_path):
-    if example.stem == "ask_document" and embedded_gguf() is None:
+    if example.stem in NEED_A_MODEL and embedded_gguf() is None:
         pytest.skip(f"needs the embedded model: {EMBEDDED_INSTALL}")
     ran = subprocess.run(
         [sys.executable, example],

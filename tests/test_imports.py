@@ -24,6 +24,7 @@ ORDER = (
     ("call",),
     ("backends",),
     ("ops",),
+    ("gradients",),
     ("api",),
     ("",),
     ("testing",),
@@ -43,6 +44,8 @@ HOMES = {
     "torch": ("",),
     "typing_extensions": ("",),
     "triton": ("backends.triton", "backends.hopper"),
+    "flash_attn": ("backends.fa4",),
+    "cutlass": ("backends.fa4",),  # comes with flash-attn-4
     "transformers": ("integrations.transformers", "models"),
     "huggingface_hub": ("models",),  # comes with transformers
     "vllm": ("integrations.vllm",),
@@ -99,8 +102,8 @@ def _internal_fault(name: str, target: str) -> str | None:
     if wanted == "testing" and room not in TESTING_USERS:
         return "testing is for measuring, not for the library's own work"
     mine, its = name.split(".")[:2], target.split(".")[:2]
-    # Openly, and nowhere else: Hopper's attention stands behind the Triton backend's selection.
-    allowed = mine == its or (mine[1:], its[1:]) == (["hopper"], ["triton"])
+    # Openly, and nowhere else: these kernels stand behind the Triton backend's selection.
+    allowed = mine == its or (mine[1:] in (["hopper"], ["fa4"]) and its[1:] == ["triton"])
     if room == wanted == "backends" and all(len(part) == 2 and part[1] in BACKENDS for part in (mine, its)) and not allowed:
         return "backends do not import one another"
     return None

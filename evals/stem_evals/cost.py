@@ -62,15 +62,15 @@ def layer_cost(policy: Policy | None, call: AttentionCall) -> LayerCost:
             raise UnsupportedError(f"no dense attention to compare with: {'; '.join(map(': '.join, left_out.items()))}")
         peers = medians(time_in_turn(calls, q.device, REPEATS, lambda: None))
         return LayerCost(1.0, 0.0, min(peers.values()), min(peers.values()), True, peers)
-    mine, scale = policy.for_layer(call.layer), call.scale
-    select = partial(select_blocks, q, k, v, policy=mine, scale=scale)
+    mine, scores = policy.for_layer(call.layer), {"scale": call.scale, "softcap": call.softcap}
+    select = partial(select_blocks, q, k, v, policy=mine, **scores)
     selection = select()
     timed: dict[str, Call] = {
         "selection": select,
-        "attention": partial(block_sparse_attention, q, k, v, selection, scale=scale),
-        "whole": partial(stem_attention, q, k, v, policy=mine, dense_below=0, scale=scale),
+        "attention": partial(block_sparse_attention, q, k, v, selection, sinks=call.sinks, **scores),
+        "whole": partial(stem_attention, q, k, v, policy=mine, dense_below=0, sinks=call.sinks, **scores),
     }
-    backend = get_backend(Request.of(q, policy.block_size))
+    backend = get_backend(Request.of(q, v, policy.block_size))
     fused = isinstance(backend, TritonBackend) and backend.selector(mine) is not None
     found = medians(time_in_turn(timed, q.device, REPEATS, lambda: None))
     return LayerCost(selection.density(), found["selection"], found["attention"], found["whole"], fused)

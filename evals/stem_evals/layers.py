@@ -7,8 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from stem_attention import BlockSelection, block_sparse_attention, select_blocks
-from stem_attention.backends.dense import dense_attention
+from stem_attention import BlockSelection, block_sparse_attention, select_blocks, stem_attention
 from stem_attention.models.prefill import AttentionCall
 from stem_attention.policies import Dense, Policy
 from stem_attention.policies.oracle import block_mass
@@ -46,17 +45,19 @@ class LayerProbe:
         """Measure one layer. Layers must come in order."""
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
         scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
-        selection = select_blocks(q, k, v, policy=self._policy.for_layer(call.layer), scale=scale)
-        recall, grid = mass_recall(q, k, scale, selection), selection.grid
+        scores = {"scale": scale, "softcap": call.softcap}
+        selection = select_blocks(q, k, v, policy=self._policy.for_layer(call.layer), **scores)
+        recall, grid = mass_recall(q, k, scale, selection, call.softcap), selection.grid
         rows = torch.tensor([high - low for low, high in map(grid.row_positions, range(grid.first_row, grid.end_row))])
         mean = (recall * rows.to(recall.device)).sum(-1) / rows.sum()
-        sparse, dense = block_sparse_attention(q, k, v, selection, scale=scale), dense_attention(q, k, v, scale)
+        sparse = block_sparse_attention(q, k, v, selection, sinks=call.sinks, **scores)
+        dense = stem_attention(q, k, v, dense_below=q.shape[1] + k.shape[1], sinks=call.sinks, **scores)
         error = relative_error(sparse[0].transpose(0, 1).flatten(1), dense[0].transpose(0, 1).flatten(1))
         for values, kept in ((mean, self.recall), (recall[:, -1], self.recall_last), (error, self.error)):
             kept.append([round(value, _DIGITS) for value in values.tolist()])
 
 
-def mass_recall(q: Tensor, k: Tensor, scale: float, selection: BlockSelection) -> Tensor:
+def mass_recall(q: Tensor, k: Tensor, scale: float, selection: BlockSelection, softcap: float | None = None) -> Tensor:
     """Share of each query block's dense attention mass that lies in its kept blocks.
 
     Args:
@@ -64,6 +65,7 @@ def mass_recall(q: Tensor, k: Tensor, scale: float, selection: BlockSelection) -
         k: ``(1, kv_len, kv_heads, dim)``.
         scale: Softmax scale.
         selection: Made for these shapes.
+        softcap: Bound of the scaled scores, or None.
 
     Returns:
         ``(q_heads, rows)``, each between 0 and 1.
@@ -71,7 +73,7 @@ def mass_recall(q: Tensor, k: Tensor, scale: float, selection: BlockSelection) -
     kept = selection.to_mask()[0]
     masses = []
     for row in range(selection.rows):
-        mass = block_mass(q, k, scale, selection.block_size, selection.first_row + row)[0]
+        mass = block_mass(q, k, scale, selection.block_size, selection.first_row + row, softcap)[0]
         masses.append((mass * kept[:, row, : mass.shape[1]]).sum(-1))
     return torch.stack(masses, 1).clamp(max=1)
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from stem_attention import checks, ops
+from stem_attention import checks, gradients, ops
 from stem_attention.backends import Explanation, Request, backend_of, explain_request
 from stem_attention.backends.dense import dense_attention
 from stem_attention.call import Call
-from stem_attention.errors import bad_argument
+from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.policies import Policy, read_policy
 from stem_attention.selection import BlockSelection, check_device
 
@@ -19,43 +19,54 @@ from stem_attention.selection import BlockSelection, check_device
 @overload
 def stem_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = ..., dense_below: int | None = ...,
-    scale: float | None = ..., prompt_len: int | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    scale: float | None = ..., softcap: float | None = ..., prompt_len: int | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def stem_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = ..., dense_below: int | None = ...,
-    scale: float | None = ..., prompt_len: int | None = ..., return_lse: Literal[True], backend: str = ...,
+    scale: float | None = ..., softcap: float | None = ..., prompt_len: int | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def stem_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = None, dense_below: int | None = None,
-    scale: float | None = None, prompt_len: int | None = None, return_lse: bool = False, backend: str = "auto",
+    scale: float | None = None, softcap: float | None = None, prompt_len: int | None = None, sinks: Tensor | None = None,
+    return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute causal attention that reads just the key blocks that a policy keeps.
 
-    Prefill only. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Only the last dimension
-    must be contiguous; nothing is copied or padded.
+    Prefill and training. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Only the last
+    dimension must be contiguous; nothing is copied or padded.
+
+    Gradients of q, k and v are exact for the blocks that were kept: ``dq = scale · Σ_kept dS K`` with ``dS = P ∘ (dP - Δ)``.
+    The choice itself is piecewise constant and gets none. The same inputs give the same bits. Dense calls are differentiated
+    by torch itself, but in compiled code, and with ``return_lse``, as sparse ones that keep everything.
 
     Args:
         q: ``(batch, q_len, q_heads, head_dim)``, bf16, fp16, fp32, or fp64 off the GPU.
         k: ``(batch, kv_len, kv_heads, head_dim)``, same dtype; query head ``h`` reads kv head ``h // (q_heads // kv_heads)``.
-        v: The shape and dtype of ``k``.
+        v: The dtype of ``k``, and its shape but for the last dimension.
         policy: What to keep: a policy, or a spec such as ``"mass:share=8"`` or ``"paper"``, which torch.compile does not take;
             ``Mass()`` unless given.
         dense_below: Prompts of fewer tokens run dense; unless given, those below the length at which the backend that runs
             was measured to overtake dense attention (``explain().dense_below``).
         scale: Softmax scale; ``1 / sqrt(head_dim)`` unless given.
+        softcap: Bound of the scaled scores ``s``, as in Gemma 2: they become ``softcap * tanh(s / softcap)``, also in the
+            estimates of policies.
         prompt_len: Tokens of the whole prompt when prefill comes in chunks; ``kv_len`` unless given. Chunks that end on
             block borders then keep exactly the blocks that one call would keep.
+        sinks: ``(q_heads,)``, fp32 or the dtype of ``q``, contiguous: a learnt logit of each head that takes part in the
+            softmax of all its queries and has no value, as in gpt-oss. Policies do not look at it.
         return_lse: Also return the log-sum-exp.
         backend: ``"auto"`` picks the fastest that supports the call, see :func:`explain`; or a name.
 
     Returns:
-        ``out`` like ``q``; with ``return_lse`` also the natural log-sum-exp of the scaled scores over the kept keys, fp32
-        ``(batch, q_heads, q_len)``.
+        ``out`` like ``q``, its last dimension that of ``v``; with ``return_lse`` also the natural log-sum-exp of the scaled
+        scores over the kept keys, and of the sink, fp32 ``(batch, q_heads, q_len)``.
 
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
-        UnsupportedError: The backend cannot run this, or a gradient is needed.
+        UnsupportedError: The backend cannot run this, or a second or a forward-mode derivative is asked for.
 
     Warns:
         UserWarning: The shapes suggest ``(batch, heads, length, dim)``. Said once.
@@ -65,13 +76,19 @@ def stem_attention(
     checks.check_flag("return_lse", return_lse)
     length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
     known, limit, name = _policy(policy, q), checks.check_dense_below(dense_below), checks.check_backend(backend)
+    sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
     if not torch.compiler.is_compiling():
-        call = Call(q, k, v, known, scale, length, dense_below=limit, return_lse=return_lse, backend=name)
+        extra: dict[str, Any] = {"dense_below": limit, "return_lse": return_lse, "backend": name, "sinks": sinks}
+        call = Call(q, k, v, known, scale, length, softcap=softcap, **extra)
         if not backend_of(call).runs_dense(call):
             limit = 0  # decided: the operator need not ask again
-        elif not return_lse:  # an operator would cost a short prompt more time than its attention
+        elif call.plain and not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
-    out, lse = ops.forward(q, k, v, ops.travel(known), scale, length, limit, return_lse, name)
+    if gradients.needed(q, k, v, sinks):
+        gradients.check_forms(q, v, softcap)
+        out, lse = gradients.forward(q, k, v, sinks, known, scale, length, limit, name)
+    else:
+        out, lse = ops.forward(q, k, v, sinks, ops.travel(known), scale, softcap, length, limit, return_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -79,18 +96,21 @@ def stem_attention(
 def stem_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., policy: Policy | str | None = ...,
-    dense_below: int | None = ..., scale: float | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    dense_below: int | None = ..., scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def stem_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     page_table: Tensor | None = ..., prompt_lens: Sequence[int] | None = ..., policy: Policy | str | None = ...,
-    dense_below: int | None = ..., scale: float | None = ..., return_lse: Literal[True], backend: str = ...,
+    dense_below: int | None = ..., scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def stem_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     page_table: Tensor | None = None, prompt_lens: Sequence[int] | None = None, policy: Policy | str | None = None,
-    dense_below: int | None = None, scale: float | None = None, return_lse: bool = False, backend: str = "auto",
+    dense_below: int | None = None, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute :func:`stem_attention` for a ragged batch; a sequence's result never depends on its neighbours.
 
@@ -99,7 +119,7 @@ def stem_attention_varlen(
     Args:
         q: ``(total_q, q_heads, head_dim)``, sequences one after the other.
         k: ``(total_k, kv_heads, head_dim)``; with ``page_table`` the cache ``(pages, page_size, kv_heads, head_dim)``.
-        v: The shape of ``k``.
+        v: The shape of ``k`` but for the last dimension.
         cu_seqlens_q: int32 ``(sequences + 1,)``, where each sequence's queries start; the last entry is ``total_q``.
         cu_seqlens_k: int32 ``(sequences + 1,)``, the same for keys; with ``page_table`` just their differences count.
         max_seqlen_q: Most queries of a sequence.
@@ -109,15 +129,17 @@ def stem_attention_varlen(
         policy: As in :func:`stem_attention`.
         dense_below: As in :func:`stem_attention`, for each sequence by itself.
         scale: As in :func:`stem_attention`.
+        softcap: As in :func:`stem_attention`.
+        sinks: As in :func:`stem_attention`.
         return_lse: Also return the log-sum-exp.
         backend: As in :func:`stem_attention`.
 
     Returns:
-        ``out`` like ``q``; with ``return_lse`` also fp32 ``(q_heads, total_q)``.
+        ``out`` like ``q``, its last dimension that of ``v``; with ``return_lse`` also fp32 ``(q_heads, total_q)``.
 
     Raises:
         ValueError: An argument is wrong; the message names it.
-        UnsupportedError: The backend cannot run this, or a gradient is needed.
+        UnsupportedError: The backend cannot run this, or a gradient is needed through a paged cache.
     """
     if page_table is None:
         checks.check_qkv(q, k, v, ("total", "heads", "dim"))
@@ -131,41 +153,49 @@ def stem_attention_varlen(
         checks.check_pages(page_table, key_starts, pages=k.shape[0], page_size=k.shape[1])
     checks.check_flag("return_lse", return_lse)
     lengths = [high - low for low, high in pairwise(key_starts)] if prompt_lens is None else list(prompt_lens)
-    out, lse = ops.forward_varlen(
-        q, k, v, starts, key_starts, page_table, lengths, ops.travel(_policy(policy, q)), checks.check_scale(scale, q.shape[2]),
-        checks.check_dense_below(dense_below), return_lse, checks.check_backend(backend),
-    )  # fmt: skip
+    known, scale = _policy(policy, q), checks.check_scale(scale, q.shape[2])
+    limit, name = checks.check_dense_below(dense_below), checks.check_backend(backend)
+    sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
+    if gradients.needed(q, k, v, sinks):
+        if page_table is not None:
+            raise UnsupportedError("page_table: there is no gradient through a paged cache; pass packed keys and values")
+        gradients.check_forms(q, v, softcap)
+        out, lse = gradients.forward_varlen(q, k, v, sinks, starts, key_starts, lengths, known, scale, limit, name)
+    else:
+        tables = starts, key_starts, page_table, lengths
+        out, lse = ops.forward_varlen(q, k, v, sinks, *tables, ops.travel(known), scale, softcap, limit, return_lse, name)
     return (out, lse) if return_lse else out
 
 
 def select_blocks(
     q: Tensor, k: Tensor, v: Tensor, *, policy: Policy | str | None = None, scale: float | None = None,
-    prompt_len: int | None = None, backend: str = "auto",
+    softcap: float | None = None, prompt_len: int | None = None, backend: str = "auto",
 ) -> BlockSelection:  # fmt: skip
     """Choose the key blocks that a policy keeps, whatever the length. Arguments and errors as in :func:`stem_attention`."""
     checks.check_qkv(q, k, v)
     checks.check_batch(q, k)
     length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
     known, name = _policy(policy, q), checks.check_backend(backend)
-    indices, counts = ops.select(q, k, v, ops.travel(known), scale, length, name)
+    softcap = checks.check_softcap(softcap)
+    indices, counts = ops.select(q, k, v, ops.travel(known), scale, softcap, length, name)
     return BlockSelection(indices, counts, known.block_size, q.shape[1], k.shape[1])
 
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ...,
-    return_lse: Literal[False] = ..., backend: str = ...,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ...,
-    return_lse: Literal[True], backend: str = ...,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, return_lse: bool = False,
-    backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute exact causal attention over the blocks of ``selection``, whichever policy made it.
+    """Compute exact causal attention over the blocks of ``selection``, whichever policy made it, with exact gradients for it.
 
     Args, returns and errors are those of :func:`stem_attention`; ``selection`` must have been made for these shapes.
     """
@@ -174,26 +204,33 @@ def block_sparse_attention(
     checks.check_selection(selection, q, k)
     checks.check_flag("return_lse", return_lse)
     scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
-    out, lse = ops.attend(q, k, v, selection.indices, selection.counts, selection.block_size, scale, return_lse, name)
+    sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
+    lists = selection.indices, selection.counts, selection.block_size
+    if gradients.needed(q, k, v, sinks):
+        gradients.check_forms(q, v, softcap)
+        out, lse = gradients.attend(q, k, v, sinks, *lists, scale, name)
+    else:
+        out, lse = ops.attend(q, k, v, sinks, *lists, scale, softcap, return_lse, name)
     return (out, lse) if return_lse else out
 
 
 def explain(
     *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 128,
-    policy: Policy | str | None = None, dense_below: int | None = None, backend: str = "auto",
+    value_dim: int | None = None, policy: Policy | str | None = None, dense_below: int | None = None, backend: str = "auto",
 ) -> Explanation:  # fmt: skip
     """Say which backend would run a call and why, and which prompts run dense; ``print`` the answer.
 
-    The call's tensors would lie on ``device`` and have this ``dtype`` and ``head_dim`` as their last dimension; the other
-    arguments and the errors are those of :func:`stem_attention`.
+    The call's tensors would lie on ``device`` and have this ``dtype`` and ``head_dim`` as their last dimension, values
+    ``value_dim`` where that is another; the other arguments and the errors are those of :func:`stem_attention`.
     """
     if dtype not in checks.DTYPES:
         names = ", ".join(map(str, checks.DTYPES))
         raise bad_argument("dtype", f"one of {names}", repr(dtype), "ask for the dtype of q, k and v")
-    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
-        raise bad_argument("head_dim", "an integer >= 1", repr(head_dim), "ask for the last dimension of q, k and v")
+    for name, dim, of in (("head_dim", head_dim, "q and k"), ("value_dim", head_dim if value_dim is None else value_dim, "v")):
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise bad_argument(name, "an integer >= 1", repr(dim), f"ask for the last dimension of {of}")
     known, limit = read_policy(policy), checks.check_dense_below(dense_below)
-    request = Request(check_device(device), dtype, head_dim, known.block_size)
+    request = Request(check_device(device), dtype, head_dim, known.block_size, None if value_dim == head_dim else value_dim)
     return explain_request(request, checks.check_backend(backend), known, limit)
 
 

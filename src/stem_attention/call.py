@@ -109,8 +109,8 @@ class Call:
     Attributes:
         q: ``(batch, q_len, q_heads, dim)``; packed, ``(total_q, q_heads, dim)``.
         k: ``(batch, kv_len, kv_heads, dim)``; packed, ``(total_k, kv_heads, dim)``; paged, the cache
-            ``(pages, page_size, kv_heads, dim)``.
-        v: The shape of ``k``.
+            ``(pages, page_size, kv_heads, dim)``, of the dtype of ``q`` or fp8 (e4m3).
+        v: The shape of ``k`` but for the last dimension, which the result has.
         policy: What to keep.
         scale: Softmax scale.
         prompt_len: Tokens of the whole prompt, the same for all sequences; a packed batch has its own.
@@ -118,8 +118,12 @@ class Call:
         dense_below: Prompts of fewer tokens run dense; None leaves that to the backend.
         return_lse: Whether the log-sum-exp is wanted.
         backend: Name of the backend, or ``"auto"``.
-        out: Where the result goes, a contiguous tensor like ``q``; None for a new one.
+        out: Where the result goes, a contiguous tensor like ``q`` of the last dimension of ``v``; None for a new one.
         kept: int64 ``(1,)``, to which the block pairs that a policy keeps are added, of all heads; None: they are not counted.
+        sinks: ``(q_heads,)``, a logit of each head that takes part in its softmax and has no value; or None.
+        softcap: Bound of the scaled scores ``s``, which become ``softcap * tanh(s / softcap)``; or None.
+        k_scale: What the keys of an fp8 cache are multiplied by, fp32, one number or ``(kv_heads,)``; None for other keys.
+        v_scale: The same for values; both are given or none.
     """
 
     q: Tensor
@@ -134,6 +138,15 @@ class Call:
     backend: str = "auto"
     out: Tensor | None = None
     kept: Tensor | None = None
+    sinks: Tensor | None = None
+    softcap: float | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Tell whether it asks for nothing but scaled scores, as torch's own attention computes them."""
+        return self.sinks is None and self.softcap is None
 
     @property
     def paged(self) -> bool:
@@ -163,11 +176,18 @@ class Call:
         prompt_len = batch.prompt_lens[sequence]
         return replace(self, q=self.q[None, low:high], k=k, v=v, prompt_len=prompt_len, batch=None, out=None)
 
+    def with_packed(self, k: Tensor, v: Tensor) -> Call:
+        """Return the call with the keys and values of its pages packed, ``(total_k, kv_heads, dim)`` in the dtype of ``q``."""
+        batch = self.batch
+        assert batch is not None
+        packed = batch.once("packed", lambda: replace(batch, page_table=None, _kept={}))
+        return replace(self, k=k, v=v, batch=packed, k_scale=None, v_scale=None)
+
     def empty_results(self) -> tuple[Tensor, Tensor]:
         """Make room for ``out``, unless the caller has, and for ``lse``."""
         out = self.out
         if out is None:
-            out = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+            out = torch.empty((*self.q.shape[:-1], self.v.shape[-1]), dtype=self.q.dtype, device=self.q.device)
         return out, self.empty_lse()
 
     def empty_lse(self) -> Tensor:

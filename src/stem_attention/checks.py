@@ -23,7 +23,7 @@ _told_of_layout: list[tuple[int, ...]] = []
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch", "length", "heads", "dim")) -> None:
-    """Check rank, dtype, device, heads and dimensions of q, k and v; UnsupportedError where a gradient would be needed."""
+    """Check rank, dtype, device, heads and dimensions of q, k and v; UnsupportedError for dual numbers of forward mode."""
     axes = ", ".join(layout)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != len(layout):
@@ -35,19 +35,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
             raise bad_argument(name, f"the device of q, {q.device}", x.device, "move it with .to()")
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise bad_argument(name, "a contiguous last dimension", f"strides {x.stride()}", "call .contiguous()")
-        if x.shape[-1] != q.shape[-1] or x.shape[-1] == 0:
-            expected = f"the head dimension of q, {q.shape[-1]}, and not 0"
-            raise bad_argument(name, expected, x.shape[-1], "match the last dimensions")
-    if v.shape != k.shape:
-        raise bad_argument("v", f"the shape of k, {_shape(k)}", _shape(v), "give one value for every key")
+        if x.shape[-1] == 0 or (x is not v and x.shape[-1] != q.shape[-1]):
+            expected = "a head dimension above 0" if x is v else f"the head dimension of q, {q.shape[-1]}, and not 0"
+            raise bad_argument(name, expected, x.shape[-1], "match the last dimensions of q and k")
+    _check_values(k, v)
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         fix = "query head h reads kv head h // (q_heads // kv_heads); transpose tensors whose heads come before the length"
         raise bad_argument("k", f"a number of kv heads that divides the {heads} query heads", kv_heads, fix)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise UnsupportedError("Stem has no backward pass yet; call it under torch.no_grad() or torch.inference_mode()")
-    # Operators drop tangents without a word, and forward mode asks no tensor whether it requires a gradient.
-    if not torch.compiler.is_compiling() and any(_unpack_dual(x)[1] is not None for x in (q, k, v)):
+    _check_no_tangents(q, k, v)
+
+
+def _check_no_tangents(*tensors: Tensor) -> None:
+    """Refuse forward mode: operators drop tangents without a word, and it asks no tensor whether it requires a gradient."""
+    if not torch.compiler.is_compiling() and any(_unpack_dual(x)[1] is not None for x in tensors):
         raise UnsupportedError("Stem has no forward-mode derivative; detach q, k and v, or leave the dual level")
 
 
@@ -80,6 +81,33 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= sys.float_info.max:
         raise bad_argument("scale", "a finite number or None", repr(scale), "leave it out for 1 / sqrt(head_dim)")
     return float(scale)
+
+
+def check_softcap(softcap: float | None) -> float | None:
+    """Return the bound of the scores; None for none."""
+    if softcap is None:
+        return None
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap <= sys.float_info.max:
+        raise bad_argument("softcap", "a finite number > 0 or None", repr(softcap), "leave it out for scores without a cap")
+    return float(softcap)
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    """Check the sinks of a call whose queries are ``(..., q_heads, head_dim)``; UnsupportedError where they need a gradient."""
+    if sinks is None:
+        return None
+    heads = q.shape[-2]
+    if not isinstance(sinks, Tensor) or sinks.dim() != 1 or sinks.shape[0] != heads:
+        expected = f"None or a tensor ({heads},), a logit for each query head"
+        raise bad_argument("sinks", expected, describe(sinks), "pass those of the layer; a rank passes those of its heads")
+    if sinks.dtype not in (torch.float32, q.dtype):
+        raise bad_argument("sinks", f"float32 or the dtype of q, {q.dtype}", sinks.dtype, "convert it with .float()")
+    if sinks.device != q.device:
+        raise bad_argument("sinks", f"the device of q, {q.device}", sinks.device, "move it with .to()")
+    if heads > 1 and sinks.stride(0) != 1:
+        raise bad_argument("sinks", "a contiguous tensor", f"strides {sinks.stride()}", "call .contiguous()")
+    _check_no_tangents(sinks)
+    return sinks
 
 
 def check_backend(backend: str) -> str:
@@ -175,8 +203,7 @@ def check_cache(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor) -> None:
         if not isinstance(cache, Tensor) or cache.dim() != 4 or cache.shape[1] == 0:
             expected = "a paged cache (pages, page_size >= 1, kv_heads, head_dim)"
             raise bad_argument(name, expected, describe(cache), "drop page_table for packed keys")
-    if v.shape != k.shape:
-        raise bad_argument("v", f"the shape of k, {_shape(k)}", _shape(v), "give one value for every key")
+    _check_values(k, v)
     check_qkv(q, k[:, 0], v[:, 0], ("total", "heads", "dim"))
     if page_table.device != q.device:
         raise bad_argument("page_table", f"the device of q, {q.device}", page_table.device, "move it with .to()")
@@ -195,6 +222,12 @@ def check_pages(page_table: Tensor, key_starts: list[int], pages: int, page_size
         # On a GPU reading the table would wait for the device; kernels guard their own reads.
         if needed and page_table.device.type == "cpu" and not 0 <= int(used.min()) <= int(used.max()) < pages:
             raise bad_argument("page_table", f"pages 0 to {pages - 1} for sequence {i}", used.tolist(), "correct the table")
+
+
+def _check_values(k: Tensor, v: Tensor) -> None:
+    if v.shape[:-1] != k.shape[:-1]:
+        expected = f"the shape of k but for the last dimension, {_shape(k)[:-1]}"
+        raise bad_argument("v", expected, _shape(v)[:-1], "give one value for every key")
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

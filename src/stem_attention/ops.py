@@ -1,12 +1,13 @@
 """The library as torch operators, so that torch.compile sees opaque calls with known shapes.
 
 Operators take no dataclasses: a policy travels as its JSON text, a selection as its two tensors and a packed batch as its
-borders. They are defined plainly, which costs a call 0.1 ms less than ``torch.library.custom_op``; gradients are refused
-before they run.
+borders. They are defined plainly, which costs a call 0.1 ms less than ``torch.library.custom_op``. Autograd goes through none
+of these: calls that need a gradient run the operators of ``gradients.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from stem_attention.selection import PAD, BlockSelection
 
 # Policies by the text they travel as. Kept for good: a compiled graph may ask for one at any time, and they are few and small.
 _TRAVELLING: dict[str, Policy] = {}
-_any_policy = lru_cache(maxsize=64)(Dense)
+any_policy = lru_cache(maxsize=64)(Dense)
 
 
 def travel(policy: Policy) -> str:
@@ -32,43 +33,53 @@ def travel(policy: Policy) -> str:
     return text
 
 
-def _arrived(text: str) -> Policy:
+def arrived(text: str) -> Policy:
+    """Return the policy that travels as this text."""
     if text not in _TRAVELLING:
         _TRAVELLING[text] = policy_from_json(text)
     return _TRAVELLING[text]
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, dense_below: int | None, return_lse: bool,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, softcap: float | None, prompt_len: int,
+    dense_below: int | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return backends.run(Call(q, k, v, _arrived(policy), scale, prompt_len, None, dense_below, return_lse, backend))
+    known = arrived(policy)
+    return backends.run(
+        Call(q, k, v, known, scale, prompt_len, None, dense_below, return_lse, backend, sinks=sinks, softcap=softcap)
+    )
 
 
 def _forward_varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int], page_table: Tensor | None,
-    prompt_lens: Sequence[int], policy: str, scale: float, dense_below: int | None, return_lse: bool, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
+    page_table: Tensor | None, prompt_lens: Sequence[int], policy: str, scale: float, softcap: float | None,
+    dense_below: int | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, page_table, q.device)
-    return backends.run(Call(q, k, v, _arrived(policy), scale, 0, batch, dense_below, return_lse, backend))
+    return backends.run(
+        Call(q, k, v, arrived(policy), scale, 0, batch, dense_below, return_lse, backend, sinks=sinks, softcap=softcap)
+    )
 
 
-def _select(q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, backend: str) -> tuple[Tensor, Tensor]:
-    known = _arrived(policy)
-    selection = backends.select(Call(q, k, v, known, scale, prompt_len, backend=backend))
+def _select(
+    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, softcap: float | None, prompt_len: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    known = arrived(policy)
+    selection = backends.select(Call(q, k, v, known, scale, prompt_len, backend=backend, softcap=softcap))
     missing = _widest_row(known, selection.grid, prompt_len) - selection.indices.shape[3]
     indices = torch.nn.functional.pad(selection.indices, (0, missing), value=PAD) if missing > 0 else selection.indices
     return indices, selection.counts
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, scale: float, return_lse: bool,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
+    softcap: float | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     selection = BlockSelection(indices, counts, block_size, q.shape[1], k.shape[1])
     if q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
         selection.validate()
-    call = Call(q, k, v, _any_policy(block_size), scale, k.shape[1], return_lse=return_lse, backend=backend)
+    known = any_policy(block_size)
+    call = Call(q, k, v, known, scale, k.shape[1], return_lse=return_lse, backend=backend, sinks=sinks, softcap=softcap)
     return backends.attend(call, selection)
 
 
@@ -78,9 +89,9 @@ def _widest_row(policy: Policy, grid: BlockGrid, prompt_len: int) -> int:
 
 
 def _fake_select(
-    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, prompt_len: int, backend: str
+    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, softcap: float | None, prompt_len: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    known = _arrived(policy)
+    known = arrived(policy)
     grid = BlockGrid.of(q, k, known.block_size)
     width: int | torch.SymInt
     if all(isinstance(length, int) for length in (prompt_len, grid.q_len, grid.kv_len)):
@@ -93,20 +104,24 @@ def _fake_select(
 
 def _fake_attention(*args: object) -> tuple[Tensor, Tensor]:
     """Shapes of what every attention operator returns; all end in ``return_lse, backend`` and packed queries have 3 axes."""
-    q, return_lse = args[0], args[-2]
+    q, v, return_lse = args[0], args[2], args[-2]
     assert isinstance(q, Tensor)
+    assert isinstance(v, Tensor)
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(shape if return_lse else (0,), dtype=torch.float32)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    return torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device), lse
 
 
-for _run in (_forward, _forward_varlen, _select, _attend):
-    _qualified = f"stem_attention::{_run.__name__[1:]}"
-    torch.library.define(_qualified, torch.library.infer_schema(_run, mutates_args=()))
-    torch.library.impl(_qualified, "CompositeExplicitAutograd", _run)
-    torch.library.register_fake(_qualified, _fake_select if _run is _select else _fake_attention)
+def define(run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define the operator ``stem_attention::name`` for a function ``_name``, with what tells its results' shapes."""
+    name = run.__name__[1:]
+    torch.library.define(f"stem_attention::{name}", torch.library.infer_schema(run, mutates_args=()))
+    torch.library.impl(f"stem_attention::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"stem_attention::{name}", fake)
+    return getattr(torch.ops.stem_attention, name).default
 
-forward = torch.ops.stem_attention.forward.default
-forward_varlen = torch.ops.stem_attention.forward_varlen.default
-select = torch.ops.stem_attention.select.default
-attend = torch.ops.stem_attention.attend.default
+
+forward = define(_forward, _fake_attention)
+forward_varlen = define(_forward_varlen, _fake_attention)
+select = define(_select, _fake_select)
+attend = define(_attend, _fake_attention)

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from stem_attention.blocks import BlockGrid
 from stem_attention.errors import bad_argument, describe, is_int
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 PAD = -1
 
@@ -98,11 +101,9 @@ class BlockSelection:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
             expected = "bool (batch, q_heads, rows, key_blocks)"
             raise bad_argument("mask", expected, describe(mask), "build one entry per block pair")
-        counts = mask.sum(-1, dtype=torch.int32)
+        counts, ids = lists_of(mask)
         width = int(counts.max()) if counts.numel() else 0
-        columns = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device)
-        ascending = torch.where(mask, columns, mask.shape[3]).sort(-1).values[..., :width]
-        indices = torch.where(ascending < mask.shape[3], ascending, PAD)
+        indices = torch.where(torch.arange(width, device=mask.device) < counts[..., None], ids[..., :width], PAD)
         selection = cls(indices, counts, block_size, q_len, kv_len)
         if mask.shape[3] != selection.key_blocks:
             raise bad_argument(
@@ -138,6 +139,112 @@ class BlockSelection:
         selection.validate()
         return selection
 
+    def to_block_mask(self) -> "BlockMask":
+        """Return the selection as a mask of torch's FlexAttention, for ``(batch, q_heads, length, dim)`` tensors.
+
+        Its rows begin at the first query. Where that lies inside a block, a row touches two of the selection's: what one of
+        them keeps is partial then, as the diagonal always is.
+        """
+        from torch.nn.attention.flex_attention import BlockMask  # loads torch.compile: seconds, so not at import
+
+        kept, grid, size = self.to_mask(), self.grid, self.block_size
+        start, first_row, device = grid.start, grid.first_row, kept.device
+        begin = torch.arange(start, self.kv_len, size, device=device)
+        rows = begin // size
+        end_rows = ((begin + size).clamp(max=self.kv_len) - 1) // size
+        upper, lower = kept[:, :, rows - first_row], kept[:, :, end_rows - first_row]
+        full = upper & lower & (torch.arange(self.key_blocks, device=device) < rows[:, None])
+
+        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            position = query + start
+            return (key <= position) & kept[batch, head, position // size - first_row, key // size]
+
+        mask: BlockMask = BlockMask.from_kv_blocks(
+            *lists_of((upper | lower) & ~full), *lists_of(full), BLOCK_SIZE=size, mask_mod=mask_mod,
+            seq_lengths=(self.q_len, self.kv_len),
+        )  # fmt: skip
+        return mask
+
+    @classmethod
+    def from_block_mask(cls, mask: "BlockMask", *, batch: int = 1, q_heads: int = 1) -> "BlockSelection":
+        """Build from a causal mask of torch's FlexAttention whose blocks below the diagonal are full or absent.
+
+        ``batch`` and ``q_heads`` say for how many sequences and heads a mask stands that has one for all. The part of a
+        diagonal block that the mask shows is taken to be the causal one. A ValueError where the mask is not such a mask.
+        """
+        lists = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+        return cls._from_partial_and_full(*lists, mask.BLOCK_SIZE, *mask.seq_lengths, batch, q_heads)
+
+    def to_fa4(self) -> dict[str, Any]:
+        """Return the fields of FlashAttention-4's ``BlockSparseTensorsTorch``.
+
+        They go with a ``mask_mod`` that is causal, as FlashAttention-4 applies it to partial blocks alone, which here is the
+        diagonal one of each row. A ValueError where the first query lies inside a block: FlashAttention-4's rows begin with it.
+        """
+        _check_row_starts(self.q_len, self.kv_len, self.block_size)
+        grid, device = self.grid, self.indices.device
+        diagonal = torch.arange(grid.first_row, grid.end_row, dtype=torch.int32, device=device)
+        return {
+            # For every head: FlashAttention-4 takes counts of one head as a sign that all lists are shared.
+            "mask_block_cnt": torch.ones_like(self.counts),
+            "mask_block_idx": diagonal.expand(self.counts.shape)[..., None].contiguous(),
+            "full_block_cnt": self.counts - 1,  # lists ascend, so the diagonal is the last entry
+            "full_block_idx": self.indices.contiguous(),
+            "block_size": (self.block_size, self.block_size),
+        }
+
+    @classmethod
+    def from_fa4(cls, tensors: Any, *, q_len: int, kv_len: int, batch: int = 1, q_heads: int = 1) -> "BlockSelection":
+        """Build from FlashAttention-4's ``BlockSparseTensorsTorch``; masks and errors as in :meth:`from_block_mask`."""
+        lists = (tensors.mask_block_cnt, tensors.mask_block_idx, tensors.full_block_cnt, tensors.full_block_idx)
+        return cls._from_partial_and_full(*lists, tensors.block_size, q_len, kv_len, batch, q_heads)
+
+    def to_cudnn(self) -> dict[str, Any]:
+        """Return what ``cudnn.block_sparse_attention`` (NVIDIA's cudnn-frontend) calls the selection, as keyword arguments.
+
+        Its kernel masks nothing: a query sees the whole of its diagonal block, later tokens too. A ValueError where the first
+        query lies inside a block.
+        """
+        _check_row_starts(self.q_len, self.kv_len, self.block_size)
+        index = self.indices.clamp(min=0).contiguous()
+        return {"q2k_block_index": index, "q2k_block_nums": self.counts, "sparse_block_size": self.block_size}
+
+    @classmethod
+    def from_cudnn(
+        cls, q2k_block_index: Tensor, q2k_block_nums: Tensor, sparse_block_size: int, *, q_len: int, kv_len: int
+    ) -> "BlockSelection":
+        """Build from the arguments of ``cudnn.block_sparse_attention``; a ValueError as in :meth:`from_mask`."""
+        _check_row_starts(q_len, kv_len, sparse_block_size)
+        columns = BlockGrid(q_len, kv_len, sparse_block_size).key_blocks
+        kept = _scatter(q2k_block_index, q2k_block_nums, columns)
+        return cls.from_mask(kept, block_size=sparse_block_size, q_len=q_len, kv_len=kv_len)
+
+    @classmethod
+    def _from_partial_and_full(
+        cls, partial_counts: Tensor, partial: Tensor, full_counts: Tensor | None, full: Tensor | None,
+        block_size: tuple[int, int] | None, q_len: int, kv_len: int, batch: int, q_heads: int,
+    ) -> "BlockSelection":  # fmt: skip
+        """Build from lists of blocks that a kernel masks, and of blocks that it does not."""
+        if block_size is None or block_size[0] != block_size[1]:
+            raise bad_argument("block_size", "as many queries as keys", block_size, "build the mask with one block size")
+        size = block_size[0]
+        _check_row_starts(q_len, kv_len, size)
+        grid = BlockGrid(q_len, kv_len, size)
+        masked = _scatter(partial, partial_counts, grid.key_blocks)
+        whole = torch.zeros_like(masked)
+        if full is not None and full_counts is not None:
+            whole = _scatter(full, full_counts, grid.key_blocks)
+        kept = (masked | whole)[(None,) * (4 - masked.dim())]
+        rows = torch.arange(grid.first_row, grid.end_row, device=kept.device)[:, None]
+        diagonal = torch.arange(grid.key_blocks, device=kept.device) == rows
+        # FlexAttention calls blocks partial whose queries run past the end, whatever they hold.
+        sure = rows < kv_len // size
+        if kept.shape[2] == grid.rows and bool(((masked & ~diagonal & sure) | (whole & diagonal)).any()):
+            expected = "partial blocks on the diagonal alone, and none but partial ones there"
+            raise bad_argument("mask", expected, "others", "a selection keeps whole blocks under a causal mask")
+        wanted = [asked if own == 1 else own for own, asked in zip(kept.shape[:2], (batch, q_heads), strict=True)]
+        return cls.from_mask(kept.expand(*wanted, -1, -1), block_size=size, q_len=q_len, kv_len=kv_len)
+
     def validate(self) -> None:
         """Check the contents, which on a GPU waits for the tensors.
 
@@ -167,6 +274,31 @@ def check_device(device: torch.device | str) -> torch.device:
         with suppress(RuntimeError):
             return torch.device(device)
     raise bad_argument("device", "a torch device", repr(device), 'name one, as in "cpu" or "cuda:0"')
+
+
+def lists_of(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and ascending lists of a bool block mask, each list with room for all key blocks; a GPU is not waited for."""
+    columns = mask.shape[-1]
+    places = torch.where(mask, mask.cumsum(-1, dtype=torch.int32) - 1, columns).long()
+    ids = torch.arange(columns, dtype=torch.int32, device=mask.device).expand(mask.shape)
+    room = torch.zeros(*mask.shape[:-1], columns + 1, dtype=torch.int32, device=mask.device)
+    return mask.sum(-1, dtype=torch.int32), room.scatter_(-1, places, ids)[..., :columns].contiguous()
+
+
+def _scatter(indices: Tensor, counts: Tensor, columns: int) -> Tensor:
+    """Bool mask ``(..., rows, columns)`` of lists whose first ``counts`` entries count; a ValueError where one is too large."""
+    present = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    if bool((present & ((indices < 0) | (indices >= columns))).any()):
+        raise bad_argument("mask", f"ids of {columns} key blocks", "others", "check the lengths")
+    mask = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, torch.where(present, indices, columns).long(), True)[..., :columns]
+
+
+def _check_row_starts(q_len: int, kv_len: int, block_size: int) -> None:
+    """Refuse a first query inside a block."""
+    if (kv_len - q_len) % block_size:
+        expected = f"kv_len - q_len to be a multiple of block_size={block_size}"
+        raise bad_argument("q_len", expected, f"{kv_len} - {q_len}", "begin chunks at a block's border")
 
 
 def _check_nesting(lists: object) -> None:

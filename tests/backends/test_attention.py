@@ -1,11 +1,12 @@
 """Attention over a selection: against masked SDPA, against fp64, and one backend against the other."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from stem_attention import BlockSelection, Stem, block_sparse_attention, select_blocks
+from stem_attention import BlockSelection, Mass, Stem, block_sparse_attention, select_blocks, stem_attention
 from stem_attention.backends.dense import dense_attention
 from stem_attention.policies.patterns import keep_everything
 from stem_attention.testing import (
@@ -102,6 +103,63 @@ def test_a_given_scale_replaces_the_default(scale):
     q, k, v = structured_qkv(1, 64, 64, 2, 1, 16, dtype=torch.float64)
     selection = random_selection(1, 2, 64, 64, 16)
     assert_equals_masked_sdpa(q, k, v, selection, token_mask(selection), scale)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_sink_is_a_key_of_a_given_score_without_a_value(dtype, backend):
+    """Beside a call that has such a key: zero, of value zero, seen by every query."""
+    q, k, v = structured_qkv(2, 70, 101, 4, 2, 16, dtype=dtype)
+    sinks, selection = torch.tensor([0.5, -math.inf, 9.0, -3.0], dtype=dtype), random_selection(2, 4, 70, 101, 16)
+    causal = torch.ones(70, 101, dtype=torch.bool).tril(31)
+    for mask, run in (
+        (token_mask(selection), lambda **options: block_sparse_attention(q, k, v, selection, **options)),
+        (causal, lambda **options: stem_attention(q, k, v, policy=SPARSE, dense_below=1000, **options)),
+    ):
+        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -math.inf).expand(2, 4, 70, 101)
+        bias = torch.cat([bias, sinks[:, None, None].expand(2, 4, 70, 1)], 3)
+        expected = masked_sdpa(q, *(torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v)), bias)
+        out, lse = run(sinks=sinks, return_lse=True, backend=backend)
+        _, plain = run(return_lse=True, backend=backend)
+        assert worst_row_error(out, expected) < (1e-12 if dtype == torch.float64 else 1e-5)
+        assert torch.equal(run(sinks=sinks, backend=backend), out)
+        torch.testing.assert_close(lse, torch.logaddexp(plain, sinks[:, None].float()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("scale", [0.25, -1.0])
+def test_a_soft_cap_bounds_the_scores_of_attention_and_of_the_estimate(scale, backend):
+    """Beside torch's attention with the capped scores as a mask over queries of zero."""
+    q, k, v = structured_qkv(1, 90, 130, 2, 2, 16, dtype=torch.float64)
+    options = {"scale": scale, "softcap": 0.3, "backend": backend}
+    scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT) * scale
+    bias = 0.3 * torch.tanh(scores / 0.3)
+    causal = torch.ones(90, 130, dtype=torch.bool).tril(40)
+    for policy in (replace(SPARSE, beta=2.0, min_blocks=5), Mass(block_size=16, query_pool=4, key_pool=4, share=1.5)):
+        selection = select_blocks(q, k, v, policy=policy, **options)
+        assert not torch.equal(selection.to_mask(), select_blocks(q, k, v, policy=policy, scale=scale).to_mask())
+        sparse = stem_attention(q, k, v, policy=policy, dense_below=0, **options)
+        dense = stem_attention(q, k, v, policy=policy, dense_below=1000, **options)
+        for out, mask in ((sparse, token_mask(selection)), (dense, causal)):
+            expected = masked_sdpa(torch.zeros_like(q), k, v, bias.masked_fill(~mask, -math.inf))
+            assert worst_row_error(out, expected) < 1e-12
+        assert torch.equal(block_sparse_attention(q, k, v, selection, **options), sparse)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 16), (16, 40), (8, 5)])
+def test_values_of_another_dimension_than_keys(dim, value_dim, backend):
+    q, k, v = structured_qkv(2, 70, 101, 4, 2, dim, dtype=torch.float64, value_dim=value_dim, layout="fused")
+    for policy in (replace(SPARSE, min_blocks=4), Mass(block_size=16, key_pool=16)):
+        selection = select_blocks(q, k, v, policy=policy, backend=backend)
+        expected = masked_sdpa(q, k, v, token_mask(selection), dim**-0.5)
+        out = stem_attention(q, k, v, policy=policy, dense_below=0, backend=backend)
+        assert out.shape == (2, 70, 4, value_dim)
+        assert worst_row_error(out, expected) < 1e-12
+        assert torch.equal(block_sparse_attention(q, k, v, selection, backend=backend), out)
+        causal = torch.ones(70, 101, dtype=torch.bool).tril(31)
+        short, _ = (stem_attention(q, k, v, policy=policy, return_lse=lse, backend=backend) for lse in (False, True))
+        assert worst_row_error(short, masked_sdpa(q, k, v, causal, dim**-0.5)) < 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -52,6 +52,11 @@ def test_a_triton_that_is_too_old_is_refused_by_its_version(installed, old, monk
     assert (told is not None and installed in told and "3.6" in told) == old
 
 
+def test_a_dimension_of_values_is_named_where_it_is_another():
+    assert str(explain(head_dim=192, value_dim=128)).startswith("cpu torch.float32 head_dim=192 value_dim=128 block_size=64: ")
+    assert explain(head_dim=192, value_dim=192) == explain(head_dim=192)
+
+
 def test_the_reference_is_never_picked_by_auto(monkeypatch):
     only_reference = {"never": NeverBackend(), "reference": registry._backends()["reference"]}
     monkeypatch.setattr(registry, "_backends", lambda: only_reference)
@@ -75,6 +80,7 @@ def test_a_backend_that_cannot_run_is_an_error_that_says_why(monkeypatch):
         ({"device": "banana"}, "device: expected "),
         ({"dtype": torch.int32}, "dtype: expected "),
         ({"head_dim": 0}, "head_dim: expected "),
+        ({"value_dim": 0}, "value_dim: expected "),
         ({"policy": 3}, "policy: expected "),
         ({"dense_below": -1}, "dense_below: expected "),
         ({"backend": "flash"}, r"backend: expected one of auto, .*torch, reference, got 'flash'"),

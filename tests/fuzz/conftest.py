@@ -23,8 +23,8 @@ PARTS = {"cpu": 25, "cuda": 10}
 settings.register_profile("soak", settings.get_profile("stem"), max_examples=100, print_blob=False)
 
 TINY = Space(
-    head_dims=(16, 24), groups=(1, 2, 7), block_sizes=(16, 32), dtypes=("float32", "float16"), page_sizes=(1, 16, 20),
-    longest=120, work=1 << 11,
+    head_dims=(16, 24), value_dims=(None, 16, 40), groups=(1, 2, 7), block_sizes=(16, 32), dtypes=("float32", "float16"),
+    page_sizes=(1, 16, 20), longest=120, work=1 << 11,
 )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def space_of(rig: Rig, part: int, soaking: bool) -> Space:
     dims = (64, 128, 256) if rig.backend == "hopper" else (128, 80, 64, 256, 96, 16, 40, 192)
     return Space(
         head_dims=(dims[part // 2 % len(dims)],),
+        value_dims=(None,) if rig.backend == "hopper" else (None, None, 128),
         groups=((4, 1, 7, 16, 8)[part % 5],),
         block_sizes=(64,) if part % 2 else (128,),
         dtypes=("float16",) if part % 3 == 2 else ("bfloat16",),

@@ -19,17 +19,25 @@ MASS_TIES = {"float64": 1e-9, "cpu": 1e-3, "cuda": 5e-2}
 
 
 def assert_selected(
-    selection: BlockSelection, q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int, scale: float | None = None
+    selection: BlockSelection,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Policy,
+    prompt_len: int,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Assert that a policy keeps just these blocks, up to ties: by the reference's own scores in fp64, or its masses."""
     selection.validate()
     kind = "float64" if q.dtype == torch.float64 else q.device.type
     if isinstance(policy, Stem):
-        return _assert_ranked(selection, q, k, v, policy, prompt_len, scale, SCORE_TIES[kind])
+        return _assert_ranked(selection, q, k, v, policy, prompt_len, scale, softcap, SCORE_TIES[kind])
 
     def reference(share_times: float = 1.0) -> Tensor:
         asked = replace(policy, share=policy.share * share_times) if isinstance(policy, Mass) else policy
-        return select_blocks(q, k, v, policy=asked, scale=scale, prompt_len=prompt_len, backend="reference").to_mask()
+        options = {"policy": asked, "scale": scale, "softcap": softcap, "prompt_len": prompt_len}
+        return select_blocks(q, k, v, backend="reference", **options).to_mask()
 
     kept, tie = selection.to_mask(), 1 + MASS_TIES[kind]
     if torch.equal(kept, reference()):
@@ -41,7 +49,15 @@ def assert_selected(
 
 
 def _assert_ranked(
-    selection: BlockSelection, q: Tensor, k: Tensor, v: Tensor, policy: Stem, prompt_len: int, scale: float | None, tie: float
+    selection: BlockSelection,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Stem,
+    prompt_len: int,
+    scale: float | None,
+    softcap: float | None,
+    tie: float,
 ) -> None:
     """A row is right if the reference chooses it once all its scores are moved, by a tie, towards what was kept."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -50,7 +66,7 @@ def _assert_ranked(
     for b, h in product(range(q.shape[0]), range(q.shape[2])):
         magnitude = policy.beta * block_magnitude(v[b, :, h // group], policy)
         for i, row in enumerate(range(selection.grid.first_row, selection.grid.end_row)):
-            scores = block_scores(q[b, :, h], k[b, :, h // group], row, policy, scale) + magnitude[: row + 1]
+            scores = block_scores(q[b, :, h], k[b, :, h // group], row, policy, scale, softcap) + magnitude[: row + 1]
             mine, largest = kept[b, h, i, : row + 1], float(scores.abs().nan_to_num(0, 0, 0).max())
             moved = torch.where(mine, tie, -tie) * largest
             right, got = choose_row(scores + moved, row, num_blocks, policy), mine.nonzero().flatten().tolist()

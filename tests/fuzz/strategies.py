@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -40,6 +41,7 @@ class Space:
     groups: tuple[int, ...] = tuple(range(1, 17))
     block_sizes: tuple[int, ...] = (16, 32, 48, 64, 128)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
+    value_dims: tuple[int | None, ...] = (None, None, 16, 40, 128)
     page_sizes: tuple[int, ...] = (1, 7, 16, 64, 256)
     longest: int = 5000
     work: int = 1 << 18
@@ -57,6 +59,7 @@ class Problem:
     kv_heads: int
     group: int
     head_dim: int
+    value_dim: int | None
     dtype: str
     layout: str
     dense_below: int
@@ -73,18 +76,26 @@ class Problem:
     """New memory is NaN while the library runs."""
     seed: int
     policy: Policy
+    with_sinks: bool
+    softcap: float | None
 
     @property
     def heads(self) -> int:
         """Query heads."""
         return self.kv_heads * self.group
 
+    def extra(self, device: str) -> dict[str, Any]:
+        """What attention has beside plain scores, as arguments of a call."""
+        drawn = torch.randn(self.heads, generator=torch.Generator().manual_seed(self.seed))
+        return {"softcap": self.softcap, "sinks": (4 * drawn).to(device) if self.with_sinks else None}
+
     def qkv(self, device: str, sequence: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Tensors of the whole batch, or of one sequence of a packed one."""
         batch, at = (len(self.lengths), 0) if sequence is None else (1, sequence)
         dtype, (q_len, kv_len), seed = getattr(torch, self.dtype), self.lengths[at], self.seed + at
         make = structured_qkv if self.structured else make_qkv
-        q, k, v = make(batch, q_len, kv_len, self.heads, self.kv_heads, self.head_dim, dtype, device, seed, self.layout)
+        sizes = batch, q_len, kv_len, self.heads, self.kv_heads, self.head_dim
+        q, k, v = make(*sizes, dtype, device, seed, self.layout, value_dim=self.value_dim)
         if dtype == torch.float16:
             v.clamp_(-LOUDEST_HALF, LOUDEST_HALF)
         return (surrounded(q), surrounded(k), surrounded(v)) if self.surrounded else (q, k, v)
@@ -107,6 +118,7 @@ def problems(draw: st.DrawFn, space: Space, packed: bool = False) -> Problem:
         kv_heads=kv_heads,
         group=group,
         head_dim=draw(st.sampled_from(space.head_dims)),
+        value_dim=draw(st.sampled_from(space.value_dims)),
         dtype=draw(st.sampled_from(space.dtypes)),
         layout=draw(st.sampled_from(LAYOUTS)),
         dense_below=draw(st.sampled_from((0, 0, 0, 300))),
@@ -119,6 +131,8 @@ def problems(draw: st.DrawFn, space: Space, packed: bool = False) -> Problem:
         poisoned=draw(st.booleans()),
         seed=draw(st.integers(0, 1 << 30)),
         policy=draw(policies(space, block, kv_heads * group)),
+        with_sinks=draw(st.sampled_from((False, False, True))),
+        softcap=draw(st.sampled_from((None, None, 30.0, 2.0))),
     )
 
 

@@ -19,23 +19,26 @@ def attention_over_any_lists(problem, rig):
     q, k, v = problem.qkv(rig.device)
     shape = len(problem.lengths), problem.heads, *problem.lengths[0], problem.policy.block_size
     selection = random_selection(*shape, problem.density, rig.device, problem.seed)
+    extra = problem.extra(rig.device)
     with undisturbed(q, k, v, selection.indices, selection.counts, poisoned=problem.poisoned):
-        result = block_sparse_attention(q, k, v, selection, return_lse=problem.return_lse, backend=rig.backend)
+        result = block_sparse_attention(q, k, v, selection, return_lse=problem.return_lse, backend=rig.backend, **extra)
     out, lse = result if problem.return_lse else (result, None)
-    assert_accurate(out, lse, q, k, v, selection)
+    assert_accurate(out, lse, q, k, v, selection, **extra)
 
 
 def assert_right(problem, rig, q, k, v, prompt_len):
     """Of selection and attention in one call, and of selection alone."""
-    options = {"policy": problem.policy, "prompt_len": prompt_len, "backend": rig.backend}
+    options = {"policy": problem.policy, "prompt_len": prompt_len, "backend": rig.backend, "softcap": problem.softcap}
+    extra = problem.extra(rig.device)
+    limits = {"dense_below": problem.dense_below, "return_lse": problem.return_lse}
     with undisturbed(q, k, v, poisoned=problem.poisoned):
-        result = stem_attention(q, k, v, dense_below=problem.dense_below, return_lse=problem.return_lse, **options)
+        result = stem_attention(q, k, v, sinks=extra["sinks"], **limits, **options)
         selection = select_blocks(q, k, v, **options)
     out, lse = result if problem.return_lse else (result, None)
-    assert_selected(selection, q, k, v, problem.policy, prompt_len)
+    assert_selected(selection, q, k, v, problem.policy, prompt_len, softcap=problem.softcap)
     if prompt_len < problem.dense_below:
         selection = Dense(problem.policy.block_size)(q, k, v)
-    assert_accurate(out, lse, q, k, v, selection)
+    assert_accurate(out, lse, q, k, v, selection, **extra)
 
 
 def any_call(problem, rig):
@@ -49,6 +52,7 @@ def a_prompt_in_chunks(problem, rig):
     q, k, v = problem.qkv(rig.device)
     size, kv_len, start = problem.policy.block_size, k.shape[1], k.shape[1] - q.shape[1]
     options = {"policy": problem.policy, "prompt_len": kv_len + problem.prompt_extra, "backend": rig.backend}
+    options["softcap"] = problem.softcap
     whole = select_blocks(q, k, v, **options)
     border = max(start, (start + kv_len) // 2 // size * size)
     for low, high in pairwise(sorted({start, border, max(kv_len - 1, start), kv_len})):
@@ -69,19 +73,21 @@ def any_packed_batch(problem, rig):
     batch = pack(single, problem.page_size)
     if problem.surrounded and not problem.page_size:
         batch |= {name: surrounded(batch[name]) for name in "qkv"}
-    prompts = [kv_len + problem.prompt_extra for _, kv_len in problem.lengths]
+    prompts, extra = [kv_len + problem.prompt_extra for _, kv_len in problem.lengths], problem.extra(rig.device)
     with undisturbed(batch["q"], poisoned=problem.poisoned):
         result = stem_attention_varlen(
             **batch, prompt_lens=prompts, policy=problem.policy, dense_below=problem.dense_below,
-            return_lse=problem.return_lse, backend=rig.backend,
+            return_lse=problem.return_lse, backend=rig.backend, **extra,
         )  # fmt: skip
     out, lse = result if problem.return_lse else (result, None)
     for i, (low, high) in enumerate(pairwise(batch["cu_seqlens_q"].tolist())):
         if low < high:
             # any_call judges what a sequence alone keeps.
             policy = Dense(problem.policy.block_size) if prompts[i] < problem.dense_below else problem.policy
-            selection = select_blocks(*single[i], policy=policy, prompt_len=prompts[i], backend=rig.backend)
-            assert_accurate(out[None, low:high], None if lse is None else lse[None, :, low:high], *single[i], selection)
+            options = {"policy": policy, "prompt_len": prompts[i], "softcap": problem.softcap, "backend": rig.backend}
+            selection = select_blocks(*single[i], **options)
+            alone = out[None, low:high], None if lse is None else lse[None, :, low:high]
+            assert_accurate(*alone, *single[i], selection, **extra)
 
 
 def test_attention_over_any_lists_is_right(trials):

@@ -37,16 +37,6 @@ def run(single, page=0, **options):
     return stem_attention_varlen(**pack(single, page), return_lse=True, **options)
 
 
-def runs_on(backend, page, policy):
-    """Pages that the Hopper kernel does not take go to the portable one, whose bits are its own.
-
-    Under the z-score and under policies without a selection on the device each sequence is gathered and runs alone, so that
-    pages do not matter.
-    """
-    gathered = getattr(policy, "magnitude", None) == "zscore" or isinstance(policy, SinkWindow)
-    return "triton" if page % 16 and not gathered else backend
-
-
 def assert_each_as_alone(out, lse, single, prompt_lens=None, **options):
     for i, (low, high) in enumerate(pairwise(borders([q.shape[1] for q, _, _ in single]).tolist())):
         if low == high:
@@ -62,7 +52,7 @@ def assert_each_as_alone(out, lse, single, prompt_lens=None, **options):
 def test_each_sequence_is_as_if_alone(page, call, backend):
     single, options = sequences(), CALLS[call]
     results = run(single, page, **options, backend=backend)
-    assert_each_as_alone(*results, single, **options, backend=runs_on(backend, page, options["policy"]))
+    assert_each_as_alone(*results, single, **options, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -71,7 +61,7 @@ def test_each_sequence_is_as_if_alone(page, call, backend):
 def test_every_head_dim_and_group(page, dim, heads, dtype, backend):
     single = sequences(dim, heads, dtype)
     results = run(single, page, **SPARSE, backend=backend)
-    assert_each_as_alone(*results, single, **SPARSE, backend=runs_on(backend, page, SPARSE["policy"]))
+    assert_each_as_alone(*results, single, **SPARSE, backend=backend)
 
 
 @pytest.mark.parametrize("page", [0, 1, 16, 64])
@@ -79,7 +69,7 @@ def test_every_head_dim_and_group(page, dim, heads, dtype, backend):
 def test_prompts_that_are_still_to_come(call, page, backend):
     single, prompts = sequences(), [kv_len + 3000 for _, kv_len in LENGTHS]
     results = run(single, page, **CALLS[call], prompt_lens=prompts, backend=backend)
-    assert_each_as_alone(*results, single, prompts, **CALLS[call], backend=runs_on(backend, page, CALLS[call]["policy"]))
+    assert_each_as_alone(*results, single, prompts, **CALLS[call], backend=backend)
 
 
 def test_borders_may_lie_on_the_device():
@@ -120,22 +110,20 @@ def test_the_composition_of_a_batch_never_changes_a_bit(call, backend):
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("page", [1, 16, 64, 128, 256])
-def test_paged_keys_give_the_bits_of_packed_keys_in_the_same_kernel(page, call, backend):
+def test_paged_keys_give_the_bits_of_packed_keys(page, call, backend):
     single, options = sequences(), CALLS[call]
-    packed = run(single, **options, backend=runs_on(backend, page, options["policy"]))
+    packed = run(single, **options, backend=backend)
     assert equal(run(single, page, **options, backend=backend), packed)
 
 
 def test_a_pool_of_slots_and_vllms_cache_are_read_in_place(backend):
     single = sequences()
     batch, slots, pages = (pack(single, page) for page in (0, 1, 16))
-    of_slots, of_pages = (
-        stem_attention_varlen(**batch, **SPARSE, backend=runs_on(backend, page, SPARSE["policy"])) for page in (1, 16)
-    )
+    expected = stem_attention_varlen(**batch, **SPARSE, backend=backend)
     pools = {name: slots[name][:, 0].unsqueeze(1) for name in "kv"}  # SGLang: (slots, heads, dim)
-    assert torch.equal(stem_attention_varlen(**{**slots, **pools}, **SPARSE, backend=backend), of_slots)
+    assert torch.equal(stem_attention_varlen(**{**slots, **pools}, **SPARSE, backend=backend), expected)
     fused = (
         torch.cat([pages["k"], pages["v"]], -1).transpose(1, 2).contiguous().transpose(1, 2)
     )  # vLLM: heads first, k beside v
     halves = dict(zip("kv", torch.split(fused, 128, -1), strict=True))
-    assert torch.equal(stem_attention_varlen(**{**pages, **halves}, **SPARSE, backend=backend), of_pages)
+    assert torch.equal(stem_attention_varlen(**{**pages, **halves}, **SPARSE, backend=backend), expected)

@@ -57,11 +57,15 @@ class _KVWriteLoc:
         return cls(forward_batch.out_cache_loc)
 
 
+# Torch does not index fp8.
+_BYTES = {torch.float32: torch.float32, torch.float8_e4m3fn: torch.uint8}
+
+
 class _Pool:
     kv_cache_layout = "nhd"
 
     def __init__(self, slots: int, dtype: torch.dtype) -> None:
-        shape = (LAYERS, slots, KV_HEADS, DIM)
+        shape, self.dtype = (LAYERS, slots, KV_HEADS, DIM), dtype
         self.k_buffer, self.v_buffer = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
     def get_key_buffer(self, layer_id: int) -> Tensor:
@@ -70,9 +74,15 @@ class _Pool:
     def get_value_buffer(self, layer_id: int) -> Tensor:
         return self.v_buffer[layer_id]
 
-    def set_kv_buffer(self, layer: Any, loc_info: _KVWriteLoc, cache_k: Tensor, cache_v: Tensor) -> None:
-        self.k_buffer[layer.layer_id][loc_info.loc] = cache_k
-        self.v_buffer[layer.layer_id][loc_info.loc] = cache_v
+    def set_kv_buffer(
+        self, layer: Any, loc_info: _KVWriteLoc, cache_k: Tensor, cache_v: Tensor, k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        stored = (self.k_buffer, cache_k, k_scale), (self.v_buffer, cache_v, v_scale)
+        for buffer, new, scale in stored:
+            if new.dtype != self.dtype and scale is not None:
+                new.div_(scale)
+            buffer[layer.layer_id].view(_BYTES[self.dtype])[loc_info.loc] = new.to(self.dtype).view(_BYTES[self.dtype])
 
 
 class _TorchNative(_AttentionBackend):
@@ -136,21 +146,22 @@ else:
     AttentionType, ForwardMode = _AttentionType, _ForwardMode
 
 
-def make_runner(slots: int = 4096, requests: int = 8, context: int = CONTEXT, dtype: torch.dtype = torch.float32) -> Any:
+def make_runner(slots: int = 4096, requests: int = 8, context: int = CONTEXT, kv_dtype: torch.dtype = torch.float32) -> Any:
     """What a ``ModelRunner`` offers when it builds its attention backends."""
     if REAL:
         pool = MHATokenToKVPool(
-            size=slots, page_size=1, dtype=dtype, head_num=KV_HEADS, head_dim=DIM, layer_num=LAYERS, device="cpu",
+            size=slots, page_size=1, dtype=kv_dtype, head_num=KV_HEADS, head_dim=DIM, layer_num=LAYERS, device="cpu",
             enable_memory_saver=False,
         )  # fmt: skip
         table: Any = ReqToTokenPool(size=requests, max_context_len=context, device="cpu", enable_memory_saver=False)
     else:
-        pool = _Pool(slots + 1, dtype)
+        pool = _Pool(slots + 1, kv_dtype)
         table = SimpleNamespace(req_to_token=torch.zeros(requests + 1, context, dtype=torch.int32))
     for buffer in (*pool.k_buffer, *pool.v_buffer):
         buffer.fill_(torch.nan)  # what nobody wrote must not be read
     return SimpleNamespace(
-        device="cpu", dtype=dtype, kv_cache_dtype=dtype, use_mla_backend=False, token_to_kv_pool=pool, req_to_token_pool=table,
+        device="cpu", dtype=torch.float32, kv_cache_dtype=kv_dtype, use_mla_backend=False, token_to_kv_pool=pool,
+        req_to_token_pool=table,
         kv_index_translator=SimpleNamespace(is_translating=False), decode_attention_backend_str="torch_native",
         prefill_attention_backend_str="stem",
         model_config=SimpleNamespace(

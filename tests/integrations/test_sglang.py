@@ -34,11 +34,11 @@ def launched(monkeypatch):
 class Server:
     """A runner, its backend, and prompts whose keys go to scrambled slots."""
 
-    def __init__(self, monkeypatch, lengths, policy=SPARSE, dense_below=64, **settings):
+    def __init__(self, monkeypatch, lengths, policy=SPARSE, dense_below=64, kv_dtype=torch.float32, **settings):
         spec = policy.to_dict() if isinstance(policy, sa.Policy) else policy
         given = {"policy": spec, "dense_below": dense_below, "min_query_len": 32, **settings}
         monkeypatch.setenv("STEM_ATTENTION_SETTINGS", json.dumps(given))
-        self.runner = make_runner()
+        self.runner = make_runner(kv_dtype=kv_dtype)
         plugin.register()
         self.backend = plugin.ATTENTION_BACKENDS["stem"](self.runner)
         COUNTERS.reset()
@@ -64,9 +64,9 @@ class Server:
         assert out.shape == q.shape
         return out
 
-    def expected(self, i, low, high, policy=SPARSE, prompt_len=None, dense_below=64):
+    def expected(self, i, low, high, policy=SPARSE, prompt_len=None, dense_below=64, **extra):
         q, k, v = (x[:, :high] for x in self.prompts[i])
-        out = sa.stem_attention(q[:, low:], k, v, policy=policy, prompt_len=prompt_len, dense_below=dense_below)
+        out = sa.stem_attention(q[:, low:], k, v, policy=policy, prompt_len=prompt_len, dense_below=dense_below, **extra)
         return out[0].flatten(1)
 
     def dense(self, i, low, high):
@@ -105,6 +105,19 @@ def test_a_cached_prefix_is_read_from_the_pool(monkeypatch):
     batch, _, k, v = server.batch([(0, 200)])
     server.runner.token_to_kv_pool.set_kv_buffer(make_layer(), sglang_backend.KVWriteLoc.for_batch(batch), k, v)
     assert torch.equal(server.run([(200, 300)]), server.expected(0, 200, 300))
+
+
+@pytest.mark.parametrize("scales", [(None, None), (0.5, 0.25)], ids=["no scales", "scales"])
+def test_a_pool_of_fp8_numbers_is_read_with_the_layers_scales(scales, monkeypatch):
+    k_scale, v_scale = (None if x is None else torch.tensor(x) for x in scales)
+    server = Server(monkeypatch, [300], kv_dtype=torch.float8_e4m3fn)
+    before = [x.clone() for x in server.prompts[0]]
+    out = server.run([(0, 300)], layer=make_layer(k_scale=k_scale, v_scale=v_scale))
+    assert all(map(torch.equal, server.prompts[0], before)), "what the model goes on with"
+    q, *stored = server.prompts[0]
+    read = [(x / (s or 1.0)).to(torch.float8_e4m3fn).float() * (s or 1.0) for x, s in zip(stored, scales, strict=True)]
+    assert torch.equal(out, sa.stem_attention(q, *read, policy=SPARSE, dense_below=64)[0].flatten(1))
+    assert not torch.equal(out, server.expected(0, 0, 300))
 
 
 def test_answers_and_short_prompts_in_a_mixed_batch_stay_dense(monkeypatch):
@@ -185,10 +198,9 @@ OTHER_LAYERS = {
     "encoder_only attention": {"attn_type": AttentionType.ENCODER_ONLY},
     "sliding window": {"sliding_window_size": sglang_host.CONTEXT - 2},
     "chunked local attention": {"use_irope": True},
-    "soft-capped scores": {"logit_cap": 30.0},
+    "scores bounded by sigmoid": {"logit_cap": 30.0, "logit_capping_method": "sigmoid"},
     "scores scaled by length": {"xai_temperature_len": 1024},
     "positions inside attention (ALIBI)": {"pos_encoding_mode": "ALIBI"},
-    "values of another head dimension": {"v_head_dim": 8},
     "dense_layers": {"layer_id": 0},
 }
 
@@ -217,9 +229,37 @@ def test_an_argument_that_stem_does_not_know_goes_to_the_dense_backend_with_it(m
     server = Server(monkeypatch, [200])
     seen = []
     monkeypatch.setattr(server.backend.dense, "forward_extend", lambda *args, **extra: seen.append(extra) or args[0])
-    server.run([(0, 200)], extra={"sinks": torch.ones(HEADS)})
-    server.run([(0, 200)], extra={"sinks": None, "save_kv_cache": True})
-    assert [list(extra) for extra in seen] == [["sinks"]]
+    server.run([(0, 200)], extra={"q_rope": torch.ones(HEADS)})
+    server.run([(0, 200)], extra={"q_rope": None, "sinks": None, "save_kv_cache": True})
+    assert [list(extra) for extra in seen] == [["q_rope"]]
+
+
+def test_scores_are_capped(monkeypatch):
+    server = Server(monkeypatch, [200, 40])
+    out = server.run([(0, 200), (0, 40)], layer=make_layer(logit_cap=0.5))
+    assert torch.equal(out[:200], server.expected(0, 0, 200, softcap=0.5))
+    assert torch.equal(out[200:], server.expected(1, 0, 40, softcap=0.5))
+    assert not torch.equal(out, server.run([(0, 200), (0, 40)]))
+
+
+@pytest.mark.skipif(sglang_host.REAL, reason="its pool has one head dimension here")
+def test_values_of_another_dimension(monkeypatch):
+    server = Server(monkeypatch, [200])
+    pool = server.runner.token_to_kv_pool
+    pool.v_buffer = pool.v_buffer[..., :8].contiguous()
+    batch, q, k, v = server.batch([(0, 200)])
+    server.backend.init_forward_metadata(batch)
+    out = server.backend.forward_extend(q, k, v[..., :8], make_layer(v_head_dim=8), batch)
+    one = [*server.prompts[0][:2], server.prompts[0][2][..., :8]]
+    assert torch.equal(out, sa.stem_attention(*one, policy=SPARSE, dense_below=64)[0].flatten(1))
+
+
+def test_sinks_take_part(monkeypatch):
+    server, sinks = Server(monkeypatch, [200, 40]), torch.tensor([0.0, 3.0, -2.0, 6.0])
+    out = server.run([(0, 200), (0, 40)], extra={"sinks": sinks})  # the second is short, and keeps every block
+    assert torch.equal(out[:200], server.expected(0, 0, 200, sinks=sinks))
+    assert torch.equal(out[200:], server.expected(1, 0, 40, sinks=sinks))
+    assert not torch.equal(out, server.run([(0, 200), (0, 40)]))
 
 
 def test_other_batches_go_to_the_dense_backend(monkeypatch):
@@ -242,7 +282,12 @@ def test_other_batches_go_to_the_dense_backend(monkeypatch):
     ("name", "value", "error", "says"),
     [
         ("use_mla_backend", True, sa.UnsupportedError, "latent attention"),
-        ("kv_cache_dtype", torch.float8_e4m3fn, sa.UnsupportedError, "holds torch.float8_e4m3fn; .*--kv-cache-dtype auto"),
+        (
+            "kv_cache_dtype",
+            torch.float8_e5m2,
+            sa.UnsupportedError,
+            "holds torch.float8_e5m2; .*--kv-cache-dtype auto or fp8_e4m3",
+        ),
         ("dtype", torch.bfloat16, sa.UnsupportedError, "holds torch.float32 and the model computes torch.bfloat16"),
         ("token_to_kv_pool", object(), sa.UnsupportedError, "is a object, not one pool"),
         ("decode_attention_backend_str", "stem", ValueError, "^--decode-attention-backend: expected .+ got 'stem'"),

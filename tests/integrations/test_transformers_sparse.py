@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stem_attention import Stem, select_blocks
+from stem_attention import Stem, block_sparse_attention, select_blocks
 from stem_attention.integrations.transformers import attention, mask
 
 from .tiny import BY_MASS, FACTORS, hosts, logits, normal, observed, small_llama, tokens, transformers
@@ -40,6 +40,20 @@ def test_a_long_prompt_is_sparse_with_the_budgets_of_the_policy(llama):
     dense, calls = observed(llama, SPARSE, dense_below=LENGTH + 1, input_ids=tokens())
     assert [(call.sparse, call.reason, call.density) for call in calls] == [(False, "short prompt", 1)] * 3
     assert (dense - out).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_layer_with_sinks_a_cap_and_other_values_is_what_the_reference_computes(watched):
+    q, k, v = (normal(2, heads, LENGTH, dim, seed=i) for i, (heads, dim) in enumerate(((4, 16), (2, 16), (2, 24))))
+    sinks, observer = torch.tensor([0.5, 3.0, -2.0, 6.0]).bfloat16(), (lambda call: None) if watched else None
+    with hosts.use_policy(BY_MASS, dense_below=0, observer=observer):
+        out, _ = hosts.attention_forward(torch.nn.Module(), 3 * q, k, v, None, s_aux=sinks, softcap=4.0, scaling=0.5)
+    inputs = [x.transpose(1, 2) for x in (3 * q, k, v)]
+    options = {"softcap": 4.0, "scale": 0.5, "backend": "reference"}
+    selection = select_blocks(*inputs, policy=BY_MASS, **options)
+    assert selection.density() < 0.9
+    expected = block_sparse_attention(*inputs, selection, sinks=sinks.float(), **options)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_left_padded_rows_are_computed_as_if_they_came_alone():

@@ -5,6 +5,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -57,11 +58,14 @@ VALUES = {
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 OF_CLASSES = {
     r"RecurrentGemmaConfig": {"num_hidden_layers": 3},
+    r"SmolLM3Config": {"no_rope_layers": [1, 0]},
     r"BambaConfig": {"attn_layer_indices": [1]},
     r"GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
     r"GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
     r"(Qwen2(_5)?_?VL|Qwen2_5Omni|Glm4v|Glm46V|GlmOcr|PaddleOCR).*Text.*Config": ROPE,
 }
+# Where just some layers have a window or chunk, it is so small that the prompt leaves it. One that all layers have is not.
+WINDOWS, WINDOW = ("sliding_window", "sliding_window_size", "attention_chunk_size"), 48
 WHERE_NONE = {"head_dim": 8, "num_key_value_heads": 2, "num_experts_per_tok": 2}
 
 
@@ -84,6 +88,8 @@ def toy_config(config_class: Any) -> Any:
         kinds = list(dict.fromkeys(standard.layer_types))
         sizes["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
+        if len(kinds) > 1:
+            sizes |= {name: WINDOW for name in WINDOWS if getattr(standard, name, None)}
     for pattern, values in OF_CLASSES.items():
         if re.fullmatch(pattern, config_class.__name__):
             sizes |= values
@@ -135,12 +141,32 @@ def runs(model: Any, kind: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a class does on "stem"."""
+    """What a class does on "stem"; of a decoder also why how many layers of its standard config do not run sparse, if known."""
 
     name: str
     runs: str
     why: str
     fault: str | None = None
+    layers: Counter[str | None] = dataclasses.field(default_factory=Counter)
+
+
+def kinds(config: Any) -> list[str]:
+    """The kind of each layer of a config's text decoder, or nothing where they are all alike."""
+    text = config.get_text_config(decoder=True)
+    found = (getattr(text, name, None) for name in ("layer_types", "layers_block_type", "block_types"))
+    return list(next(filter(None, found), []))
+
+
+def layers(model: Any, calls: list[Any]) -> Counter[str | None]:
+    """Why the layers of a class do not run sparse, None for those that do, by the calls of a toy that has all kinds of them."""
+    why = {call.layer: None if call.sparse else call.reason for call in calls}
+    toys, standard = kinds(model.config), kinds(type(model).config_class())
+    if toys and standard:
+        of_kind = {kind: why.get(layer, "no attention") for layer, kind in enumerate(toys)}
+        if of_kind.get("chunked_attention") == "custom mask":  # which is how transformers says it
+            of_kind["chunked_attention"] = "chunk of the prompt"
+        return Counter(of_kind.get(kind, "another kind") for kind in standard)
+    return Counter(why.values())
 
 
 def examine(kind: str, model_class: Any) -> Row | None:
@@ -156,6 +182,8 @@ def examine(kind: str, model_class: Any) -> Row | None:
         stem = build(model_class, "stem")
         stem.load_state_dict(host.state_dict())
         with hosts.use_policy(KEEP_ALL, dense_below=0, observer=calls.append):
+            logits(stem, kind)
+            plain = list(calls)
             found = runs(stem, kind)
     except UnsupportedError as error:
         return Row(name, "refused", re.sub(r"^\w+ ", "", re.split("[:;]", str(error))[0]))
@@ -169,7 +197,8 @@ def examine(kind: str, model_class: Any) -> Row | None:
     dense = sorted({call.reason for call in calls if not call.sparse})
     if not calls:
         return Row(name, "dense", "no attention layer", fault)
-    return Row(name, "sparse" if any(call.sparse for call in calls) else "dense", ", ".join(dense), fault)
+    of_layers = layers(stem, plain) if kind == "causal" else Counter()
+    return Row(name, "sparse" if any(call.sparse for call in calls) else "dense", ", ".join(dense), fault, of_layers)
 
 
 @cache
@@ -189,11 +218,26 @@ def table() -> str:
     return "\n".join(["| runs | why | classes |", "|---|---|---|", *lines])
 
 
+def layer_table() -> str:
+    """Decoders that run some of their layers sparse in Markdown, those that do the same together."""
+    names: dict[tuple[str, str], set[str]] = {}
+    for row in rows():
+        sparse, total = row.layers[None], row.layers.total()
+        if 0 < sparse < total:
+            rest = ", ".join(f"{why} ({count})" for why, count in row.layers.most_common() if why is not None)
+            names.setdefault((f"{sparse} of {total}", rest), set()).add(re.sub(r"For[A-Z]\w+$", "", row.name))
+    lines = [f"| {', '.join(sorted(found))} | {share} | {rest} |" for (share, rest), found in names.items()]
+    return "\n".join(["| decoder | sparse layers | the others |", "|---|--:|---|", *sorted(lines)])
+
+
 def page() -> str:
-    """docs/transformers.md with the table of today."""
-    before, mark, rest = PAGE.read_text().partition("<!-- classes -->\n")
-    assert mark, "docs/transformers.md has lost its mark"
-    return f"{before}{mark}{table()}\n<!-- /classes -->{rest.partition('<!-- /classes -->')[2]}"
+    """docs/transformers.md with the tables of today."""
+    text = PAGE.read_text()
+    for name, made in (("layers", layer_table()), ("classes", table())):
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        assert mark, f"docs/transformers.md has lost its mark {name}"
+        text = f"{before}{mark}{made}\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}"
+    return text
 
 
 if __name__ == "__main__":

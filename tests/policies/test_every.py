@@ -8,6 +8,7 @@ import torch
 
 from stem_attention import policies
 from stem_attention.policies import FlashPrefillTopK, Mass, Oracle, XAttention, parse_spec, policy_names
+from stem_attention.policies.base import softcap_for
 from stem_attention.testing import make_qkv
 
 SIZE = 16
@@ -84,6 +85,18 @@ def test_the_scale_is_one_over_the_root_of_the_dimension_unless_given(name):
         # Without values only the order of the scores counts.
         other = -0.25 if name == "uniform" else 4.0
         assert not torch.equal(policy(q, k, v).to_mask(), policy(q, k, v, scale=other).to_mask())
+
+
+@EVERY
+def test_scores_under_a_soft_cap_are_those_of_capped_attention(name):
+    """A wide cap changes nothing, and a narrow one what follows from scores."""
+    q, k, v = qkv(400, 400)
+    v = v * torch.linspace(0, 4, 400, dtype=v.dtype).exp()[:, None, None]
+    policy = POLICIES[name]
+    plain, wide, narrow = (policy(q, k, v, **softcap_for(type(policy).__call__, cap)).to_mask() for cap in (None, 1e9, 2.0))
+    assert torch.equal(plain, wide)
+    # A cap is monotonic: where nothing but the order of single scores counts, it changes nothing.
+    assert torch.equal(plain, narrow) == (name in (*BY_POSITION, "uniform", "angelslim"))
 
 
 @EVERY

@@ -32,6 +32,24 @@ class Nearest(Policy):
         return BlockSelection.from_mask(mask, block_size=self.block_size, q_len=q.shape[1], kv_len=k.shape[1])
 
 
+@dataclass(frozen=True)
+class Told(Nearest):
+    """Another that asks for the soft cap, and keeps so many blocks."""
+
+    name: ClassVar[str] = "told"
+
+    def __call__(self, q, k, v, *, scale=None, prompt_len=None, softcap=None):
+        return Nearest(1 if softcap is None else int(softcap), self.block_size)(q, k, v)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_soft_cap_is_told_to_those_that_ask(backend):
+    for cap, blocks in ((None, 1), (3.0, 3)):
+        options = {"softcap": cap, "backend": backend}
+        told, asked_not = (sa.select_blocks(Q, K, V, policy=policy, **options).to_mask() for policy in (Told(), Nearest(2)))
+        assert equal((told, asked_not), (Nearest(blocks)(Q, K, V).to_mask(), Nearest(2)(Q, K, V).to_mask()))
+
+
 SAME = {1: SinkWindow(0, 1, 16), 3: SinkWindow(0, 3, 16)}
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 

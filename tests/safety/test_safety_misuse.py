@@ -35,6 +35,8 @@ WRONG_QKV = (
 NOT_A_COUNT = (-1, 1.5, "4", True, math.nan, [1], torch.tensor(4))
 NOT_A_FLAG = (None, 0, 1, "yes", torch.tensor(True), [True])
 NOT_A_NUMBER = (math.nan, math.inf, "0.1", True, torch.tensor(0.1), [0.1])
+NOT_A_CAP = (*NOT_A_NUMBER, 0, -1.0)
+NOT_SINKS = ([1.0] * 4, "q", 3, *(torch.zeros(4, dtype=dtype) for dtype in (torch.float16, torch.int32)), torch.zeros(3))
 NOT_A_POLICY = ({}, 3, sa.Mass, "magic", "mass:colour=3", "uniform@0.2", lambda q, k, v: None)
 NOT_A_BACKEND = (None, "flash", 3, ["torch"])
 NOT_A_DEVICE = (None, 3, "toaster", ["cpu"], True)
@@ -42,9 +44,10 @@ NOT_A_DTYPE = (None, "float32", torch.int8, 32, [torch.float32])
 NOT_INT32 = (*NOT_A_TENSOR, torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 2, 2, 2, 2, dtype=torch.int32))
 
 QKV = dict.fromkeys(("q", "k", "v"), WRONG_QKV)
-METHOD = {"policy": NOT_A_POLICY, "scale": NOT_A_NUMBER, "backend": NOT_A_BACKEND}
+METHOD = {"policy": NOT_A_POLICY, "scale": NOT_A_NUMBER, "softcap": NOT_A_CAP, "backend": NOT_A_BACKEND}
+SINKS = {"sinks": NOT_SINKS}
 DENSE = {"dense_below": NOT_A_COUNT}
-REQUEST = {"device": NOT_A_DEVICE, "dtype": NOT_A_DTYPE, "head_dim": (*NOT_A_COUNT, 0, None)}
+REQUEST = {"device": NOT_A_DEVICE, "dtype": NOT_A_DTYPE, "head_dim": (*NOT_A_COUNT, 0, None), "value_dim": (*NOT_A_COUNT, 0)}
 LENGTHS = dict.fromkeys(("block_size", "q_len", "kv_len"), (*NOT_A_COUNT, None))
 
 
@@ -60,14 +63,14 @@ class Entry:
 ENTRIES = {
     "stem_attention": Entry(
         sa.stem_attention, {"q": Q, "k": K, "v": V},
-        {**QKV, **METHOD, **DENSE, "prompt_len": (*NOT_A_COUNT, 49), "return_lse": NOT_A_FLAG},
+        {**QKV, **METHOD, **SINKS, **DENSE, "prompt_len": (*NOT_A_COUNT, 49), "return_lse": NOT_A_FLAG},
     ),
     "select_blocks": Entry(sa.select_blocks, {"q": Q, "k": K, "v": V}, {**QKV, **METHOD, "prompt_len": (*NOT_A_COUNT, 49)}),
     "block_sparse_attention": Entry(
         sa.block_sparse_attention, {"q": Q, "k": K, "v": V, "selection": SELECTION},
         {
             **QKV, "selection": (None, MASK, "dense", dataclasses.replace(SELECTION, kv_len=51)), "scale": NOT_A_NUMBER,
-            "return_lse": NOT_A_FLAG, "backend": NOT_A_BACKEND,
+            "softcap": NOT_A_CAP, **SINKS, "return_lse": NOT_A_FLAG, "backend": NOT_A_BACKEND,
         },
     ),
     "stem_attention_varlen": Entry(
@@ -75,7 +78,7 @@ ENTRIES = {
         {"q": PACKED[0][0], "k": PACKED[1][0], "v": PACKED[2][0], "cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K,
          "max_seqlen_q": 25, "max_seqlen_k": 30},
         {
-            **QKV, **METHOD, **DENSE, "cu_seqlens_q": NOT_INT32, "cu_seqlens_k": NOT_INT32,
+            **QKV, **METHOD, **SINKS, **DENSE, "cu_seqlens_q": NOT_INT32, "cu_seqlens_k": NOT_INT32,
             "max_seqlen_q": (*NOT_A_COUNT, None, 24), "max_seqlen_k": (*NOT_A_COUNT, None, 29),
             "page_table": (*NOT_INT32[1:], TABLE[0]), "prompt_lens": (3, "ab", [20], [20, 29], [20, 30.0], STARTS_Q[1:]),
             "return_lse": NOT_A_FLAG,

@@ -98,7 +98,7 @@ for name in ("create_connection", "getaddrinfo", "gethostbyname"):
 IMPORT_EVERYTHING = """
 import importlib, pkgutil
 import stem_attention
-skipped = ("triton", "hopper", "vllm", "sglang", "__main__")
+skipped = ("triton", "hopper", "fa4", "vllm", "sglang", "__main__")
 names = [module.name for module in pkgutil.walk_packages(stem_attention.__path__, "stem_attention.")]
 names = [name for name in names if not any(part.startswith(skipped) for part in name.split("."))]
 for name in names:

@@ -17,13 +17,13 @@ def assert_right(rig, q, k, v, **options):
     assert_accurate(*rig.whole(q, k, v, **options), q, k, v, rig.select(q, k, v, **options), **options)
 
 
-@pytest.mark.parametrize("size", [1e4, 1e3, 30])
-def test_scores_of_ten_thousand(size, rig):
+@pytest.mark.parametrize(("size", "softcap"), [(1e4, None), (1e3, None), (30, None), (1e4, 30.0)])
+def test_scores_of_ten_thousand(size, softcap, rig):
     q, k, v = rig.qkv(3.2, 4.1)
     q, k = q * (size / 4) ** 0.5, k * (size / 4) ** 0.5
     largest = float((q[:, :, 0].double() @ k[:, :, 0].double().mT).abs().max()) * rig.dim**-0.5
     assert 0.5 * size < largest < 5 * size
-    assert_right(rig, q, k, v)
+    assert_right(rig, q, k, v, softcap=softcap)
 
 
 @pytest.mark.parametrize("flat", ["q", "k"])

@@ -98,7 +98,7 @@ def test_no_tensor_larger_than_the_keys_is_made(layout, largest):
     """Of eager torch, whose attention lays keys and values out block by block, once each."""
     q, k, v = Rig("torch", block=64, dim=64).qkv(16, 32, heads=(16, 8), layout=layout)
     call = Call(q, k, v, sa.Stem(block_size=64), 0.125, k.shape[1], return_lse=True)
-    backend = get_backend(Request.of(q, 64), "torch")
+    backend = get_backend(Request.of(q, v, 64), "torch")
     with largest:
         selection = backend.select(call)
     assert largest.seen <= k.numel() * 0.75

@@ -4,35 +4,44 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from stem_attention.backends.dense import dense_attention
+from stem_attention.backends.kept import kept_shape, pack
 from stem_attention.blocks import block_count
-from stem_attention.call import Call
+from stem_attention.call import Call, PackedBatch
 from stem_attention.checks import check_selection
-from stem_attention.errors import bad_argument
-from stem_attention.policies.base import Policy, is_ours
+from stem_attention.errors import UnsupportedError, bad_argument
+from stem_attention.policies.base import Policy, is_ours, softcap_for
 from stem_attention.policies.patterns import keep_everything
 from stem_attention.selection import BlockSelection
 
 
 @dataclass(frozen=True)
 class Request:
-    """A caller's needs of a backend: where tensors lie, their dtype and last dimension, and the tokens of a block."""
+    """A caller's needs of a backend: where tensors lie, their dtype and last dimensions, and the tokens of a block.
+
+    ``value_dim`` is the last dimension of values, None where it is that of queries and keys.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     block_size: int
+    value_dim: int | None = None
 
     @classmethod
-    def of(cls, q: Tensor, block_size: int) -> Request:
-        """Build for a call with these queries, ``(..., heads, dim)``."""
-        return cls(q.device, q.dtype, q.shape[-1], block_size)
+    def of(cls, q: Tensor, v: Tensor, block_size: int) -> Request:
+        """Build for a call with these queries and values, ``(..., heads, dim)``."""
+        return cls(q.device, q.dtype, q.shape[-1], block_size, None if v.shape[-1] == q.shape[-1] else v.shape[-1])
+
+
+Results: TypeAlias = "tuple[Tensor, Tensor]"  # out and lse, or their gradients
 
 
 class Backend(ABC):
@@ -51,18 +60,23 @@ class Backend(ABC):
     def why_not(self, request: Request) -> str | None:
         """Say why the backend cannot serve ``request``, as a clause; None when it can."""
 
+    def only_by_name(self, request: Request) -> str | None:
+        """Say why ``backend="auto"`` passes over a backend that can serve ``request``, as a clause; None where it does not."""
+        return None
+
     @abstractmethod
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Compute exact attention over the kept blocks of a call that is not packed; its policy does not matter.
 
         Returns:
-            ``(out, lse)``: ``(batch, q_len, q_heads, dim)`` in the dtype of ``q``, and the natural log-sum-exp of the
+            ``(out, lse)``: ``(batch, q_len, q_heads, value_dim)`` in the dtype of ``q``, and the natural log-sum-exp of the
             scaled scores, fp32 ``(batch, q_heads, q_len)``, or an empty tensor unless it is wanted.
         """
 
     def select(self, call: Call) -> BlockSelection:
         """Choose the blocks of a call that is not packed; unless a backend knows a faster way, as its policy does."""
-        return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len)
+        told = softcap_for(type(call.policy).__call__, call.softcap)
+        return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len, **told)
 
     def chooser(self, policy: Policy) -> Callable[..., object]:
         """Return the function by which blocks are chosen, for :meth:`path` to name."""
@@ -93,7 +107,7 @@ class Backend(ABC):
         results = None if call.batch is None else call.empty_results()
         for queries, part in call.sequences():
             short = self.runs_dense(part)
-            if short and not call.return_lse:
+            if short and call.plain and not call.return_lse:
                 out, lse = dense_attention(part.q, part.k, part.v, part.scale), part.empty_lse()
             elif short:
                 out, lse = self.attend(part, keep_everything(part.q, part.k, part.policy.block_size))
@@ -109,6 +123,54 @@ class Backend(ABC):
                 results[1][:, queries] = lse[0]
         assert results is not None  # a call that is not packed is one sequence
         return results
+
+    def attend_kept(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute as :meth:`attend`, with the log-sum-exp, and return the kept pairs of blocks as bits besides."""
+        return *self.attend(replace(call, return_lse=True), selection), pack(selection)
+
+    def forward_kept(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute as :meth:`forward`, with the log-sum-exp, and return besides what :meth:`backward` needs to know of it.
+
+        Returns:
+            ``(out, lse, kept)``: ``kept`` is the kept pairs of blocks, of the shape of :func:`kept_shape`.
+        """
+        if call.batch is None:
+            short = self.runs_dense(call)
+            selection = (
+                keep_everything(call.q, call.k, call.policy.block_size) if short else check_chosen(call, self.select(call))
+            )
+            return self.attend_kept(call, selection)
+        out, lse = replace(call, return_lse=True).empty_results()
+        kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
+        for i in _with_queries(call.batch):
+            queries = slice(*call.batch.q_starts[i : i + 2])
+            part_out, part_lse, bits = self.forward_kept(call.only(i))
+            out[queries], lse[:, queries] = part_out[0], part_lse[0]
+            kept[i, :, : bits.shape[2], : bits.shape[3]] = bits[0]
+        return out, lse, kept
+
+    def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v. Here a packed batch runs one sequence at a time; a backend does the rest.
+
+        Args:
+            call: The call, its policy of no interest beyond the block size.
+            kept: The bits that :meth:`forward_kept` returned.
+            results: ``(out, lse)`` that it returned. Weights are ``exp(scores - lse)``, whatever else the sum holds.
+            d_results: The gradients of these two.
+        """
+        if call.batch is None:
+            raise UnsupportedError(f"the {self.name} backend has no backward pass; run the call under torch.no_grad()")
+        d_q, d_k, d_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
+        for i in _with_queries(call.batch):
+            queries, keys = (slice(*starts[i : i + 2]) for starts in (call.batch.q_starts, call.batch.k_starts))
+            (out, lse), (d_out, d_lse) = ((x[None, queries], y[None, :, queries]) for x, y in (results, d_results))
+            found = self.backward(call.only(i), kept[i : i + 1], (out, lse), (d_out, d_lse))
+            d_q[queries], d_k[keys], d_v[keys] = (x[0] for x in found)
+        return d_q, d_k, d_v
+
+
+def _with_queries(batch: PackedBatch) -> list[int]:
+    return [i for i, (low, high) in enumerate(pairwise(batch.q_starts)) if low < high]
 
 
 def check_chosen(call: Call, selection: BlockSelection) -> BlockSelection:

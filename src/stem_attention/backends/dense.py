@@ -14,7 +14,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Compute ``(batch, q_len, q_heads, dim)`` by torch's own ``scaled_dot_product_attention``."""
+    """Compute ``(batch, q_len, q_heads, value_dim)`` by torch's own ``scaled_dot_product_attention``."""
     square, grouped = q.shape[1] == k.shape[1], q.shape[2] != k.shape[2]
     mask = None
     if not square:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from stem_attention.backends.base import Backend, Request
+from stem_attention.backends.fa4 import FA4Backend
 from stem_attention.backends.hopper import HopperBackend
 from stem_attention.backends.reference import ReferenceBackend
 from stem_attention.backends.torch import TorchBackend
@@ -18,7 +19,8 @@ AUTO = "auto"
 @cache
 def _backends() -> dict[str, Backend]:
     """All backends, fastest first."""
-    return {backend.name: backend for backend in (HopperBackend(), TritonBackend(), TorchBackend(), ReferenceBackend())}
+    backends = (HopperBackend(), FA4Backend(), TritonBackend(), TorchBackend(), ReferenceBackend())
+    return {backend.name: backend for backend in backends}
 
 
 def backend_names() -> tuple[str, ...]:
@@ -47,7 +49,8 @@ class Explanation:
 
     def __str__(self) -> str:
         asked, chosen = self.request, self.chosen or "none"
-        lines = [f"{asked.device} {asked.dtype} head_dim={asked.head_dim} block_size={asked.block_size}: {chosen}"]
+        dims = f"head_dim={asked.head_dim}" + ("" if asked.value_dim is None else f" value_dim={asked.value_dim}")
+        lines = [f"{asked.device} {asked.dtype} {dims} block_size={asked.block_size}: {chosen}"]
         lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         if self.chosen is not None:
             lines.append(f"  prompts of fewer than {self.dense_below} tokens run dense, others through")
@@ -65,16 +68,16 @@ def explain_request(
     for name, candidate in _backends().items():
         if (obstacle := candidate.why_not(request)) is not None:
             reasons[name] = f"cannot run: {obstacle}"
-        elif backend == name or (backend == AUTO and chosen is None and name != "reference"):
+        elif backend not in (AUTO, name):
+            reasons[name] = f"not asked for: backend={backend!r}"
+        elif backend == AUTO and (only := candidate.only_by_name(request)) is not None:
+            reasons[name] = only
+        elif chosen is not None:
+            reasons[name] = f"slower than {chosen.name}"
+        else:
             chosen = candidate
             reason = "runs: asked for by name" if backend == name else "runs: the fastest that supports this"
             reasons[name] = f"{reason}; {candidate.caveat}" if candidate.caveat else reason
-        elif backend != AUTO:
-            reasons[name] = f"not asked for: backend={backend!r}"
-        elif chosen is not None and name != "reference":
-            reasons[name] = f"slower than {chosen.name}"
-        else:
-            reasons[name] = "the oracle, only by name"
     if chosen is None:
         return Explanation(request, None, reasons)
     entered = ("stem_attention.api.stem_attention", "stem_attention.ops._forward", "stem_attention.backends.run.run")

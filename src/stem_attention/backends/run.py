@@ -1,13 +1,16 @@
 """Run a call: on the device of its tensors, in their precision, by the backend that serves it."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from stem_attention.backends.base import Backend, Request, check_chosen
+from stem_attention.backends.base import Backend, Request, Results, check_chosen
 from stem_attention.backends.dense import without_autocast
+from stem_attention.backends.kept import kept_shape
+from stem_attention.backends.reference.packing import packed as reference_packed
 from stem_attention.backends.registry import get_backend
 from stem_attention.call import Call
 from stem_attention.selection import BlockSelection
@@ -23,6 +26,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     if call.q.numel() == 0:
         return call.empty_results()
     with _device_of(call.q), without_autocast(call.q.device):
+        if call.k_scale is not None:
+            call = _dequantised(call)
         out, lse = backend_of(call).runner(call)(call)
         if call.out is not None and out is not call.out:  # not every way to compute it writes where it is told
             out = call.out.copy_(out)
@@ -43,15 +48,66 @@ def attend(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         return backend_of(call).attend(call, selection)
 
 
+def run_kept(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a call whose gradient will be asked for. Returns ``out`` and ``lse`` as :func:`run`, and what was kept, as bits."""
+    if call.q.numel() == 0:
+        return _nothing_kept(call)
+    with _device_of(call.q), without_autocast(call.q.device):
+        return backend_of(call).forward_kept(call)
+
+
+def attend_kept(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute attention over given blocks; returns as :func:`run_kept`."""
+    if call.q.numel() == 0:
+        return _nothing_kept(call)
+    with _device_of(call.q), without_autocast(call.q.device):
+        return backend_of(call).attend_kept(call, selection)
+
+
+def backward(call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v of a call that :func:`run_kept` or :func:`attend_kept` ran; see the backend's."""
+    if call.q.numel() == 0:
+        d_q, d_k, d_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
+        return d_q, d_k, d_v
+    with _device_of(call.q), without_autocast(call.q.device):
+        return backend_of(call).backward(call, kept, results, d_results)
+
+
+def _nothing_kept(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
+    return *replace(call, return_lse=True).empty_results(), kept
+
+
 def backend_of(call: Call) -> Backend:
     """Return the backend that serves a call; UnsupportedError where none can, or the one asked for cannot."""
-    q = call.q
-    return _serving(q.device, q.dtype, q.shape[-1], call.policy.block_size, call.backend)
+    q, dims = call.q, (call.q.shape[-1], call.v.shape[-1])
+    return _serving(q.device, q.dtype, *dims, call.policy.block_size, call.backend)
 
 
 @cache
-def _serving(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int, name: str) -> Backend:
-    return get_backend(Request(device, dtype, head_dim, block_size), name)
+def _serving(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int, block_size: int, name: str) -> Backend:
+    return get_backend(Request(device, dtype, dim, block_size, None if value_dim == dim else value_dim), name)
+
+
+def _dequantised(call: Call) -> Call:
+    """Return the call of an fp8 cache with keys and values in the precision of its queries."""
+    if _converts_fp8(call.q.device):
+        from stem_attention.backends.triton.packing import packed
+        from stem_attention.backends.triton.program import Launches
+
+        return call.with_packed(*packed(call, Launches()))
+    batch, k_scale, v_scale = call.batch, call.k_scale, call.v_scale
+    assert batch is not None
+    assert k_scale is not None
+    assert v_scale is not None
+    k, v = (reference_packed(x, scale, batch, call.q.dtype) for x, scale in ((call.k, k_scale), (call.v, v_scale)))
+    return call.with_packed(k, v)
+
+
+@cache
+def _converts_fp8(device: torch.device) -> bool:
+    """Tell whether Triton compiles conversions from e4m3 for a device: for cards from Ada on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -29,6 +29,8 @@ class AttentionCall:
     v: Tensor
     scale: float | None
     seconds: float
+    sinks: Tensor | None = None
+    softcap: float | None = None
 
 
 Watcher = Callable[[AttentionCall], None]
@@ -89,7 +91,8 @@ def watch(name: str, watcher: Watcher) -> Iterator[None]:
         result = inner(module, q, k, v, *args, **kwargs)
         wait(q.device)
         seconds = time.perf_counter() - start
-        watcher(AttentionCall(getattr(module, "layer_idx", -1), q, k, v, kwargs.get("scaling"), seconds))
+        form = kwargs.get("s_aux"), kwargs.get("softcap")
+        watcher(AttentionCall(getattr(module, "layer_idx", -1), q, k, v, kwargs.get("scaling"), seconds, *form))
         return result
 
     with wrap_attention(name, watched):

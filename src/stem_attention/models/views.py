@@ -43,7 +43,7 @@ class HeadRecorder:
 
     def __init__(self, layers: list[int], heads: list[int]) -> None:
         self._layers, self._heads = layers, heads
-        self._seen: dict[tuple[int, int], tuple[Tensor, Tensor, float]] = {}
+        self._seen: dict[tuple[int, int], tuple[Tensor, Tensor, float, float | None]] = {}
 
     def __call__(self, call: AttentionCall) -> None:
         """Copy the chosen heads, if the call is of a chosen layer. Attention is computed when the clock has stopped."""
@@ -51,16 +51,16 @@ class HeadRecorder:
             group = call.q.shape[1] // call.k.shape[1]
             scale = call.q.shape[3] ** -0.5 if call.scale is None else call.scale
             for head in self._heads:
-                self._seen[call.layer, head] = call.q[0, head].clone(), call.k[0, head // group].clone(), scale
+                self._seen[call.layer, head] = call.q[0, head].clone(), call.k[0, head // group].clone(), scale, call.softcap
 
     def views(self, reading: Reading) -> list[BlockView]:
         """Build one view per chosen layer and head that ``reading`` ran sparse, layers first; UnsupportedError without any."""
         selections, views = selections_by_layer(reading), []
         for layer, head in product([layer for layer in self._layers if layer in selections], self._heads):
-            (q, k, scale), selection = self._seen[layer, head], selections[layer]
+            (q, k, scale, softcap), selection = self._seen[layer, head], selections[layer]
             shares = torch.full((selection.rows, selection.rows), torch.nan)
             for row in range(len(shares)):
-                mass = block_mass(q[None, :, None], k[None, :, None], scale, selection.block_size, row)
+                mass = block_mass(q[None, :, None], k[None, :, None], scale, selection.block_size, row, softcap)
                 shares[row, : row + 1] = mass[0, 0].cpu()
             views.append(BlockView(layer, head, selection.to_mask()[0, head].cpu(), shares))
         if not views:

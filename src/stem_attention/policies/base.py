@@ -5,6 +5,8 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from functools import cache
+from inspect import signature
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
@@ -50,6 +52,9 @@ class Policy(ABC):
             v: The shape of ``k``.
             scale: Softmax scale, ``1 / sqrt(dim)`` unless given.
             prompt_len: Tokens of the whole prompt, ``>= kv_len``; ``kv_len`` unless prefill comes in chunks.
+
+        A policy that looks at scores may take another argument, ``softcap: float | None = None``. It is then told of the soft
+        cap of a model that has one, whose scores ``s`` are ``softcap * tanh(s / softcap)``.
         """
 
     def __post_init__(self) -> None:
@@ -125,6 +130,16 @@ class Policy(ABC):
         if key not in kept:
             kept[key] = make()
         return kept[key]
+
+
+def softcap_for(function: Callable[..., Any], softcap: float | None) -> dict[str, float]:
+    """Return the arguments that tell a function of a policy of a soft cap: none where there is no cap, or it takes none."""
+    return {} if softcap is None or not _takes_softcap(function) else {"softcap": softcap}
+
+
+@cache
+def _takes_softcap(function: Callable[..., Any]) -> bool:
+    return "softcap" in signature(function).parameters
 
 
 def is_ours(policy: Policy) -> bool:

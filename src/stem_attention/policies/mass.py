@@ -11,7 +11,7 @@ from torch import Tensor
 from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.errors import bad_argument
 from stem_attention.policies.base import Policy, check_divides, check_integers, check_number, is_number
-from stem_attention.policies.metric import accumulator_dtype, exact_dtype, grouped_product, runs
+from stem_attention.policies.metric import accumulator_dtype, capped, exact_dtype, grouped_product, runs
 from stem_attention.selection import BlockSelection
 
 # Estimated weights held at a time, in elements; while the softmax runs there are two of them. On a CPU they stay in its cache.
@@ -92,8 +92,9 @@ class Mass(Policy):
         return self.share * (self.head_factors[0][head] if self.head_factors is not None else 1.0)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None
-    ) -> BlockSelection:
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None,
+        softcap: float | None = None,
+    ) -> BlockSelection:  # fmt: skip
         self.check_heads(q.shape[2])
         (batch, _, heads, dim), grid = q.shape, BlockGrid.of(q, k, self.block_size)
         num_blocks = block_count(grid.kv_len if prompt_len is None else prompt_len, self.block_size)
@@ -103,7 +104,7 @@ class Mass(Policy):
         mask = (always & (columns <= rows)).expand(batch, heads, -1, -1).clone()
         shares = torch.tensor([self.head_share(head) for head in range(heads)], dtype=torch.float64, device=q.device)
         least = shares[:, None, None] / num_blocks
-        for row, mass in block_masses(q, k, self, dim**-0.5 if scale is None else scale) if grid.rows else ():
+        for row, mass in block_masses(q, k, self, dim**-0.5 if scale is None else scale, softcap) if grid.rows else ():
             first, (count, width) = row - grid.first_row, mass.shape[2:]
             part = mask[:, :, first : first + count, :width]
             # Written so that NaN is kept: what dense attention would poison stays visible.
@@ -153,11 +154,14 @@ def pool_variances(x: Tensor, size: int, pool_size: int) -> Tensor:
     return (away.square().sum(2) / divisor).transpose(1, 2)
 
 
-def block_masses(q: Tensor, k: Tensor, policy: Mass, scale: float) -> Iterator[tuple[int, Tensor]]:
+def block_masses(
+    q: Tensor, k: Tensor, policy: Mass, scale: float, softcap: float | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Estimate the attention of query blocks to key blocks: the most that any query pool of the row may give.
 
     A pool's keys count as many times as there are of them, and a query pool sees the key pools that begin at or before its
-    last query. With ``spread`` above 0 a row's masses sum to more than 1.
+    last query. With ``spread`` above 0 a row's masses sum to more than 1. A soft cap bounds the score of a pool's mean, and
+    the score ``spread`` standard deviations above it.
 
     Yields:
         The first of a run of query blocks, and ``(batch, q_heads, rows, columns)`` in fp32 (fp64 on the CPU and for fp64);
@@ -176,12 +180,15 @@ def block_masses(q: Tensor, k: Tensor, policy: Mass, scale: float) -> Iterator[t
         low, high, seen = grid.row_positions(row)[0], grid.row_positions(stop - 1)[1], stop * per_column
         queries, counts = pool(q[:, grid.query_slice(row, stop)], low, size, policy.query_pool)
         queries = queries.to(dtype)
-        logits = grouped_product(queries, keys[:, :, :seen]) * scale + weights[:seen]
+        scores = grouped_product(queries, keys[:, :, :seen]) * scale
+        logits = capped(scores, softcap) + weights[:seen]
         lasts = (torch.arange(row * per_row, stop * per_row, device=q.device) + 1).mul(policy.query_pool).clamp(max=high) - 1
         logits.masked_fill_(begins[:seen] > lasts[:, None], -torch.inf)
         level = logits.logsumexp(-1, keepdim=True)
         if variances is not None:
-            above = grouped_product(queries.square(), variances[:, :, :seen]).sqrt()
-            logits = logits + above * (policy.spread * abs(scale))
+            above = grouped_product(queries.square(), variances[:, :, :seen]).sqrt() * (policy.spread * abs(scale))
+            if softcap is not None:
+                above = capped(scores + above, softcap) - capped(scores, softcap)
+            logits = logits + above
         mass = torch.unflatten((logits - level).exp(), -1, (-1, per_column)).sum(-1).masked_fill((counts == 0)[:, None], 0)
         yield row, torch.unflatten(mass, 2, (-1, per_row)).amax(3)

@@ -28,6 +28,11 @@ def exact_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.device.type == "cpu" else accumulator_dtype(x)
 
 
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Bound scores as a soft cap does: ``softcap * tanh(scores / softcap)``; None is no bound."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def grouped_product(queries: Tensor, keys: Tensor) -> Tensor:
     """Multiply ``(batch, q_heads, rows, dim)`` by each head's keys, ``(batch, kv_heads, columns, dim)``, to rows x columns."""
     grouped = torch.unflatten(queries, 1, (keys.shape[1], -1))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stem_attention.blocks import BlockGrid
-from stem_attention.policies.metric import accumulator_dtype, grouped_product
+from stem_attention.policies.metric import accumulator_dtype, capped, grouped_product
 from stem_attention.policies.ranked import Ranked, in_runs
 
 # Weights held at a time, in elements (64 MiB in fp32; while the softmax runs there are two of them).
@@ -25,12 +25,16 @@ class Oracle(Ranked):
 
     name = "oracle"
 
-    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+    def scores(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         grid = BlockGrid.of(q, k, self.block_size)
-        return in_runs((row, block_mass(q, k, scale, self.block_size, row)) for row in range(grid.first_row, grid.end_row))
+        return in_runs(
+            (row, block_mass(q, k, scale, self.block_size, row, softcap)) for row in range(grid.first_row, grid.end_row)
+        )
 
 
-def block_mass(q: Tensor, k: Tensor, scale: float, block_size: int, row: int) -> Tensor:
+def block_mass(q: Tensor, k: Tensor, scale: float, block_size: int, row: int, softcap: float | None = None) -> Tensor:
     """Work out the share of dense causal attention that one query block gives to each key block, averaged over its rows.
 
     ``q`` and ``k`` are as a policy gets them; ``q`` has queries of the absolute block ``row``. Returns
@@ -46,7 +50,7 @@ def block_mass(q: Tensor, k: Tensor, scale: float, block_size: int, row: int) ->
     for g in range(0, k.shape[2], outer):
         keys, end = k[:, :high, g : g + outer].to(dtype).transpose(1, 2), (g + outer) * group
         for head in range(g * group, end, outer * inner):
-            weights = grouped_product(queries[:, head : min(head + outer * inner, end)], keys)
+            weights = capped(grouped_product(queries[:, head : min(head + outer * inner, end)], keys), softcap)
             weights[..., low:].masked_fill_(future, -torch.inf)
             masses.append(torch.softmax(weights, -1).mean(2))
     mean = torch.nn.functional.pad(torch.cat(masses, 1), (0, -high % block_size))

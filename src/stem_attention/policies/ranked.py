@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.errors import bad_argument
-from stem_attention.policies.base import Policy, check_choice, check_integers, check_number
+from stem_attention.policies.base import Policy, check_choice, check_integers, check_number, softcap_for
 from stem_attention.selection import PAD, BlockSelection
 
 # Constants of the public code's schedule, in blocks: prompts shorter than the first keep everything, longer ones
@@ -81,6 +81,8 @@ class Ranked(Policy):
         Yields:
             The first of a run of query blocks, and ``(batch, q_heads, rows, columns)``: higher is better. ``columns`` are the
             causal key blocks of the run's last row; what a row holds after its diagonal does not count.
+
+        Scores that follow from those of attention take one more argument, ``softcap: float | None = None``: see the call.
         """
 
     def resized(self, size: int, blocks: int, density: float) -> Self:
@@ -139,14 +141,16 @@ class Ranked(Policy):
         return max(1, math.floor(k_start + (end - k_start) * (row - k_start) / (falling - 1) + _HAIR))
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None
-    ) -> BlockSelection:
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None,
+        softcap: float | None = None,
+    ) -> BlockSelection:  # fmt: skip
         grid = BlockGrid.of(q, k, self.block_size)
         num_blocks = block_count(grid.kv_len if prompt_len is None else prompt_len, self.block_size)
         limits = self.row_limits(num_blocks)[grid.first_row : grid.end_row]
         shape = (q.shape[0], q.shape[2], grid.rows, max(limits, default=0))
         indices = torch.full(shape, PAD, dtype=torch.int32, device=q.device)
-        for row, scores in self.scores(q, k, v, q.shape[3] ** -0.5 if scale is None else scale) if grid.rows else ():
+        scale, told = q.shape[3] ** -0.5 if scale is None else scale, softcap_for(type(self).scores, softcap)
+        for row, scores in self.scores(q, k, v, scale, **told) if grid.rows else ():
             first, stop, inside = row - grid.first_row, row + scores.shape[2], self.forced == "inside"
             budgets = self.ranked_counts(num_blocks)[row:stop]
             ids = choose(scores, row, budgets, self.sink_blocks, self.local_blocks, inside=inside)[..., : shape[3]]

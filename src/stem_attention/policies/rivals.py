@@ -9,7 +9,7 @@ from torch import Tensor
 from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.policies.base import Policy, check_divides, check_number
 from stem_attention.policies.mass import pool
-from stem_attention.policies.metric import accumulator_dtype, exact_dtype, grouped_product, runs
+from stem_attention.policies.metric import accumulator_dtype, capped, exact_dtype, grouped_product, runs
 from stem_attention.policies.ranked import Ranked, in_runs
 from stem_attention.selection import BlockSelection
 
@@ -43,15 +43,16 @@ class XAttention(Policy):
         check_number(self, "threshold", 0.0, 1.0, above=True)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None
-    ) -> BlockSelection:
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prompt_len: int | None = None,
+        softcap: float | None = None,
+    ) -> BlockSelection:  # fmt: skip
         (batch, _, heads, dim), grid = q.shape, BlockGrid.of(q, k, self.block_size)
         mask = torch.zeros(batch, heads, grid.rows, grid.key_blocks, dtype=torch.bool, device=q.device)
-        for row, mass in self.masses(q, k, dim**-0.5 if scale is None else scale):
+        for row, mass in self.masses(q, k, dim**-0.5 if scale is None else scale, softcap):
             mask[:, :, row - grid.first_row, : row + 1] = cover(mass, self.threshold)
         return BlockSelection.from_mask(mask, block_size=self.block_size, q_len=grid.q_len, kv_len=grid.kv_len)
 
-    def masses(self, q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+    def masses(self, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield every query block and its estimated masses ``(batch, q_heads, row + 1)``; they sum to its tile rows.
 
         One row at a time: all of them at once would be an ``(N / stride)^2`` tensor.
@@ -66,7 +67,8 @@ class XAttention(Policy):
             q_tiles = self._tiles(q[:, grid.query_slice(row, row + 1)], low % self.block_size).flip(3).flatten(3)
             logits = grouped_product(q_tiles[:, :, tiles - first], k_tiles[:, :, : first + per_block])
             later = torch.arange(logits.shape[3], device=q.device) > tiles[:, None]
-            mass = (logits * (scale / present[:, None])).masked_fill(later, -torch.inf).softmax(-1).sum(2)
+            logits = capped(logits * (scale / present[:, None]), softcap)
+            mass = logits.masked_fill(later, -torch.inf).softmax(-1).sum(2)
             yield row, torch.unflatten(mass, 2, (-1, per_block)).sum(3)
 
     def _tiles(self, x: Tensor, before: int) -> Tensor:
@@ -112,8 +114,10 @@ class XAttentionTopK(Ranked):
         super().check()
         check_divides(self, "stride")
 
-    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
-        return in_runs(XAttention(self.stride, block_size=self.block_size).masses(q, k, scale))
+    def scores(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        return in_runs(XAttention(self.stride, block_size=self.block_size).masses(q, k, scale, softcap))
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ class FlashPrefillTopK(Ranked):
 
     name = "flashprefill-topk"
 
-    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+    def scores(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         size, (batch, _, q_heads, _), grid = self.block_size, q.shape, BlockGrid.of(q, k, self.block_size)
         keys = pool(k, 0, size, size)[0].to(exact_dtype(q))
         ends = torch.arange(1, keys.shape[2] + 1, device=q.device) * size
@@ -138,7 +144,7 @@ class FlashPrefillTopK(Ranked):
             stop = min(row + step, grid.end_row)
             low, high = grid.row_positions(row)[0], grid.row_positions(stop - 1)[1]
             queries = runs(q[:, grid.query_slice(row, stop)], low, size, size).flatten(1, 2).transpose(1, 2)
-            logits = grouped_product(queries.to(keys.dtype) * scale, keys[:, :, :stop])
+            logits = capped(grouped_product(queries.to(keys.dtype) * scale, keys[:, :, :stop]), softcap)
             positions = torch.arange(row * size, stop * size, device=q.device)[:, None]
             absent = (positions < low) | (positions >= high)
             logits.masked_fill_(absent | (ends[:stop] > positions + 1), -torch.inf)

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from stem_attention.blocks import BlockGrid
 from stem_attention.policies.base import check_choice, check_divides, check_number
-from stem_attention.policies.metric import accumulator_dtype, exact_dtype, group_sums, grouped_product, magnitude
+from stem_attention.policies.metric import accumulator_dtype, capped, exact_dtype, group_sums, grouped_product, magnitude
 from stem_attention.policies.ranked import Ranked
 
 # Scores are computed for this many query blocks at a time: few enough to skip most of the blocks after the diagonal
@@ -73,8 +73,10 @@ class Stem(Ranked):
         check_choice(self, "magnitude", ("log", "zscore", "none"))
         check_divides(self, "stride")
 
-    def scores(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
-        """Score as section 3 of the method says; see :meth:`Ranked.scores`."""
+    def scores(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Score as section 3 of the method says, the routing score under the soft cap; see :meth:`Ranked.scores`."""
         size, (batch, _, q_heads, _), grid = self.block_size, q.shape, BlockGrid.of(q, k, self.block_size)
         k_sums = group_sums(k, 0, size, self.stride).flatten(3).to(exact_dtype(q))
         value = None
@@ -89,5 +91,5 @@ class Stem(Ranked):
             q_sums = q_sums.flip(3).flatten(3).to(exact_dtype(q))
             route = grouped_product(q_sums, k_sums[:, :, :stop]).to(accumulator_dtype(q))
             present = torch.tensor([high - low for low, high in spans], device=q.device)
-            scores = route * (scale / (present * (size // self.stride)).to(route.dtype))[:, None]
+            scores = capped(route * (scale / (present * (size // self.stride)).to(route.dtype))[:, None], softcap)
             yield row, scores if value is None else scores + value[..., :stop]

@@ -18,7 +18,7 @@ _VALUE_SPREAD = 2.5
 
 def make_qkv(
     batch: int, q_len: int, kv_len: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu", seed: int = 0, layout: str = "bshd",
+    device: torch.device | str = "cpu", seed: int = 0, layout: str = "bshd", value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw standard normal q, k and v. Their attention is nearly flat; see :func:`structured_qkv` for the opposite.
 
@@ -34,19 +34,21 @@ def make_qkv(
         seed: Of the random numbers.
         layout: One of :data:`LAYOUTS`, or a ValueError. ``"bshd"`` is contiguous in memory, ``"bhsd"`` has the heads before the
             positions (transformers' caches), ``"fused"`` slices a projection that has a position's q, k and v heads together.
+        value_dim: Width of a value; ``head_dim`` unless given.
 
     Returns:
-        ``q (batch, q_len, q_heads, head_dim)`` and ``k``, ``v (batch, kv_len, kv_heads, head_dim)``, whatever the layout.
+        ``q (batch, q_len, q_heads, head_dim)`` and ``k``, ``v (batch, kv_len, kv_heads, head_dim)``, whatever the layout;
+        the last dimension of ``v`` is ``value_dim``.
     """
     draw = torch.Generator().manual_seed(seed)
     q = _normal(draw, batch, q_len, q_heads, head_dim)
-    k, v = (_normal(draw, batch, kv_len, kv_heads, head_dim) for _ in range(2))
+    k, v = (_normal(draw, batch, kv_len, kv_heads, width) for width in (head_dim, value_dim or head_dim))
     return _lay_out(q, k, v, dtype, device, layout)
 
 
 def structured_qkv(
     batch: int, q_len: int, kv_len: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu", seed: int = 0, layout: str = "bshd",
+    device: torch.device | str = "cpu", seed: int = 0, layout: str = "bshd", value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw q, k and v whose attention is far from flat, as in a trained model; used as :func:`make_qkv`.
 
@@ -68,7 +70,7 @@ def structured_qkv(
     q_head = torch.arange(q_heads)[:, None] // (q_heads // kv_heads)
     q = centres[q_head, wanted].transpose(1, 2) + _normal(draw, batch, q_len, q_heads, head_dim)
     k = centres[kv_head, about].transpose(1, 2) + _normal(draw, batch, kv_len, kv_heads, head_dim)
-    v = loudness[kv_head, about].transpose(1, 2)[..., None] * _normal(draw, batch, kv_len, kv_heads, head_dim)
+    v = loudness[kv_head, about].transpose(1, 2)[..., None] * _normal(draw, batch, kv_len, kv_heads, value_dim or head_dim)
     return _lay_out(q, k, v, dtype, device, layout)
 
 
@@ -116,7 +118,8 @@ def _lay_out(
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
         return q, k, v
     (q_len, q_heads), (kv_len, kv_heads) = q.shape[1:3], k.shape[1:3]
-    fused = torch.zeros((q.shape[0], kv_len, q_heads + 2 * kv_heads, q.shape[3]), dtype=dtype, device=device)
+    width = max(q.shape[3], v.shape[3])
+    fused = torch.zeros((q.shape[0], kv_len, q_heads + 2 * kv_heads, width), dtype=dtype, device=device)
     q_part, k_part, v_part = torch.split(fused, [q_heads, kv_heads, kv_heads], 2)
-    q_part = q_part[:, kv_len - q_len :]
+    q_part, k_part, v_part = q_part[:, kv_len - q_len :, :, : q.shape[3]], k_part[..., : k.shape[3]], v_part[..., : v.shape[3]]
     return q_part.copy_(q), k_part.copy_(k), v_part.copy_(v)

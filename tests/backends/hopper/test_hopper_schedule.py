@@ -105,6 +105,7 @@ def test_heavy_rows_of_all_heads_start_first(plain):
     ({"device": torch.device("cpu")}, "needs a GPU"),
     ({"dtype": torch.float32}, "bfloat16 and float16"),
     ({"head_dim": 96}, "head_dim must be"),
+    ({"value_dim": 64}, "value_dim must be head_dim"),
     ({"block_size": 32}, "block_size must be"),
 ])  # fmt: skip
 def test_the_backend_says_what_it_cannot_do(changed, reason, monkeypatch):
@@ -131,8 +132,8 @@ def test_what_the_copy_engine_takes():
     q, table = torch.zeros(1, 64, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.int32)
     assert takes(q, q, q)
     assert takes(q.transpose(1, 2), q, q, table)
-    assert takes(q, torch.zeros(9, 48, 2, 64, dtype=torch.bfloat16), q, table)
-    assert not takes(q, torch.zeros(9, 24, 2, 64, dtype=torch.bfloat16), q, table)
+    assert takes(q, torch.zeros(9, 96, 2, 64, dtype=torch.bfloat16), q, table)
+    assert not takes(q, torch.zeros(9, 48, 2, 64, dtype=torch.bfloat16), q, table)
     assert not takes(q, torch.zeros(1, 64, 4, 67, dtype=torch.bfloat16)[..., :64], q)
     assert not takes(q, q, torch.zeros(1, 64, 4, 72, dtype=torch.bfloat16)[..., 1:65])
 
@@ -151,5 +152,5 @@ def test_explain_says_which_calls_run_portably_after_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     explanation = explain_request(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
     assert explanation.chosen == "hopper"
-    assert "multiple of 16 tokens, run portably" in explanation.reasons["hopper"]
+    assert "multiple of 16 bytes run portably" in explanation.reasons["hopper"]
     assert "portably" not in explanation.reasons["triton"]

@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from stem_attention import BlockSelection, Mass, Policy, Stem
+from stem_attention.backends.kept import pack as eager_pack
 from stem_attention.backends.reference import ReferenceBackend
-from stem_attention.backends.triton import TritonBackend, attention, layout
+from stem_attention.backends.triton import TritonBackend, attention, backward, layout, packing, pieces
+from stem_attention.backends.triton.kept import list_columns, list_rows
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies.ranked import choose as eager_choose
-from stem_attention.testing import make_qkv, random_selection, worst_row_error
+from stem_attention.testing import make_qkv, random_selection, relative_error, to_pages, worst_row_error
 
 from .choosing import choose
 
@@ -31,18 +34,20 @@ SMALL = Stem(block_size=16, stride=4, ratio_short=0.3, sink_blocks=1, local_bloc
 
 def select(
     q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int = 0, *, batch: PackedBatch | None = None,
-    implicit: bool = False, kept: Tensor | None = None,
+    implicit: bool = False, kept: Tensor | None = None, softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices and counts as the kernels write them."""
-    call = Call(q, k, v, policy, q.shape[-1] ** -0.5, prompt_len, batch, kept=kept)
+    call = Call(q, k, v, policy, q.shape[-1] ** -0.5, prompt_len, batch, kept=kept, softcap=softcap)
     selector = TritonBackend().selector(policy)
     assert selector is not None
     launches = Launches()
     return selector(call, Layout.of(call, policy.block_size, launches), 0, implicit, launches)
 
 
-def selected(q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None) -> BlockSelection:
-    indices, counts = select(q, k, v, policy, k.shape[1] if prompt_len is None else prompt_len)
+def selected(
+    q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None, softcap: float | None = None
+) -> BlockSelection:
+    indices, counts = select(q, k, v, policy, k.shape[1] if prompt_len is None else prompt_len, softcap=softcap)
     selection = BlockSelection(indices, counts, policy.block_size, q.shape[1], k.shape[1])
     selection.validate()
     return selection
@@ -50,30 +55,32 @@ def selected(q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, *, batch: PackedBatch | None = None,
-    return_lse: bool = True, heavy: int = 0,
+    return_lse: bool = True, heavy: int = 0, **extra: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = Call(q, k, v, Stem(block_size=block_size, stride=1), q.shape[-1] ** -0.5, batch=batch, return_lse=return_lse)
-    launches = Launches()
+    policy, scale = Stem(block_size=block_size, stride=1), extra.pop("scale", q.shape[-1] ** -0.5)
+    call, launches = Call(q, k, v, policy, scale, batch=batch, return_lse=return_lse, **extra), Launches()
     return attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, heavy, launches)
 
 
 def attended(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: bool = True, heavy: int = 0
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: bool = True, heavy: int = 0, **extra: Any
 ) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, selection.indices, selection.counts, selection.block_size, return_lse=return_lse, heavy=heavy)
+    lists = selection.indices, selection.counts, selection.block_size
+    return attend(q, k, v, *lists, return_lse=return_lse, heavy=heavy, **extra)
 
 
 def keeps_what_the_reference_keeps(
-    q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, policy: Policy, prompt_len: int | None = None, softcap: float | None = None
 ) -> BlockSelection:
-    got = selected(q, k, v, policy, prompt_len)
-    call = Call(q, k, v, policy, q.shape[3] ** -0.5, k.shape[1] if prompt_len is None else prompt_len)
+    got, length = selected(q, k, v, policy, prompt_len, softcap), k.shape[1] if prompt_len is None else prompt_len
+    call = Call(q, k, v, policy, q.shape[3] ** -0.5, length, softcap=softcap)
     assert torch.equal(got.to_mask(), REFERENCE.select(call).to_mask())
     return got
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> tuple[Tensor, Tensor]:
-    return REFERENCE.attend(Call(q, k, v, Stem(), q.shape[3] ** -0.5, return_lse=True), selection)
+def exact(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, **extra: Any) -> tuple[Tensor, Tensor]:
+    scale = extra.pop("scale", q.shape[3] ** -0.5)
+    return REFERENCE.attend(Call(q, k, v, Stem(), scale, return_lse=True, **extra), selection)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +124,17 @@ def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 def test_selection_by_mass_is_the_references(config, shape, prompt_len):
     dtype = torch.float16 if shape[0] == 2 else torch.float32
     assert keeps_what_the_reference_keeps(*peaked(*shape, dtype=dtype), config, prompt_len).density() < 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "softcap"), [(replace(SMALL, beta=1.0, min_blocks=6), 0.1), (BY_MASS, 3.0), (replace(BY_MASS, spread=0.0), 3.0)],
+    ids=["stem", "mass", "means-alone"],
+)  # fmt: skip
+def test_a_selection_under_a_soft_cap_is_the_references(policy, softcap):
+    q, k, v = peaked(2, 90, 149, 4, 2, 32)
+    v[:, 20:50] *= 30  # values decide where scores are small
+    under, without = (keeps_what_the_reference_keeps(q, k, v, policy, softcap=cap).to_mask() for cap in (softcap, None))
+    assert not torch.equal(under, without)
 
 
 def test_a_poisoned_key_is_kept_by_mass():
@@ -235,6 +253,50 @@ def test_attention_over_any_lists(batch, q_len, kv_len, heads, dim, block_size, 
     torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
 
 
+SINKS = torch.tensor([0.4, -math.inf, -3.0, 30.0])  # the last outweighs all keys, the second is none
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_with_sinks(dtype):
+    q, k, v = make_qkv(2, 40, 77, 4, 2, 32, dtype)
+    selection = random_selection(2, 4, 40, 77, 16)
+    out, lse = attended(q, k, v, selection, sinks=SINKS.to(dtype))
+    expected, expected_lse = exact(q.double(), k.double(), v.double(), selection, sinks=SINKS.to(dtype).double())
+    assert worst_row_error(out[:, :, :3], expected[:, :, :3]) < (1e-5 if dtype == torch.float32 else 4e-3)
+    torch.testing.assert_close(out[:, :, 3].double(), expected[:, :, 3], atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(out[:, :, 1], attended(q, k, v, selection)[0][:, :, 1])
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(32, 16), (24, 48), (16, 40)])
+@pytest.mark.parametrize("page", [0, 12])
+def test_values_of_another_dimension(dim, value_dim, page):
+    """Selection and attention, of a call and of each sequence of a packed batch."""
+    single = [make_qkv(1, a, b, 2, 1, dim, seed=i, value_dim=value_dim) for i, (a, b) in enumerate(LENGTHS)]
+    q, k, v, batch = packed(single, page)
+    indices, counts = select(q, k, v, SMALL, batch=batch)
+    out, _ = attend(q, k, v, indices, counts, 16, batch=batch)
+    assert out.shape == (len(q), 2, value_dim)
+    for i, (low, high) in enumerate(pairwise(batch.q_starts)):
+        if low < high:
+            alone = keeps_what_the_reference_keeps(*single[i], SMALL)
+            expected = exact(*single[i], alone)[0]
+            torch.testing.assert_close(attended(*single[i], alone)[0], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(out[low:high], expected[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.7, -0.7, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_with_a_soft_cap(dtype, scale):
+    q, k, v = peaked(2, 40, 77, 4, 2, 32, dtype=dtype)
+    selection = random_selection(2, 4, 40, 77, 16)
+    extra = {"softcap": 5.0, "scale": scale}
+    out, lse = attended(q, k, v, selection, sinks=SINKS, **extra)
+    expected, expected_lse = exact(q.double(), k.double(), v.double(), selection, sinks=SINKS.double(), **extra)
+    assert worst_row_error(out[:, :, :3], expected[:, :, :3]) < (1e-5 if dtype == torch.float32 else 4e-3)
+    torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
+
+
 def test_without_lse_none_is_written():
     q, k, v = make_qkv(1, 50, 83, 2, 1, 16)
     selection = random_selection(1, 2, 50, 83, 16)
@@ -341,3 +403,128 @@ def test_pages_and_neighbours_change_no_bit():
     for i, (low, high) in enumerate(pairwise(starts)):
         if low < high:
             assert all(map(torch.equal, run(single[i : i + 1]), (out[low:high], lse[:, low:high])))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_an_fp8_cache_is_packed_as_the_twin_packs_it(by_head):
+    lengths, scales = [5, 70, 130], torch.tensor([0.02, 0.7] if by_head else 0.3)
+    x = torch.randn(2, sum(lengths), 2, 24, generator=torch.Generator().manual_seed(1)).mul(60).to(torch.float8_e4m3fn)
+    (k, table), (v, _) = (to_pages(part.view(torch.uint8), lengths, 16, fill=0) for part in x)
+    k, v = k.view(x.dtype), v.view(x.dtype)
+    batch = PackedBatch.plan(lengths, lengths, page_table=table, device=k.device)
+    call = Call(torch.empty(sum(lengths), 2, 24), k, v, SMALL, 1.0, batch=batch, k_scale=scales, v_scale=2 * scales)
+    for part, read, scale in zip(x, packing.packed(call, Launches()), (scales, 2 * scales), strict=True):
+        assert torch.equal(read, part.float() * scale.view(-1, 1))
+
+
+@pytest.mark.parametrize("page", [1, 7])
+def test_pages_of_any_size_are_packed(page):
+    q, k, v, batch = packed(some(), page)
+    call = Call(q, k, v, SMALL, 1.0, batch=batch)
+    expected = (torch.cat([batch.sequence(x, i) for i in range(batch.sequences)]) for x in (k, v))
+    assert all(map(torch.equal, packing.packed(call, Launches()), expected))
+
+
+def gradients_agree(call: Call, kept: Tensor, results: tuple[Tensor, Tensor], bound: float = 2e-6) -> tuple[Tensor, ...]:
+    """Gradients by the kernels, once they are those of the reference's autograd in fp64."""
+    draw = torch.Generator().manual_seed(1)
+    d_results = tuple(torch.randn(x.shape, generator=draw).to(x.dtype) for x in results)
+    found = TritonBackend().backward(call, kept, results, (d_results[0], d_results[1]))
+    exact = replace(call, **{name: getattr(call, name).double() for name in "qkv"})
+    d_exact = (d_results[0].double(), d_results[1])
+    for ours, theirs in zip(found, REFERENCE.backward(exact, kept, results, d_exact), strict=True):
+        assert relative_error(ours, theirs) < bound
+    return found
+
+
+def kept_by(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> tuple[Call, Tensor, tuple[Tensor, Tensor]]:
+    """A call over a selection, its bits and its results."""
+    size = selection.block_size
+    call = Call(q, k, v, Stem(block_size=size, stride=1), q.shape[3] ** -0.5, k.shape[1], return_lse=True)
+    out, lse, kept = TritonBackend().attend_kept(call, selection)
+    assert torch.equal(kept, eager_pack(selection))
+    return call, kept, (out, lse)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "dtype"),
+    [
+        ((2, 40, 75, 4, 2, 32), 16, torch.float32),
+        ((1, 45, 160, 3, 1, 24), 32, torch.float16),
+        ((1, 1, 70, 2, 2, 16), 16, torch.float32),
+        ((1, 100, 140, 2, 1, 80), 64, torch.float32),
+    ],
+    ids=["chunk", "group-of-3-fp16", "one-query", "block-64"],
+)
+def test_gradients_are_those_of_the_references_autograd(shape, block, dtype):
+    q, k, v = make_qkv(*shape, dtype=dtype)
+    selection = random_selection(shape[0], shape[3], shape[1], shape[2], block, 0.4)
+    gradients_agree(*kept_by(q, k, v, selection), bound=1e-3 if dtype == torch.float16 else 2e-6)
+
+
+def test_gradients_where_the_first_block_is_cut_into_chunks_and_heads_run_apart(monkeypatch):
+    """Every row of 3 heads keeps the first block: 39 entries, of which a chunk has 16 at most."""
+    q, k, v = make_qkv(1, 200, 200, 6, 2, 16)
+    mask = random_selection(1, 6, 200, 200, 16, 0.02).to_mask()
+    mask[..., 0] = True
+    call, kept, results = kept_by(q, k, v, BlockSelection.from_mask(mask, block_size=16, q_len=200, kv_len=200))
+    columns = list_columns(kept, 3, 13, 6 * 91, 1024, Launches())
+    assert columns.chunks.view(2, 13)[:, 0].tolist() == [3, 3]
+    split = columns.slots >= 0
+    assert torch.equal(split, columns.chunks > 1)
+    assert int(columns.slots[split][-1] + columns.chunks[split][-1]) <= columns.room
+    together = gradients_agree(call, kept, results)
+    monkeypatch.setattr(backward, "LIST_BYTES", 1)
+    assert all(map(torch.equal, gradients_agree(call, kept, results), together))
+
+
+def test_lists_both_ways_hold_the_selection_in_order():
+    selection = random_selection(2, 4, 600, 1300, 16, 0.3)  # more than 64 rows and 32 key blocks: several tiles each
+    kept, mask = eager_pack(selection), selection.to_mask()
+    (_, heads, rows, blocks), most, launches = mask.shape, int(mask.sum()), Launches()
+    lists, starts = list_rows(kept, blocks, most, launches)
+    assert torch.equal(lists, mask.nonzero()[:, 3].int())
+    assert torch.equal(starts[1:] - starts[:-1], selection.counts.flatten())
+    columns = list_columns(kept, 2, blocks, most, 7, launches)
+    by_column = mask.unflatten(1, (heads // 2, 2)).permute(0, 1, 4, 2, 3)  # sequence, kv head, key block, query head, row
+    entries = by_column.nonzero()
+    assert torch.equal(columns.lists, (entries[:, 3] * rows + entries[:, 4]).int())
+    assert torch.equal(columns.starts[1:] - columns.starts[:-1], by_column.sum(-1).flatten().int())
+    assert int(columns.longest) == -(-most // 7)
+    owners = columns.owners[columns.owners < len(columns.chunks)]
+    assert torch.equal(owners, torch.arange(len(columns.chunks)).repeat_interleave(columns.chunks).int())
+    assert torch.equal(columns.firsts, columns.chunks.cumsum(0).int() - columns.chunks)
+
+
+def test_gradients_of_a_packed_batch_are_those_of_each_sequence():
+    single = some()
+    q, k, v, batch = packed(single)
+    policy = replace(SMALL, tail_blocks=2)  # two rows without a list
+    call = Call(q, k, v, policy, q.shape[-1] ** -0.5, batch=batch, dense_below=70, return_lse=True)
+    out, lse, kept = TritonBackend().forward_kept(call)
+    found = gradients_agree(call, kept, (out, lse))
+    draw = torch.Generator().manual_seed(1)
+    d_out, d_lse = (torch.randn(x.shape, generator=draw) for x in (out, lse))
+    for i, (low, high) in enumerate(pairwise(batch.q_starts)):
+        k_low, k_high = batch.k_starts[i : i + 2]
+        if low == high:
+            assert not found[1][k_low:k_high].any()
+            assert not found[2][k_low:k_high].any()
+            continue
+        part = replace(call.only(i), dense_below=70)
+        *results, bits = TritonBackend().forward_kept(part)
+        assert torch.equal(kept[i, :, : bits.shape[2], : bits.shape[3]], bits[0])
+        assert not kept[i, :, bits.shape[2] :].any()
+        alone = TritonBackend().backward(part, bits, tuple(results), (d_out[None, low:high], d_lse[None, :, low:high]))
+        assert torch.equal(found[0][low:high], alone[0][0])
+        for ours, theirs in zip(found[1:], alone[1:], strict=True):
+            torch.testing.assert_close(ours[k_low:k_high], theirs[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_call_that_is_cut_keeps_the_bits_of_one_that_is_not(monkeypatch):
+    q, k, v = peaked(1, 70, 110, 2, 1, 16)
+    call = Call(q, k, v, BY_MASS, 0.25, 110, dense_below=0)
+    whole = TritonBackend().forward_kept(call)
+    monkeypatch.setattr(pieces, "LIST_BYTES", 4 * 2 * 7 * 2)
+    assert len(pieces.pieces(call)) > 1
+    assert all(map(torch.equal, TritonBackend().forward_kept(call), whole))

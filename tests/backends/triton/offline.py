@@ -19,8 +19,10 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attention import Mass, Policy, Stem
-from stem_attention.backends.triton import TritonBackend, attention, mass, stem
-from stem_attention.backends.triton.launch import Launch
+from stem_attention.backends.kept import kept_shape
+from stem_attention.backends.triton import TritonBackend, attention, backward, mass, packing, stem
+from stem_attention.backends.triton.kept import pack
+from stem_attention.backends.triton.launch import BackwardLaunch, Launch
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
@@ -35,7 +37,13 @@ TARGETS = {
 # Bytes of shared memory that a block of threads may have. sm80's choices also serve the smaller sm86 and sm89.
 SHARED_LIMIT = {"sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10, "gfx942": 64 << 10}
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
 _OPTIONS = ("num_warps", "num_stages")
 
 
@@ -77,7 +85,8 @@ class Recorder(Launches):
 
 def record_selection(
     target: str, *, policy: Policy | None = None, length: int = 131071, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
-    ragged: bool = False, page: int = 0, implicit: bool = True,
+    ragged: bool = False, page: int = 0, implicit: bool = True, softcap: float | None = None,
+    value_dim: int | None = None,
 ) -> dict[str, Recorded]:  # fmt: skip
     """Launches of a selection on a card, the last of each kernel by its name."""
     launches = Recorder()
@@ -88,16 +97,27 @@ def record_selection(
         patch.setattr(stem, "_budget_table", lambda *_: torch.empty((1, 9), dtype=torch.int32, device="cuda"))
         patch.setattr(mass, "to_device", lambda *_: torch.empty(1, dtype=torch.int32, device="cuda"))
         patch.setattr(mass, "_head_shares", lambda *_: torch.empty((1, 8), dtype=torch.float32, device="cuda"))
-        call = _call(Mass() if policy is None else policy, length, dim, dtype, "cuda", ragged, page)
+        call = _call(Mass() if policy is None else policy, length, dim, dtype, "cuda", ragged, page, value_dim)
+        call = replace(call, softcap=softcap)
         selector = TritonBackend().selector(call.policy)
         assert selector is not None
         selector(call, Layout.of(call, call.policy.block_size, launches), 0, implicit, launches)
     return {launch.kernel.fn.__name__: launch for launch in launches.recorded}
 
 
+def record_packing(dim: int, by_head: bool) -> Recorded:
+    """The launch that brings an fp8 cache in pages of 16 to bf16."""
+    launches, scale = Recorder(), torch.ones(2 if by_head else ())
+    k = torch.empty((20, 16, 2, dim), dtype=torch.float8_e4m3fn)
+    call = replace(_call(Mass(), 300, dim, torch.bfloat16, "cpu", True, 16, None), k=k, v=k, k_scale=scale, v_scale=scale)
+    packing.packed(call, launches)
+    return launches.recorded[0]
+
+
 def record_attention(
     target: str, *, dim: int = 128, block_size: int = 128, dtype: torch.dtype = torch.bfloat16, ragged: bool = False,
-    page: int = 0, lse: bool = True, launch: Launch | None = None,
+    page: int = 0, lse: bool = True, launch: Launch | None = None, sinks: torch.dtype | None = None,
+    softcap: float | None = None, value_dim: int | None = None,
 ) -> Recorded:  # fmt: skip
     """The launch of attention on a card, with the choice that the library makes for it unless another is given."""
 
@@ -106,28 +126,50 @@ def record_attention(
         patch.setattr(attention, "architecture", lambda _: target)
         if launch is not None:
             patch.setattr(attention, "attention_launch", lambda *_, **__: launch)
-        call = replace(_call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, page), return_lse=lse)
+        call = replace(_call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, page, value_dim), return_lse=lse)
+        call = replace(call, sinks=None if sinks is None else torch.empty(8, dtype=sinks), softcap=softcap)
         indices = torch.zeros((1, 8, -(-300 // block_size), 3), dtype=torch.int32)
         counts = indices[..., 0].contiguous()
         attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, 2, launches)
     return launches.recorded[0]
 
 
-def _call(policy: Policy, length: int, dim: int, dtype: torch.dtype, device: str, ragged: bool, page: int) -> Call:
+def record_backward(
+    target: str, *, dim: int = 128, block_size: int = 128, dtype: torch.dtype = torch.bfloat16, ragged: bool = False,
+    launches: dict[str, BackwardLaunch] | None = None,
+) -> dict[str, Recorded]:  # fmt: skip
+    """The launches of a gradient on a card, by kernel; of two of one kernel the last. Other choices may be given for it."""
+    started = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "architecture", lambda _: target)
+        if launches is not None:
+            patch.setattr(backward, "backward_launch", lambda kernel, *_: launches[kernel])
+        call = _call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, 0, None)
+        kept = torch.zeros(kept_shape(call), dtype=torch.int32)
+        out, lse = replace(call, return_lse=True).empty_results()
+        indices = torch.zeros((1, 8, kept.shape[2], 3), dtype=torch.int32)
+        pack(Layout.of(call, block_size, started), indices, indices[..., 0].contiguous(), block_size, kept, started)
+        backward.backward(call, kept, (out, lse), (out, lse), started)
+    return {launch.kernel.fn.__name__: launch for launch in started.recorded}
+
+
+def _call(
+    policy: Policy, length: int, dim: int, dtype: torch.dtype, device: str, ragged: bool, page: int, value_dim: int | None
+) -> Call:
     """A call of 8 query and 2 key/value heads, packed or paged where asked for."""
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind, device=device)
 
     if not ragged and not page:
-        k = empty(1, length, 2, dim)
-        return Call(empty(1, length, 8, dim), k, k, policy, 0.1, length)
+        k, v = (empty(1, length, 2, width) for width in (dim, value_dim or dim))
+        return Call(empty(1, length, 8, dim), k, v, policy, 0.1, length)
     pages = length // page + 1 if page else 0
     table = empty(1, pages, kind=torch.int32) if page else None
     borders = empty(2, kind=torch.int32)
     batch = PackedBatch((0, length), (0, length), (length,), borders, borders, table)
-    k = empty(pages, page, 2, dim) if page else empty(length, 2, dim)
-    return Call(empty(length, 8, dim), k, k, policy, 0.1, batch=batch)
+    k, v = (empty(pages, page, 2, width) if page else empty(length, 2, width) for width in (dim, value_dim or dim))
+    return Call(empty(length, 8, dim), k, v, policy, 0.1, batch=batch)
 
 
 def _type(value: Any) -> str:

@@ -11,7 +11,17 @@ import torch
 from stem_attention import Mass, Stem
 from stem_attention.backends.triton.launch import attention_launch
 
-from .offline import SHARED_LIMIT, TARGETS, Compiled, Recorded, compile_for, record_attention, record_selection
+from .offline import (
+    SHARED_LIMIT,
+    TARGETS,
+    Compiled,
+    Recorded,
+    compile_for,
+    record_attention,
+    record_backward,
+    record_packing,
+    record_selection,
+)
 
 FP16 = torch.float16
 
@@ -23,8 +33,12 @@ def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
 
 # Bytes of stack that were measured to be worth it, by card, head_dim and block size, on an H200. Blocks of 64: four warps
 # spill 8 bytes and reach 393 TFLOP/s, eight warps spill nothing and reach 238. Blocks of 128 from pages of 128: tiles of 64
-# spill 80 bytes and reach 333 TFLOP/s, tiles of 32 spill nothing and reach 223.
-SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80}
+# spill 80 bytes and reach 333 TFLOP/s, tiles of 32 spill nothing and reach 223. Keys of 192 and values of 128: not measured.
+SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80, ("sm80", 192, 64): 24}
+# Under a soft cap, by the same: few loads and stores of a row's numbers.
+CAP_SPILLS = {("sm80", 256, 128): 8, ("sm120", 256, 128): 8, ("sm90", 256, 64): 128}
+# Of the gradient's, by the same: two words, beside 128 registers of sums.
+BACKWARD_SPILLS = {("sm90", 128, 64): 8, ("sm90", 80, 64): 8}
 # Triton 3.8's ptxas takes 64, 80 or 128 registers, so that two programs fit on a multiprocessor, and some bytes of stack for
 # it.
 CHEAP_STACK = {"choose_kernel": 16, "pool_kernel": 8, "keep_kernel": 40}
@@ -34,7 +48,12 @@ LONGEST_ROW, LONGEST_ROW_STACK = 16384, {"sm100": 48, "sm120": 80, "gfx942": 79}
 
 def fits(target: str, launch: Recorded) -> Compiled:
     compiled = compile_for(target, launch)
-    allowed = SPILLS.get((target, launch.arguments.get("D"), launch.arguments.get("B")), 0)
+    shape = target, launch.arguments.get("D"), launch.arguments.get("B")
+    allowed = SPILLS.get(shape, 0)
+    if launch.arguments.get("steepness") is not None:
+        allowed = max(allowed, CAP_SPILLS.get(shape, 0))
+    if launch.kernel.fn.__name__ in ("dq_kernel", "dkv_kernel"):
+        allowed = BACKWARD_SPILLS.get((target, launch.arguments["D"], launch.arguments["B"]), 0)
     if target != "sm90":
         allowed = max(allowed, CHEAP_STACK.get(launch.kernel.fn.__name__, 0))
     if launch.arguments.get("COLUMNS") == LONGEST_ROW:
@@ -63,6 +82,15 @@ VARIANTS = {
     "page-128-dim-256": {"page": 128, "dim": 256},
     "page-1-block-64": {"page": 1, "block_size": 64},
     "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
+    "sinks-dim-64-block-64": {"dim": 64, "block_size": 64, "sinks": torch.bfloat16},
+    "cap-dim-256": {"dim": 256, "softcap": 50.0},
+    "cap-dim-256-block-64-page-64": {"dim": 256, "block_size": 64, "page": 64, "softcap": 50.0},
+    "cap": {"softcap": 50.0},
+    "dim-192-values-128": {"dim": 192, "value_dim": 128},
+    "dim-192-values-128-block-64": {"dim": 192, "value_dim": 128, "block_size": 64},
+    "dim-192-values-128-block-64-page-64": {"dim": 192, "value_dim": 128, "block_size": 64, "page": 64},
+    "dim-64-values-256": {"dim": 64, "value_dim": 256},
+    "sinks-page-64": {"page": 64, "sinks": torch.float32},
 }
 
 
@@ -91,6 +119,8 @@ SELECTIONS = {
     "ragged": {"ragged": True, "length": 9999},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
+    "cap": {"softcap": 50.0},
+    "dim-192-values-128": {"dim": 192, "value_dim": 128},
 }
 
 
@@ -115,6 +145,8 @@ MASSES = {
     "ragged-dim-64": {"ragged": True, "length": 9999, "dim": 64},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
+    "cap-dim-256": {"dim": 256, "softcap": 50.0},
+    "dim-192-values-128": {"dim": 192, "value_dim": 128},
     "factors": {"policy": FACTORS},
     "factors-page-16-dim-256": {"policy": FACTORS, "page": 16, "dim": 256},
 }  # fmt: skip
@@ -133,3 +165,41 @@ def test_selection_by_mass(target, inputs):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_norms_of_the_z_score(target):
     fits(target, record_selection(target, policy=Stem())["pool_keys"].changed(NORMS=8))
+
+
+@pytest.mark.parametrize("dim", variants([64, 80, 256], 80))
+@pytest.mark.parametrize("target", ["sm90", "sm100", "sm120"])
+def test_packing_of_an_fp8_cache(target, dim):
+    for by_head in (False, True):
+        fits(target, record_packing(dim, by_head))
+
+
+BACKWARD = {
+    "fp16": {"dtype": FP16},
+    "ragged": {"ragged": True},
+    "ragged-block-64": {"ragged": True, "block_size": 64},
+    "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
+    "ragged-dim-256": {"ragged": True, "dim": 256},
+    **{f"dim-{dim}-block-{size}": {"dim": dim, "block_size": size} for dim in (64, 128, 256) for size in (64, 128)},
+}
+KERNELS = {"delta_kernel", "pack_kernel", "rows_kernel", "columns_kernel", "dq_kernel", "dkv_kernel", "sum_kernel"}
+
+
+@pytest.mark.parametrize("variant", variants(BACKWARD, "ragged-dim-80-fp16", "dim-128-block-64"))
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients(target, variant):
+    launches = record_backward(target, **BACKWARD[variant])
+    assert set(launches) == KERNELS
+    for name, launch in launches.items():
+        if name not in ("dq_kernel", "dkv_kernel") and variant not in ("fp16", "ragged"):
+            continue  # they hardly differ
+        compiled = fits(target, launch)
+        descriptors = target in ("sm90", "sm100") and "ragged" not in variant and name in ("dq_kernel", "dkv_kernel")
+        assert ("cp.async.bulk.tensor" in compiled.assembly) == descriptors
+
+
+@pytest.mark.parametrize("variant", ["ragged", "dim-128-block-64", "dim-256-block-128"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_loop_with_two_sums_is_not_pipelined(target, variant):
+    """Triton 3.6 makes wrong code of such a loop where its length is not known: two sums in fp32, several stages."""
+    assert record_backward(target, **BACKWARD[variant])["dkv_kernel"].options["num_stages"] == 1

@@ -8,7 +8,7 @@ import torch
 
 from stem_attention.backends import Request
 from stem_attention.backends.triton import BLOCK_SIZES, HEAD_DIMS, TritonBackend
-from stem_attention.backends.triton.launch import architecture, attention_launch, has_tma, tile_launch
+from stem_attention.backends.triton.launch import architecture, attention_launch, backward_launch, has_tma, tile_launch
 
 TABLE = json.loads(files("stem_attention.backends.triton").joinpath("launch.json").read_text())["attention"]
 CARDS = [*TABLE, "sm86", "sm89", "sm103", "sm121", "sm200", "gfx90a", "gfx1100", "unknown"]
@@ -23,6 +23,19 @@ def test_every_card_has_a_choice_for_whatever_the_backend_supports(card, block_s
         assert block_size % choice.tile == 0
         assert choice.warps in (1, 2, 4, 8, 16)
         assert choice.stages >= 1
+
+
+@pytest.mark.parametrize("kernel", ["dq", "dkv"])
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("card", CARDS)
+def test_every_card_has_a_choice_for_gradients(card, block_size, descriptors, kernel):
+    for dim in HEAD_DIMS:
+        choice = backward_launch(kernel, card, dim, block_size, descriptors)
+        assert block_size % choice.own == block_size % choice.tile == 0
+        assert choice.warps in (4, 8)
+        assert choice.stages >= 1
+        assert not choice.tma or descriptors
 
 
 def test_a_measured_card_gets_its_own_choice():

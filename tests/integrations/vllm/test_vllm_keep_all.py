@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
@@ -91,6 +92,41 @@ def test_a_mixture_of_experts(models, engine):
     expected = generate(engine(model), prompts(700, 300))
     assert generate(engine(model, KEEP_ALL, max_num_batched_tokens=222), prompts(700, 300)) == expected
     assert counters()["sparse_tokens"] > 900
+
+
+FORMS = {"sinks": torch.tensor([5.0, 8.0, -1.0, 6.0]), "logits_soft_cap": 0.5}  # what vLLM calls them
+OURS = {"sinks": "stem_sinks", "logits_soft_cap": "stem_softcap"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_other_forms(form, llama, expected, engine, monkeypatch):
+    engines = engine(llama), engine(llama, KEEP_ALL, max_num_batched_tokens=97)
+    for llm in engines:
+        for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values():
+            for name in (form, OURS[form]):
+                monkeypatch.setattr(layer.impl, name, FORMS[form], raising=False)
+    host, stem = (generate(llm, prompts(*LENGTHS)) for llm in engines)
+    assert stem == host != expected
+    assert counters()["sparse_tokens"] > 2000
+
+
+def test_gemma2(models, engine, calls):
+    model = models("Gemma2Config", num_hidden_layers=3, sliding_window=96, attn_logit_softcapping=2.0, query_pre_attn_scalar=1)
+    tokens = generate(engine(model), prompts(700, 300))
+    assert generate(engine(model, KEEP_ALL, max_num_batched_tokens=222), prompts(700, 300)) == tokens
+    assert counters()["sparse_tokens"] > 900
+    assert {call.softcap for call in calls} == {2.0}
+
+
+def test_gpt_oss(models, engine, calls):
+    destroy_model_parallel()
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    fields = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 96, "layer_types": kinds}
+    model = models("GptOssConfig", num_hidden_layers=3, **fields)
+    tokens = generate(engine(model), prompts(700, 300))
+    assert generate(engine(model, KEEP_ALL, max_num_batched_tokens=222), prompts(700, 300)) == tokens
+    assert counters()["sparse_tokens"] > 900
+    assert all(call.sinks.shape == (4,) and call.sinks.any() for call in calls)
 
 
 def test_rows_out_of_order_are_gathered(llama, expected, engine, monkeypatch):

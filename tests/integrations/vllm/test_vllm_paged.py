@@ -66,6 +66,30 @@ def test_a_chunk_is_read_from_scrambled_pages(backend, layout):
     assert not output[7 + q_len :].any()
 
 
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cache_and_queries_of_fp8_are_read_with_their_scales(backend, by_head):
+    torch.manual_seed(0)
+    fp8, length, policy = torch.float8_e4m3fn, 300, Stem(block_size=32, stride=8, tail_blocks=1)
+    scales = torch.tensor([0.01, 0.02] if by_head else 0.01)
+    query, keys, values = (torch.randn(length, heads, DIM).mul(100).to(fp8) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    pages = torch.randperm(64)[:32]
+    cache = paged(keys.float(), values.float(), pages, "NHD").nan_to_num().to(fp8).view(torch.uint8)
+    with set_current_vllm_config(VllmConfig()):
+        impl = backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, None, "auto")
+    impl.policy = policy
+    layer = SimpleNamespace(kv_cache_dtype="fp8", _q_scale=scales, _k_scale=scales * 2, _v_scale=scales * 3)
+    output = torch.zeros(length, HEADS, DIM, dtype=torch.bfloat16)
+    rows = SparseRows.of([Row(length, length, length)], [0], pages[None].int(), policy)
+    impl.forward(layer, query, None, None, cache, SimpleNamespace(stem_plan=Plan(rows, None)), output)
+    per_query = scales.expand(KV_HEADS).repeat_interleave(HEADS // KV_HEADS)
+    whole = (query, per_query), (keys, scales * 2), (values, scales * 3)
+    q, k, v = ((x.float() * scale.view(-1, 1)).bfloat16()[None] for x, scale in whole)
+    expected = stem_attention(q, k, v, policy=policy, dense_below=0)[0]
+    torch.testing.assert_close(output, expected, atol=0.02, rtol=0.02)
+    assert expected.float().std() > 0.05
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_vllm_reads_off_the_backend(backend):
     builder = backend.get_builder_cls()

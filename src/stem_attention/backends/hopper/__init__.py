@@ -1,8 +1,11 @@
 """The attention kernel for Hopper in Gluon, Triton's lower-level language; selection is the Triton backend's."""
 
 import torch
+from torch import Tensor
 
 from stem_attention.backends.triton.backend import BLOCK_SIZES, AttentionKernel, TritonBackend
+from stem_attention.backends.triton.layout import LEAST_BOX
+from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call
 
 __all__ = ["BLOCK_SIZES", "HEAD_DIMS", "HopperBackend"]
@@ -17,7 +20,7 @@ class HopperBackend(TritonBackend):
     """
 
     name = "hopper"
-    caveat = "addresses and strides that are no multiple of 16 bytes, and pages of no multiple of 16 tokens, run portably"
+    caveat = "addresses and strides that are no multiple of 16 bytes run portably"
     # H200: at 8192 tokens the whole call beats cuDNN 2.19x (32/8/128), 2.09x (32/8/64), 1.62x (8/4/256); at 4096 1.28x
     # (32/8/128), but there it keeps the host longer than the GPU.
     crossover = 8192
@@ -28,6 +31,18 @@ class HopperBackend(TritonBackend):
         """Say why a GPU will not do; None for compute capability 9.0."""
         fits = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
         return None if fits else "it needs compute capability 9.0 (Hopper)"
+
+    def value_obstacle(self, value_dim: int) -> str | None:
+        """Say that values must have the dimension of keys."""
+        return f"value_dim must be head_dim, not {value_dim}"
+
+    def fused(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Select and attend; keys in pages that the copy engine does not take are packed first."""
+        if call.paged and call.k.shape[1] % LEAST_BOX:
+            from stem_attention.backends.triton.packing import packed
+
+            call = call.with_packed(*packed(call, Launches()))
+        return super().fused(call)
 
     def kernel(self, call: Call) -> AttentionKernel:
         """Return the Hopper kernel's launch, or the portable one's where the copy engine will not do."""

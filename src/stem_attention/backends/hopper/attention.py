@@ -1,6 +1,5 @@
 """Launch of the Hopper attention kernel: its choices of tiles, ring depths and programs per multiprocessor, and its start."""
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,14 +9,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stem_attention.backends.hopper.kernel import attention_kernel
-from stem_attention.backends.triton.attention import lse_strides, positive_scale
-from stem_attention.backends.triton.layout import Layout, describable
+from stem_attention.backends.triton.attention import in_base_two, lse_strides, positive_scale
+from stem_attention.backends.triton.layout import LEAST_BOX, Layout, describable
 from stem_attention.backends.triton.program import Launches
 from stem_attention.backends.triton.tables import kept_per_stream
 from stem_attention.call import Call
 
 _LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
-_LEAST_BOX = 16  # keys
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,9 @@ LAUNCHES = {
 
 
 def can_copy(call: Call) -> bool:
-    """Tell whether the copy engine takes a call's tensors: 16-byte aligned, and pages of whole boxes of 16 keys."""
+    """Tell whether the copy engine takes a call's tensors: 16-byte aligned, and pages of whole boxes of 32 keys."""
     tensors = (call.q, call.k, call.v) if call.out is None else (call.q, call.k, call.v, call.out)
-    return all(describable(x) for x in tensors) and (not call.paged or call.k.shape[1] % _LEAST_BOX == 0)
+    return all(describable(x) for x in tensors) and (not call.paged or call.k.shape[1] % LEAST_BOX == 0)
 
 
 def attend(
@@ -73,7 +71,7 @@ def attend(
     band = max(1, min(resident // layout.group, rows - heavy))
     tickets = batch * heads * (heavy + -(-(rows - heavy) // band) * band)
     # The copy engine fetches a tile in boxes that lie in one page and in one block.
-    box = next(box for box in (128, 64, 32, _LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
+    box = next(box for box in (128, 64, LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
     queue = _queue(q.device)
     launches.keep(queue)
     columns = dim if box == choice.tile else 64
@@ -81,9 +79,9 @@ def attend(
     launches.start(
         attention_kernel, (min(tickets, resident),),
         _tiles(q4, 64, dim), _tiles(k4, box, columns), _tiles(v4, box, columns), _tiles(o4, 64, dim), out, lse,
-        indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3], *lse_strides(call, lse),
-        layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band, indices.shape[3],
-        tickets, layout.group, scale * math.log2(math.e),
+        call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3],
+        *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band,
+        indices.shape[3], tickets, layout.group, *in_base_two(scale, call.softcap),
         WGS=block_size // 64, BN=choice.tile, D=dim, KS=choice.key_slots, VS=choice.value_slots, PAGE=page,
         RAGGED=layout.packed, LSE=call.return_lse, BOX=box, QREG=choice.queries_in_registers,
         num_warps=4, **options,

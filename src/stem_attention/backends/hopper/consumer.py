@@ -27,6 +27,12 @@ def _weights(scores, scale, m, HELD: gl.constexpr):
 
 
 @gluon.jit
+def _bounded(scores, steepness):
+    """Scores under a soft cap, which is the scale then: products become their hyperbolic tangent."""
+    return scores if steepness is None else 1.0 - 2.0 / (gl.exp2(scores * (steepness * 2.8853900817779268)) + 1.0)
+
+
+@gluon.jit
 def _grown(total, shrink, sums):
     return total * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
 
@@ -69,7 +75,7 @@ def _store_rows(staging, out, stride_s, stride_h, z, head, q_first, first, q_len
 
 
 @gluon.jit
-def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
+def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
           BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
     """Scores of the ``t``-th tile beside the weighted values of the one before, then softmax while the values still run.
 
@@ -77,6 +83,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr
     are the sequence's keys from the tile's first on.
     """
     _, k_s, v_s, _, k_full, v_full, k_empty, v_empty, _, _, turns = shared
+    scale, steepness = scales
     scores_layout: gl.constexpr = blank.type.layout
     out_layout: gl.constexpr = acc.type.layout
     before = (t - 1) % VS
@@ -92,6 +99,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr
         mbarrier.arrive(turns.index(1 - w), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(s), count=1)
+    scores = _bounded(scores, steepness)
     if SUB > 0:
         scores = _masked(scores, SUB * BN, w, BN, scores_layout)
     p, m, shrink, sums = _weights(scores, scale, m, p.dtype)
@@ -107,15 +115,16 @@ def _step(t, q, p, m, total, acc, blank, shared, scale, present, w: gl.constexpr
 
 
 @gluon.jit
-def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr,
+def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr,
               D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
               QREG: gl.constexpr):  # fmt: skip
     B: gl.constexpr = 64 * WGS
     SUB: gl.constexpr = B // BN if BN < B else 1
     _, _, _, o_tiles = tiles
+    scale, steepness = scales
     q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns = shared
     _, counts, width, tickets, _ = lists
-    out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h = results
+    out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h, sinks = results
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
@@ -141,7 +150,11 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
                 q = q.load(q_layout)
             n += 1
             acc = gl.zeros([64, D], gl.float32, out_layout)
-            m = gl.full([64], -float("inf"), gl.float32, row_layout)
+            # A sink is a score without a value: the maximum begins with it, and its weight joins the sum at the end.
+            sink = -float("inf")
+            if sinks is not None:
+                sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
+            m = gl.full([64], sink, gl.float32, row_layout)
 
             # The diagonal block, peeled: its first tile has no values before it to weigh. A tile of two blocks has it behind
             # the other; where the list is odd, it is there twice, and the second is masked.
@@ -157,6 +170,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
                 mbarrier.arrive(turns.index(1 - w), count=1)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(s), count=1)
+            scores = _bounded(scores, steepness)
             p, m, _, total = _weights(_masked(scores, -diagonal, w, BN, scores_layout), scale, m, held)
             present = kv_len - block * B
             if BN > B:
@@ -165,11 +179,11 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
                 _clear_tail(t, v_s, v_full, present, BN, D, VS)
             t += 1
             for sub in gl.static_range(1, SUB):
-                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scale, present - sub * BN,
+                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present - sub * BN,
                                          w, sub, WGS, BN, D, KS, VS, RAGGED)  # fmt: skip
                 t += 1
             for _ in range(SUB, steps):
-                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scale, present,
+                p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present,
                                          w, 0, WGS, BN, D, KS, VS, RAGGED)  # fmt: skip
                 t += 1
 
@@ -178,6 +192,8 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
             mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
             acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
             row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
+            if sinks is not None:
+                row_total += gl.exp2(sink - m)
             positions = block * B + w * 64 + gl.arange(0, 64, layout=row_layout)
             if LSE:
                 rows = (q_first + positions - start).to(gl.int64)
@@ -215,16 +231,16 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scale, WGS:
 
 
 @gluon.jit
-def first_consumer(tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+def first_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
                    KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
                    QREG: gl.constexpr):  # fmt: skip
     """Rows 0 to 63 of every block."""
-    _consumer(0, tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)
+    _consumer(0, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)
 
 
 @gluon.jit
-def second_consumer(tiles, shared, batch, lists, results, scale, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+def second_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
                     KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
                     QREG: gl.constexpr):  # fmt: skip
     """Rows 64 to 127."""
-    _consumer(1, tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)
+    _consumer(1, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)

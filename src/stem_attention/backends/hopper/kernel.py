@@ -30,13 +30,13 @@ def _barriers(number: gl.constexpr, count: gl.constexpr):
                        "page_count", "table_stride", "lse_stride_b", "lse_stride_h"]
 )  # fmt: skip
 def attention_kernel(
-    q_tiles, k_tiles, v_tiles, o_tiles, out, lse, indices, counts, cu_q, cu_k, page_table, queue,
+    q_tiles, k_tiles, v_tiles, o_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table, queue,
     o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, page_count,
-    q_len, kv_len, sequences, heads, rows, heavy, band, width, tickets, group, scale,
+    q_len, kv_len, sequences, heads, rows, heavy, band, width, tickets, group, scale, steepness,
     WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr,
     RAGGED: gl.constexpr, LSE: gl.constexpr, BOX: gl.constexpr, QREG: gl.constexpr,
 ):  # fmt: skip
-    """``scale`` is the softmax scale times log2(e). See ``attention.py`` for the shapes."""
+    """``sinks`` are ``(heads,)`` or None, ``scale`` and ``steepness`` as the portable kernel has them; see ``attention.py``."""
     dtype: gl.constexpr = q_tiles.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(dtype, [WGS, 64, D], tile_layout)
@@ -64,16 +64,17 @@ def attention_kernel(
     batch = (cu_q, cu_k, q_len, kv_len, sequences, heads, rows, heavy, band)
     lists = (indices, counts, width, tickets, group)
     pages = (page_table, table_stride, page_count)
-    results = (out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h)
+    scales = (scale, steepness)
+    results = (out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h, sinks)
     # Triton keeps constants constant only where they are arguments of the call itself.
     if WGS == 2:
         gl.warp_specialize([
-            (first_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
-            (second_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
+            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
+            (second_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
             (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (first_consumer, (tiles, shared, batch, lists, results, scale, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
+            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
             (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX)),
         ], [1], [24])  # fmt: skip

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from stem_attention.backends.base import Backend, Request
+from stem_attention.backends.base import Backend, Request, Results
+from stem_attention.backends.kept import unpack
 from stem_attention.backends.reference.attention import attend
 from stem_attention.backends.reference.mass import select_by_mass
 from stem_attention.backends.reference.select import select_by_score
 from stem_attention.call import Call
-from stem_attention.policies.base import Policy
+from stem_attention.policies.base import Policy, softcap_for
 from stem_attention.policies.mass import Mass
 from stem_attention.policies.stem import Stem
 from stem_attention.selection import BlockSelection
@@ -27,6 +29,10 @@ class ReferenceBackend(Backend):
         """It runs everything that torch runs."""
         return None
 
+    def only_by_name(self, request: Request) -> str | None:
+        """It judges the others."""
+        return "the oracle, only by name"
+
     def chooser(self, policy: Policy) -> Callable[..., object]:
         return _TWINS.get(type(policy)) or super().chooser(policy)
 
@@ -34,10 +40,21 @@ class ReferenceBackend(Backend):
         """Score every antidiagonal of every block pair, or estimate every pool's attention; other policies as they are."""
         twin = _TWINS.get(type(call.policy))
         if twin is None:
-            return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len)
-        return twin(call.q, call.k, call.v, call.policy, call.scale, call.prompt_len)
+            told = softcap_for(type(call.policy).__call__, call.softcap)
+            return call.policy(call.q, call.k, call.v, scale=call.scale, prompt_len=call.prompt_len, **told)
+        return twin(call.q, call.k, call.v, call.policy, call.scale, call.prompt_len, call.softcap)
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Take a masked softmax, one query block at a time."""
-        out, lse = attend(call.q, call.k, call.v, selection, call.scale)
+        out, lse = attend(call.q, call.k, call.v, selection, call.scale, call.sinks, call.softcap)
         return out, lse if call.return_lse else lse.new_empty(0)
+
+    def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the attention again, and let torch differentiate it."""
+        if call.batch is not None:
+            return super().backward(call, kept, results, d_results)
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
+            again = attend(q, k, v, unpack(kept, call.grid), call.scale, call.sinks)
+        d_q, d_k, d_v = torch.autograd.grad(again, (q, k, v), d_results)
+        return d_q, d_k, d_v

@@ -10,7 +10,9 @@ from stem_attention.policies.stem import Stem
 from stem_attention.selection import BlockSelection
 
 
-def select_by_score(q: Tensor, k: Tensor, v: Tensor, policy: Stem, scale: float, prompt_len: int) -> BlockSelection:
+def select_by_score(
+    q: Tensor, k: Tensor, v: Tensor, policy: Stem, scale: float, prompt_len: int, softcap: float | None = None
+) -> BlockSelection:
     """Choose blocks row by row. fp64 inputs are scored in fp64, all others in fp32."""
     batch, q_len, q_heads, _ = q.shape
     kv_len, group, size = k.shape[1], q.shape[2] // k.shape[2], policy.block_size
@@ -19,18 +21,18 @@ def select_by_score(q: Tensor, k: Tensor, v: Tensor, policy: Stem, scale: float,
 
     def choose_head(q: Tensor, k: Tensor, v: Tensor) -> list[list[int]]:
         magnitude = policy.beta * block_magnitude(v, policy)
-        scores = (block_scores(q, k, row, policy, scale) + magnitude[: row + 1] for row in rows)
+        scores = (block_scores(q, k, row, policy, scale, softcap) + magnitude[: row + 1] for row in rows)
         return [choose_row(of_row, row, num_blocks, policy) for row, of_row in zip(rows, scores, strict=True)]
 
     lists = [[choose_head(q[b, :, h], k[b, :, h // group], v[b, :, h // group]) for h in range(q_heads)] for b in range(batch)]
     return BlockSelection.from_lists(lists, block_size=size, q_len=q_len, kv_len=kv_len, device=q.device)
 
 
-def block_scores(q: Tensor, k: Tensor, row: int, policy: Stem, scale: float) -> Tensor:
+def block_scores(q: Tensor, k: Tensor, row: int, policy: Stem, scale: float, softcap: float | None = None) -> Tensor:
     """``route[I, J]`` for ``J <= I``: the mean of the block pair's strided antidiagonals.
 
     The factorised sum of section 3 pairs query ``I*B + a*s + (s-1-t)`` with key ``J*B + b*s + t`` for all a, b, t. Those
-    are exactly the pairs whose offsets in their blocks add up to ``s - 1`` modulo ``s``.
+    are exactly the pairs whose offsets in their blocks add up to ``s - 1`` modulo ``s``. A soft cap bounds the mean.
     """
     size, s, dtype = policy.block_size, policy.stride, accumulator_dtype(q)
     start = len(k) - len(q)
@@ -39,7 +41,8 @@ def block_scores(q: Tensor, k: Tensor, row: int, policy: Stem, scale: float) -> 
     products = q[rows - start].to(dtype) @ k[keys].to(dtype).T
     on_antidiagonal = (rows[:, None] % size + keys % size) % s == s - 1
     per_block = torch.stack([part.sum() for part in torch.split(products * on_antidiagonal, size, dim=1)])
-    return scale / (len(rows) * (size // s)) * per_block
+    route = scale / (len(rows) * (size // s)) * per_block
+    return route if softcap is None else softcap * (route / softcap).tanh()
 
 
 def block_magnitude(v: Tensor, policy: Stem) -> Tensor:

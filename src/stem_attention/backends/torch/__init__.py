@@ -2,9 +2,12 @@
 
 from torch import Tensor
 
-from stem_attention.backends.base import Backend, Request
+from stem_attention.backends.base import Backend, Request, Results
+from stem_attention.backends.kept import unpack
 from stem_attention.backends.torch.attention import attend
+from stem_attention.backends.torch.backward import gradients
 from stem_attention.call import Call
+from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 
@@ -19,4 +22,13 @@ class TorchBackend(Backend):
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Gather the kept blocks of each row and multiply."""
-        return attend(call.q, call.k, call.v, selection, call.scale, call.return_lse)
+        return attend(call.q, call.k, call.v, selection, call.scale, call.return_lse, call.sinks, call.softcap)
+
+    def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
+        """Gather the kept blocks of each row again, and add what each row says of their keys and values."""
+        if call.batch is not None:
+            return super().backward(call, kept, results, d_results)
+        (out, lse), (d_out, d_lse) = results, d_results
+        dtype = accumulator_dtype(out)
+        delta = (out.to(dtype) * d_out.to(dtype)).sum(-1).transpose(1, 2) - d_lse
+        return gradients(call.q, call.k, call.v, unpack(kept, call.grid), lse, d_out, delta, call.scale)

@@ -39,7 +39,16 @@ class _Scratch(threading.local):
         return self._flat[name][:size].view(shape)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    return_lse: bool,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``, ``lse`` empty unless asked for; fp64 inputs are computed in fp64, all others in fp32."""
     (batch, q_len, heads, _), kv_heads = q.shape, k.shape[2]
     out = q.new_empty((batch, q_len, heads, v.shape[3]))
@@ -52,13 +61,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: fl
         own = slice(g * heads // kv_heads, (g + 1) * heads // kv_heads)
         lists = selection.indices[b, own].flatten(0, 1)[order[b, g]]
         tensors = q[b : b + 1, :, own], k[b : b + 1, :, g : g + 1], v[b : b + 1, :, g : g + 1], out[b, :, own]
-        _attend_group(*tensors, lse[b, own] if return_lse else None, order[b, g], lists, lengths[b][g], selection.grid, scale)
+        mine = lse[b, own] if return_lse else None, None if sinks is None else sinks[own]
+        _attend_group(*tensors, *mine, order[b, g], lists, lengths[b][g], selection.grid, scale, softcap)
     return out, lse
 
 
 def _attend_group(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, order: Tensor, lists: Tensor, counts: list[int],
-    grid: BlockGrid, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None, order: Tensor, lists: Tensor,
+    counts: list[int], grid: BlockGrid, scale: float, softcap: float | None,
 ) -> None:  # fmt: skip
     """Fill ``out (q_len, heads, dim)`` and ``lse (heads, q_len)`` for the query heads of one kv head of a sequence.
 
@@ -71,7 +81,7 @@ def _attend_group(
     # [blocks, size, dim]: a kept one is one run.
     keys, values = (runs(x, 0, size, size)[0, :, :, 0].to(dtype).contiguous() for x in (k, v))
     results = queries.new_empty((*queries.shape[:2], values.shape[2]))
-    norms = None if lse is None else queries.new_empty(queries.shape[:2])
+    norms = None if lse is None and sinks is None else queries.new_empty(queries.shape[:2])
     future = torch.ones((size, size), dtype=torch.bool, device=q.device).triu(1)
     scratch = _Scratch(keys)
 
@@ -84,6 +94,8 @@ def _attend_group(
             for name, x in (("keys", keys), ("values", values))
         )
         scores = torch.bmm(queries[rows], kept_k.mT, out=scratch.take("scores", len(rows), size, tokens))
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
         scores[..., -size:].masked_fill_(future, -torch.inf)
         peak = None if norms is None else scores.amax(-1)
         weights = torch.softmax(scores, -1, out=scores)
@@ -91,17 +103,23 @@ def _attend_group(
         if norms is not None and peak is not None:  # the largest weight is exp(peak - lse): no second pass of exponentials
             norms.index_copy_(0, rows, peak - weights.amax(-1).log())
 
-    most = _WORKSPACE // (size * (size + keys.shape[2] + values.shape[2]))
-    run_all(attend_unit, list(_units(counts, most)), q.device)
+    run_all(attend_unit, list(query_units(counts, size, keys.shape[2] + values.shape[2])), q.device)
+    if sinks is not None and norms is not None:
+        logits = sinks.to(dtype).repeat_interleave(grid.rows)[:, None]
+        results *= torch.sigmoid(norms - logits)[..., None]  # the keys' part of a softmax that the sink takes part in
+        norms = torch.logaddexp(norms, logits)
     inside = slice(before, before + grid.q_len)
     out.copy_(torch.unflatten(results, 0, (heads, -1)).flatten(1, 2)[:, inside].transpose(0, 1))
     if lse is not None and norms is not None:
         lse.copy_(torch.unflatten(norms, 0, (heads, -1)).flatten(1, 2)[:, inside])
 
 
-def _units(counts: Sequence[int], most: int) -> Iterator[tuple[slice, int]]:
-    """Split the sorted ``counts`` into runs of equal ones, of at most ``most`` blocks together."""
-    first = 0
+def query_units(counts: Sequence[int], size: int, dims: int) -> Iterator[tuple[slice, int]]:
+    """Split the sorted ``counts`` into runs of equal ones, as many as the workspace has room for.
+
+    A kept block has ``size`` keys and values, of ``dims`` numbers together, and as many scores for each of ``size`` queries.
+    """
+    first, most = 0, _WORKSPACE // (size * (size + dims))
     for count, run in groupby(counts):
         end, step = first + sum(1 for _ in run), max(1, most // max(count, 1))
         yield from ((slice(at, min(at + step, end)), count) for at in range(first, end, step))

@@ -13,6 +13,7 @@ from stem_attention.backends.triton.layout import Layout, describable
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call
 
+_LOG2E = math.log2(math.e)
 _LEAST_SCALE = torch.finfo(torch.float32).smallest_normal
 
 
@@ -35,23 +36,25 @@ def attend(
     if layout.rows == 0:
         return out, lse
     q4, k4, v4, o4 = (x[None] if x.dim() == 3 else x for x in (q, call.k, call.v, out))
-    heads, dim, rows, page = layout.heads, layout.dim, layout.rows, layout.page
-    card = architecture(q.device)
-    choice = attention_launch(card, dim, block_size)
-    padded_dim = triton.next_power_of_2(dim)
+    heads, dim, value_dim, rows, page = layout.heads, layout.dim, layout.value_dim, layout.rows, layout.page
+    card, larger = architecture(q.device), max(layout.dim, layout.value_dim)
+    choice = attention_launch(card, larger, block_size)
+    padded, padded_value = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
     tma = choice.tma and has_tma(card) and all(describable(x) for x in (k4, v4)) and (page == 0 or page % choice.tile == 0)
     if choice.tma and not tma:
-        choice = attention_launch(card, dim, block_size, descriptors=False)
+        choice = attention_launch(card, larger, block_size, descriptors=False)
     k_tiles, v_tiles = (
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, choice.tile, 1, padded_dim]) if tma else None for x in (k4, v4)
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, choice.tile, 1, width]) if tma else None
+        for x, width in ((k4, padded), (v4, padded_value))
     )
     launches.start(
         attention_kernel, (rows * heads, layout.batch),
-        q4, k4, v4, k_tiles, v_tiles, o4, lse, indices, counts, layout.cu_q, layout.cu_k, layout.page_table,
+        q4, k4, v4, k_tiles, v_tiles, o4, lse, call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table,
         *q4.stride()[:3], *k4.stride()[:3], *v4.stride()[:3], *o4.stride()[:3], *lse_strides(call, lse), layout.table_stride,
-        k4.shape[0], layout.q_len, layout.kv_len, heads, rows, min(heavy, rows), indices.shape[3], scale * math.log2(math.e),
-        G=layout.group, B=block_size, BN=choice.tile, D=dim, BD=padded_dim, PAGE=page, RAGGED=layout.packed, TMA=tma,
-        LSE=call.return_lse, num_warps=choice.warps, num_stages=choice.stages,
+        k4.shape[0], layout.q_len, layout.kv_len, heads, rows, min(heavy, rows), indices.shape[3],
+        *in_base_two(scale, call.softcap),
+        G=layout.group, B=block_size, BN=choice.tile, D=dim, BD=padded, DV=value_dim, BDV=padded_value, PAGE=page,
+        RAGGED=layout.packed, TMA=tma, LSE=call.return_lse, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
     return out, lse
 
@@ -61,6 +64,11 @@ def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale >= _LEAST_SCALE:
         return q, scale
     return (q * -1.0, -scale) if scale <= -_LEAST_SCALE else (q * 0.0, 1.0)
+
+
+def in_base_two(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Return what kernels multiply the products of queries and keys by, and under a soft cap what they do so before tanh."""
+    return (scale * _LOG2E, None) if softcap is None else (softcap * _LOG2E, scale / softcap)
 
 
 def lse_strides(call: Call, lse: Tensor) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Tile: the whole query block against ``BN`` keys. Only the diagonal block, the last of its list, is masked. Online softmax
 in base 2 with the scale folded in, fp32 accumulation. Keys and values come by tensor descriptors (TMA) where card and
-strides allow, else through pointers. Long rows start first.
+strides allow, else through pointers. Long rows start first. A head's sink, a score without a value, joins the sum at the end.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from stem_attention.backends.triton.geometry import key_rows, key_span, query_span
+from stem_attention.backends.triton.softcap import tanh
 
 
 @triton.jit
@@ -61,14 +62,14 @@ def _softmax_step(scores, scale, m, total, acc):
     do_not_specialize=["lse_stride_b", "lse_stride_h", "table_stride", "pages", "q_len", "kv_len", "rows", "heavy", "width"]
 )
 def attention_kernel(
-    q, k, v, k_tiles, v_tiles, out, lse, indices, counts, cu_q, cu_k, page_table,
+    q, k, v, k_tiles, v_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     o_stride_b, o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, pages,
-    q_len, kv_len, heads, rows, heavy, width, scale,
-    G: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
-    RAGGED: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
+    q_len, kv_len, heads, rows, heavy, width, scale, steepness,
+    G: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
+    BDV: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """``scale`` is the softmax scale times log2(e). See the module docstring and ``attention.py`` for the shapes."""
+    """``sinks`` are ``(heads,)`` or None, ``scale`` and ``steepness`` those of :func:`attention.in_base_two`."""
     pid, z = tl.program_id(0), tl.program_id(1)
     # Dense tail rows are many times longer than the others: those of all heads start first. The rest go head by head, so
     # that programs running together read the same keys and values. Rows count from each sequence's end.
@@ -106,7 +107,7 @@ def attention_kernel(
     count = block + 1 if whole else tl.minimum(count, width)
     m = tl.full([B], -float("inf"), tl.float32)
     total = tl.zeros([B], tl.float32)
-    acc = tl.zeros([B, BD], tl.float32)
+    acc = tl.zeros([B, BDV], tl.float32)
     SUB: tl.constexpr = B // BN
     # Where the copy engine would read a neighbour's values behind a sequence's end (a zero weight times NaN is NaN), the
     # diagonal block gets a loop of its own, through pointers. Elsewhere a branch costs less than a second loop.
@@ -123,6 +124,8 @@ def attention_kernel(
             k_tile = _gathered_tile(k, k_stride_b, k_stride_s, k_stride_h, z, kv_head, k_first, position, kv_len, page_table,
                                     table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
         scores = tl.dot(q_tile, k_tile.T)
+        if steepness is not None:
+            scores = tanh(scores * steepness)
         if PEEL:
             pass
         elif entry == count - 1:
@@ -130,10 +133,10 @@ def attention_kernel(
         p, m, total, acc = _softmax_step(scores, scale, m, total, acc)
         if TMA:
             v_tile = _copied_tile(v_tiles, z, kv_head, k_first, position, kv_len, page_table, table_stride, pages,
-                                  BN, BD, PAGE, RAGGED)  # fmt: skip
+                                  BN, BDV, PAGE, RAGGED)  # fmt: skip
         else:
             v_tile = _gathered_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
-                                    table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
+                                    table_stride, pages, BN, DV, BDV, PAGE, RAGGED)  # fmt: skip
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
     if PEEL:
         for t in range(0, SUB):
@@ -141,15 +144,23 @@ def attention_kernel(
             k_tile = _gathered_tile(k, k_stride_b, k_stride_s, k_stride_h, z, kv_head, k_first, position, kv_len, page_table,
                                     table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
             scores = tl.dot(q_tile, k_tile.T)
+            if steepness is not None:
+                scores = tanh(scores * steepness)
             scores = tl.where(positions[:, None] >= position + tl.arange(0, BN), scores, -float("inf"))
             p, m, total, acc = _softmax_step(scores, scale, m, total, acc)
             v_tile = _gathered_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
-                                    table_stride, pages, BN, D, BD, PAGE, RAGGED)  # fmt: skip
+                                    table_stride, pages, BN, DV, BDV, PAGE, RAGGED)  # fmt: skip
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
 
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        new_m = tl.maximum(m, sink)
+        shrink = tl.math.exp2(m - new_m)
+        m, total, acc = new_m, total * shrink + tl.math.exp2(sink - new_m), acc * shrink[:, None]
     acc = acc / total[:, None]
     o_rows = o_base + q_rows[:, None] * o_stride_s + head.to(tl.int64) * o_stride_h
-    tl.store(o_rows + dims, acc.to(out.dtype.element_ty), mask=q_mask)
+    dims = tl.arange(0, BDV)
+    tl.store(o_rows + dims, acc.to(out.dtype.element_ty), mask=present[:, None] & (dims < DV)[None, :])
     if LSE:
         tl.store(
             lse_base + head.to(tl.int64) * lse_stride_h + q_rows, (m + tl.math.log2(total)) * 0.6931471805599453, mask=present

@@ -1,6 +1,7 @@
 """The Triton backend: selection on the device, and attention right behind it, without waiting for either."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -9,7 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from stem_attention.backends.base import Backend, Request, qualified
+from stem_attention.backends.base import Backend, Request, Results, qualified
+from stem_attention.backends.kept import kept_shape
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.pieces import pieces
 from stem_attention.backends.triton.program import Launches, Program, current_stream, form_of, repeatable
@@ -74,9 +76,15 @@ class TritonBackend(Backend):
             return obstacle
         if request.head_dim not in self.head_dims:
             return f"head_dim must be {self.head_dims_said}, not {request.head_dim}"
+        if request.value_dim is not None and (obstacle := self.value_obstacle(request.value_dim)) is not None:
+            return obstacle
         if request.block_size not in BLOCK_SIZES:
             return f"block_size must be 64 or 128, not {request.block_size}"
         return None
+
+    def value_obstacle(self, value_dim: int) -> str | None:
+        """Say why values of another dimension than keys will not do; None when they will."""
+        return None if value_dim in HEAD_DIMS else f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
 
     def card_obstacle(self, device: torch.device) -> str | None:
         """Say why a GPU will not do; None when it will: cards since Ampere, or with ROCm."""
@@ -168,6 +176,55 @@ class TritonBackend(Backend):
                 programs.clear()
             programs[form] = program
         return out, lse
+
+    def attend_kept(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the attention kernel, and turn the lists into bits on the device."""
+        _check_grid(call)
+        indices, counts, size = selection.indices.contiguous(), selection.counts.contiguous(), selection.block_size
+        launches = Launches()
+        layout = Layout.of(call, size, launches)
+        return self._attend_kept(replace(call, return_lse=True), layout, indices, counts, 0, launches)
+
+    def forward_kept(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Select and attend back to back as :meth:`fused` does. Nothing is recorded: a step's other work hides the host's."""
+        call = replace(call, return_lse=True)
+        parts = pieces(call)
+        if self.runner(call) != self.fused or (call.batch is not None and len(parts) > 1):
+            return super().forward_kept(call)
+        _check_grid(call)
+        size, limit, selector = call.policy.block_size, self.dense_limit(call.dense_below), self.selector(call.policy)
+        assert selector is not None  # or another method would be the runner
+        out, lse = call.empty_results()
+        kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
+        for part, queries in parts:
+            launches = Launches()
+            layout = Layout.of(part, size, launches)
+            indices, counts = selector(part, layout, limit, True, launches)
+            found = self._attend_kept(part, layout, indices, counts, call.policy.tail_blocks, launches)
+            if len(parts) == 1:
+                return found
+            row, (_, _, rows, words) = part.grid.first_row - call.grid.first_row, found[2].shape
+            out[queries], lse[(slice(None), *queries)] = found[:2]
+            kept[:, :, row : row + rows, :words] = found[2]
+        return out, lse, kept
+
+    def _attend_kept(
+        self, call: Call, layout: Layout, indices: Tensor, counts: Tensor, heavy: int, launches: Launches
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from stem_attention.backends.triton.kept import pack
+
+        size = call.policy.block_size
+        out, lse = self.kernel(call)(call, layout, indices, counts, size, heavy, launches)
+        kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
+        pack(layout, indices, counts, size, kept, launches)
+        return out, lse, kept
+
+    def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the gradient's kernels, a packed batch in one launch of each."""
+        from stem_attention.backends.triton.backward import backward
+
+        _check_grid(call)
+        return backward(call, kept, results, d_results, Launches())
 
 
 def _check_grid(call: Call) -> None:

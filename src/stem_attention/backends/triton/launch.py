@@ -34,6 +34,22 @@ class TileLaunch:
     inner: int = 0
 
 
+@dataclass(frozen=True)
+class BackwardLaunch:
+    """Tokens of a block that a program of the gradient owns, tokens that it reads in a step, and as in :class:`Launch`."""
+
+    own: int
+    tile: int
+    warps: int
+    stages: int
+    tma: bool
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return the compiler's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
 @cache
 def _table(kernel: str) -> dict[str, Any]:
     table: dict[str, Any] = json.loads(files(__package__).joinpath("launch.json").read_text())[kernel]
@@ -75,12 +91,25 @@ def _nearest(table: dict[str, Any], name: str) -> Any:
 @cache
 def attention_launch(name: str, head_dim: int, block_size: int, descriptors: bool = True) -> Launch:
     """Choose for the attention kernel on an architecture, with tensor descriptors or where none will do."""
-    nearest = _nearest(_table("attention"), name)
+    best = _entry("attention", name, head_dim, block_size, descriptors)
+    return Launch(best["tile"], best["warps"], best["stages"], best["tma"])
+
+
+def _entry(kernel: str, name: str, head_dim: int, block_size: int, descriptors: bool) -> dict[str, Any]:
+    nearest = _nearest(_table(kernel), name)
     entries = [entry for entry in nearest if block_size % entry["tile"] == 0 and head_dim <= entry["max_head_dim"]]
     exact = [entry for entry in entries if entry["block_size"] == block_size] or entries
     usable = [entry for entry in exact if entry["tma"] == descriptors] or exact
-    best = min(usable, key=lambda entry: entry["max_head_dim"])
-    return Launch(best["tile"], best["warps"], best["stages"], best["tma"])
+    best: dict[str, Any] = min(usable, key=lambda entry: entry["max_head_dim"])
+    return best
+
+
+@cache
+def backward_launch(kernel: str, name: str, head_dim: int, block_size: int, descriptors: bool) -> BackwardLaunch:
+    """Choose for the ``"dq"`` or the ``"dkv"`` kernel; ``head_dim`` is the larger of those of keys and values."""
+    best = _entry(kernel, name, head_dim, block_size, descriptors)
+    tma = descriptors and best["tma"]
+    return BackwardLaunch(best["own"], best["tile"], best["warps"], best["stages"], tma)
 
 
 @cache

@@ -10,6 +10,7 @@ from stem_attention.backends.triton.program import Launches
 from stem_attention.blocks import BlockGrid, block_count
 from stem_attention.call import Call
 
+LEAST_BOX = 32  # keys of a page that the copy engine fetches at once: with 16, packing them first is faster
 WORKSPACE_BYTES = 128 << 20
 """Bytes that one run of query blocks may take in a selection."""
 
@@ -24,7 +25,8 @@ class Layout:
     batch: int  # sequences
     heads: int
     kv_heads: int
-    dim: int
+    dim: int  # of queries and keys
+    value_dim: int
     rows: int  # most query blocks of a sequence
     blocks: int  # most key blocks of a sequence
     first: int  # absolute query block of the first row
@@ -42,11 +44,22 @@ class Layout:
     def of(cls, call: Call, block_size: int, launches: Launches) -> Layout:
         """Build for blocks of ``block_size``; ``launches`` learns what tables of the batch kernels read."""
         q, k, batch = call.q, call.k, call.batch
-        (heads, dim), kv_heads = q.shape[-2:], k.shape[-2]
+        (heads, dim), (kv_heads, value_dim) = q.shape[-2:], call.v.shape[-2:]
         strides = [(0, *s[:2]) if len(s) == 3 else s[:3] for s in (x.stride() for x in (q, k, call.v))]
         if batch is None:
             grid = BlockGrid.of(q, k, block_size)
-            sizes = (q.shape[0], heads, kv_heads, dim, grid.rows, grid.key_blocks, grid.first_row, grid.q_len, grid.kv_len)
+            sizes = (
+                q.shape[0],
+                heads,
+                kv_heads,
+                dim,
+                value_dim,
+                grid.rows,
+                grid.key_blocks,
+                grid.first_row,
+                grid.q_len,
+                grid.kv_len,
+            )
             return cls(*sizes, None, None, None, 0, *strides)
         # A sequence may start inside a block.
         rows = block_count(batch.max_q - 1, block_size) + 1 if batch.max_q else 0
@@ -54,7 +67,8 @@ class Layout:
         tables = (batch.cu_q, batch.cu_k, batch.page_table)
         launches.keep(*tables)
         blocks = block_count(batch.max_k, block_size)
-        return cls(batch.sequences, heads, kv_heads, dim, rows, blocks, 0, 0, 0, *tables, page, *strides)
+        sizes = (batch.sequences, heads, kv_heads, dim, value_dim, rows, blocks, 0, 0, 0)
+        return cls(*sizes, *tables, page, *strides)
 
     @property
     def packed(self) -> bool:

@@ -15,6 +15,8 @@ from stem_attention.blocks import block_count
 from stem_attention.call import Call, PackedBatch, to_device
 from stem_attention.policies.mass import Mass
 
+_LOG2E = math.log2(math.e)
+
 
 def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool, launches: Launches) -> tuple[Tensor, Tensor]:
     """Choose the blocks that :class:`Mass` keeps; see :data:`stem_attention.backends.triton.backend.Selector`."""
@@ -42,7 +44,7 @@ def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool,
     # than its registers and shared memory do.
     tile_rows = max(tile.rows, per_row)
     tile_columns = max(min(tile.columns * 128 // max(128, padded), 32 * per_column), per_column)
-    factor = call.scale * math.log2(math.e)
+    factor, cap = call.scale * _LOG2E, None if call.softcap is None else call.softcap * _LOG2E
     step = layout.rows_at_once(per_row * dim * q.element_size(), tile_rows // per_row)
     shares = _head_shares(q.device, policy, heads) if policy.head_factors is not None else None
     launches.keep(shares, call.kept)
@@ -60,7 +62,7 @@ def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool,
         launches.start(
             keep_kernel, (triton.cdiv(rows, tile_rows // per_row), heads, layout.batch),
             means, keys, variances, indices, counts, prompts, layout.cu_q, layout.cu_k, layout.q_len, layout.kv_len, first,
-            rows, layout.rows, layout.blocks, width, policy.share, shares, call.kept, factor, policy.spread * abs(factor),
+            rows, layout.rows, layout.blocks, width, policy.share, shares, call.kept, factor, policy.spread * abs(factor), cap,
             B=size, QP=policy.query_pool, KP=policy.key_pool, G=layout.group, SINK=policy.sink_blocks,
             LOCAL=policy.local_blocks, TAIL=policy.tail_blocks, IMPLICIT=implicit, BM=tile_rows, BN=tile_columns, D=dim,
             BD=padded, SPREAD=spread, RAGGED=packed, ONE_LENGTH=call.batch is None, num_warps=tile.warps,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from stem_attention.backends.triton.geometry import key_rows, key_span, query_span
+from stem_attention.backends.triton.softcap import capped
 
 
 @triton.jit
@@ -105,14 +106,19 @@ def _pools(source, n, seen, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexp
 
 @triton.jit
 def _logits(
-    queries, k_means, n, seen, last, kv_len, scale, KP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr,
+    queries, squares, k_means, k_variances, n, seen, last, kv_len, scale, spread, cap,
+    KP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 logits of query pools against key pools ``n``, up to the weight of a full pool.
+    """Base-2 logits of query pools against key pools ``n``, up to the weight of a full pool; SPREAD: above the means'.
 
     Away from the EDGE all pools are full and lie in every query's past.
     """
     keys = _pools(k_means, n, seen, D, BD, EDGE)
     logits = tl.dot(queries, keys.T, input_precision="ieee") * scale
+    if SPREAD:
+        variances = _pools(k_variances, n, seen, D, BD, EDGE)
+        logits += tl.sqrt(tl.dot(squares, variances.T, input_precision="ieee")) * spread
+    logits = capped(logits, cap)
     if EDGE:
         count = tl.minimum(tl.maximum(kv_len - n * KP, 1), KP)
         logits += tl.log2(count.to(tl.float32) / KP)[None, :]
@@ -122,11 +128,12 @@ def _logits(
 
 @triton.jit
 def _add_weights(
-    peak, total, queries, k_means, n0, seen, last, kv_len, scale,
+    peak, total, queries, k_means, n0, seen, last, kv_len, scale, cap,
     KP: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One step of the softmax's sums: the largest logit so far, and the sum of weights relative to it."""
-    logits = _logits(queries, k_means, n0 + tl.arange(0, BN), seen, last, kv_len, scale, KP, D, BD, EDGE)
+    n = n0 + tl.arange(0, BN)
+    logits = _logits(queries, None, k_means, None, n, seen, last, kv_len, scale, None, cap, KP, D, BD, False, EDGE)
     higher = tl.maximum(peak, tl.max(logits, 1))
     return higher, total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
 
@@ -134,7 +141,7 @@ def _add_weights(
 @triton.jit
 def _list_noticed(
     count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, seen, last, kv_len, scale,
-    spread, width, SINK: tl.constexpr, LOCAL: tl.constexpr, KP: tl.constexpr, per_row: tl.constexpr,
+    spread, cap, width, SINK: tl.constexpr, LOCAL: tl.constexpr, KP: tl.constexpr, per_row: tl.constexpr,
     per_column: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -142,10 +149,9 @@ def _list_noticed(
     rows: tl.constexpr = BM // per_row
     columns: tl.constexpr = BN // per_column
     n = n0 + tl.arange(0, BN)
-    logits = _logits(queries, k_means, n, seen, last, kv_len, scale, KP, D, BD, EDGE)
-    if SPREAD:
-        variances = _pools(k_variances, n, seen, D, BD, EDGE)
-        logits += tl.sqrt(tl.dot(squares, variances.T, input_precision="ieee")) * spread
+    logits = _logits(
+        queries, squares, k_means, k_variances, n, seen, last, kv_len, scale, spread, cap, KP, D, BD, SPREAD, EDGE
+    )  # fmt: skip
     weights = tl.sum(tl.reshape(tl.exp2(logits - level[:, None]), [BM, columns, per_column]), 2)
     noticed = (weights < least[:, None]) == 0  # so that NaN is noticed: what dense attention would poison stays visible
     noticed = tl.max(tl.reshape(noticed.to(tl.int32), [rows, per_row, columns]), 1)
@@ -164,16 +170,17 @@ def _list_noticed(
 @triton.jit(do_not_specialize=["prompts", "q_len", "kv_len", "first_row", "rows", "total_rows", "blocks", "width"])
 def keep_kernel(
     q_means, k_means, k_variances, indices, counts, prompts, cu_q, cu_k, q_len, kv_len, first_row, rows, total_rows, blocks,
-    width, share, head_shares, kept, scale, spread, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, G: tl.constexpr,
-    SINK: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, IMPLICIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr, ONE_LENGTH: tl.constexpr,
+    width, share, head_shares, kept, scale, spread, cap, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
+    G: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, IMPLICIT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr, ONE_LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Write ids and counts of rows ``first_row`` to ``first_row + rows`` (of each sequence's rows).
 
     ``prompts[z]``: blocks of the whole prompt, 0 for one that keeps everything; ONE_LENGTH: the number itself, for all.
     ``head_shares[head]``, unless None, stands for ``share``. ``kept``, unless None, grows by the blocks that are kept.
-    ``scale`` is the softmax scale times log2(e), ``spread`` its size times the config's; without SPREAD that is 0. IMPLICIT:
-    rows known to keep everything get a count and no list, and lists end without padding.
+    ``scale`` is the softmax scale times log2(e), ``spread`` its size times the config's, without SPREAD 0, and ``cap`` the
+    soft cap times log2(e) or None. IMPLICIT: rows known to keep everything get a count and no list, and lists end without
+    padding.
     """
     per_row: tl.constexpr = B // QP
     per_column: tl.constexpr = B // KP
@@ -215,9 +222,9 @@ def keep_kernel(
     peak = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     for n0 in range(0, edge, BN):
-        peak, total = _add_weights(peak, total, queries, k_means, n0, seen, last, kv_len, scale, KP, BN, D, BD, False)
+        peak, total = _add_weights(peak, total, queries, k_means, n0, seen, last, kv_len, scale, cap, KP, BN, D, BD, False)
     for n0 in range(edge, seen, BN):
-        peak, total = _add_weights(peak, total, queries, k_means, n0, seen, last, kv_len, scale, KP, BN, D, BD, True)
+        peak, total = _add_weights(peak, total, queries, k_means, n0, seen, last, kv_len, scale, cap, KP, BN, D, BD, True)
     level = peak + tl.log2(total)
 
     ids = indices + (at * total_rows + first_row + row) * width
@@ -226,12 +233,12 @@ def keep_kernel(
     for n0 in range(0, edge, BN):
         count = _list_noticed(
             count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, seen, last, kv_len,
-            scale, spread, width, SINK, LOCAL, KP, per_row, per_column, BM, BN, D, BD, SPREAD, False,
+            scale, spread, cap, width, SINK, LOCAL, KP, per_row, per_column, BM, BN, D, BD, SPREAD, False,
         )  # fmt: skip
     for n0 in range(edge, seen, BN):
         count = _list_noticed(
             count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, seen, last, kv_len,
-            scale, spread, width, SINK, LOCAL, KP, per_row, per_column, BM, BN, D, BD, SPREAD, True,
+            scale, spread, cap, width, SINK, LOCAL, KP, per_row, per_column, BM, BN, D, BD, SPREAD, True,
         )  # fmt: skip
     count = tl.where(exists, count, 0)
     tl.store(counts + at * total_rows + first_row + row, count, mask=row < rows)

@@ -7,18 +7,20 @@ recording costs a quarter of that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stem_attention.backends.triton.starter import Encoder, is_tile, starter, tile_at
 from stem_attention.call import Call
 
 _ALIGNED = 256  # bytes: as far as torch's own allocations begin apart, or more
-_WORKSPACE = 5  # the role of what only a call's own kernels use; inputs and outputs have those before
+_WORKSPACE = 6  # the role of what only a call's own kernels use; inputs and outputs have those before
+_MOST_BOUND = 256  # sets of addresses that a program remembers: more than a model has layers
 
 
 class Launches:
@@ -52,16 +54,16 @@ class Launches:
             places[x.data_ptr()] = _WORKSPACE, end
             end += -(-x.numel() * x.element_size() // _ALIGNED) * _ALIGNED
         # Of two inputs at one address the first stands for both: calls of one form agree in which coincide.
-        for role, x in reversed(list(enumerate((call.q, call.k, call.v, out, lse)))):
-            if x.numel():
-                places[x.data_ptr()] = (role, 0)
+        given = (call.q, call.k, call.v, out, lse, call.sinks)
+        for role, tensor in reversed(list(enumerate(given))):
+            if tensor is not None and tensor.numel():
+                places[tensor.data_ptr()] = (role, 0)
         kept = {x.data_ptr() for x in self._kept}
         steps: list[_Step] = []
         for kernel, compiled, grid, args, constants in self._started:
             if compiled is None or not hasattr(compiled, "packed_metadata"):
                 return None
             template: list[Any] = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
-            pointers, tiles = [], []
             for at, x in enumerate(args):
                 base = x if isinstance(x, Tensor) else getattr(x, "base", None)
                 if base is None or base.numel() == 0:
@@ -71,55 +73,80 @@ class Launches:
                     if base.data_ptr() not in kept:
                         return None
                 elif isinstance(x, Tensor):
-                    pointers.append((at, *place))
-                    template[at] = None  # a program outlives the tensors that it was recorded with
+                    template[at] = _Pointer(*place)
                 else:
-                    tiles.append((at, place[0]))
-                    template[at] = _with_base(x, None)
-            # As Triton starts kernels, but for what it would tell profilers, which takes as long as the launch.
-            start = partial(
-                compiled.run, *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None
-            )
-            steps.append((start, template, pointers, tiles))
+                    template[at] = _Tile(tile_at(x, 0), place[0])  # a program outlives the tensors that it was recorded with
+            steps.append(_Step(template, *starter(compiled, (*grid, 1, 1)[:3], stream)))
         return Program(steps, end, self._kept, lse.new_empty(0))
 
 
-# One launch: what starts it, its arguments, and which of them are addresses (argument, role, bytes behind it) and which
-# descriptors (argument, role).
-_Step: TypeAlias = tuple[Callable[..., None], list[Any], list[tuple[int, int, int]], list[tuple[int, int]]]
+class _Pointer(NamedTuple):
+    role: int
+    offset: int  # bytes
+
+
+class _Tile(NamedTuple):
+    descriptor: Any
+    role: int
 
 
 @dataclass(frozen=True)
-class Program:
-    """Launches with everything but addresses."""
+class _Step:
+    """One launch: its arguments, places instead of addresses, and what :func:`starter` says of its kernel."""
 
-    steps: list[_Step]
-    workspace: int  # bytes of room that they need
-    kept: list[Tensor]  # tables that they read
-    no_lse: Tensor  # what is returned where the log-sum-exp is not wanted
+    template: list[Any]
+    start: Callable[..., None]
+    encoders: Iterable[Encoder]
+
+    def at(self, addresses: Sequence[int]) -> Callable[[], None]:
+        """Return the launch for tensors at these addresses, by role."""
+        args: list[Any] = []
+        encoders = iter(self.encoders)
+        for value in self.template:
+            if isinstance(value, _Pointer):
+                args.append(addresses[value.role] + value.offset)
+            elif isinstance(value, _Tile):
+                args += next(encoders)(tile_at(value.descriptor, addresses[value.role]))
+            elif is_tile(value):
+                args += next(encoders)(value)
+            else:
+                args.append(value)
+        return partial(self.start, *args)
+
+
+class Program:
+    """Launches with everything but addresses.
+
+    Args:
+        steps: The launches.
+        workspace: Bytes of room that they need.
+        kept: Tables that they read.
+        no_lse: What is returned where the log-sum-exp is not wanted.
+    """
+
+    def __init__(self, steps: list[_Step], workspace: int, kept: list[Tensor], no_lse: Tensor) -> None:
+        self._steps, self._workspace, self._kept, self._no_lse = steps, workspace, kept, no_lse
+        self._bound: dict[tuple[int, ...], list[Callable[[], None]]] = {}
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run for a call of the form that was recorded."""
-        out = torch.empty_like(call.q, memory_format=torch.contiguous_format) if call.out is None else call.out
-        lse = call.empty_lse() if call.return_lse else self.no_lse
-        space = torch.empty(self.workspace, dtype=torch.uint8, device=call.q.device)
-        tensors = (call.q, call.k, call.v, out, lse, space)
-        addresses = [x.data_ptr() for x in tensors]
-        for start, template, pointers, tiles in self.steps:
-            args = template.copy()
-            for at, role, offset in pointers:
-                args[at] = addresses[role] + offset
-            for at, role in tiles:
-                args[at] = _with_base(args[at], tensors[role])
-            start(*args)
+        out = call.out
+        if out is None:
+            out = torch.empty((*call.q.shape[:-1], call.v.shape[-1]), dtype=call.q.dtype, device=call.q.device)
+        lse = call.empty_lse() if call.return_lse else self._no_lse
+        space = torch.empty(self._workspace, dtype=torch.uint8, device=call.q.device)
+        sinks = self._no_lse if call.sinks is None else call.sinks
+        # A layer's cache stays where it is, and torch gives freed room away again: most calls find the addresses of an
+        # earlier one, and its encoded tensor descriptors.
+        addresses = tuple([x.data_ptr() for x in (call.q, call.k, call.v, out, lse, sinks, space)])
+        launches = self._bound.get(addresses)
+        if launches is None:
+            if len(self._bound) >= _MOST_BOUND:
+                self._bound.clear()
+            launches = self._bound[addresses] = [step.at(addresses) for step in self._steps]
+        for launch in launches:
+            launch()
         return out, lse
-
-
-def _with_base(tile: Any, base: Tensor | None) -> Any:
-    """A tensor descriptor with another base, not checked again."""
-    other = object.__new__(type(tile))
-    other.__dict__.update(tile.__dict__, base=base)
-    return other
 
 
 def form_of(call: Call) -> tuple[Any, ...]:
@@ -127,12 +154,14 @@ def form_of(call: Call) -> tuple[Any, ...]:
 
     Kernels are compiled for the alignment of addresses, and what two tensors share at one address they may share at another.
     """
-    q, k, v = call.q, call.k, call.v
+    q, k, v, sinks = call.q, call.k, call.v, call.sinks
     at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     out, kept = (0 if x is None else x.data_ptr() for x in (call.out, call.kept))
+    sink = None if sinks is None else (sinks.dtype, sinks.data_ptr() % 16, *(sinks.data_ptr() == other for other in at))
     return (
-        q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16, at[2] % 16, out % 16,
-        kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], call.policy, call.scale, call.prompt_len, call.return_lse,
+        q.shape, q.stride(), k.shape, k.stride(), v.shape[-1], v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16,
+        at[2] % 16, out % 16, kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], sink, call.softcap, call.policy,
+        call.scale, call.prompt_len, call.return_lse,
     )  # fmt: skip
 
 

@@ -49,7 +49,8 @@ def select_by_score(call: Call, layout: Layout, dense_below: int, implicit: bool
         pool_keys, (blocks, layout.kv_heads, batch),
         k, v, k_high, k_low, value, layout.cu_k, layout.page_table, *layout.k_strides, *layout.v_strides, layout.table_stride,
         k.shape[0], layout.kv_len, blocks, policy.beta if policy.magnitude == "log" else 0.0, NORMS=parts, B=size, S=stride,
-        D=dim, BD=padded, SPLIT=split, RAGGED=packed, PAGE=layout.page, num_warps=warps,
+        D=dim, BD=padded, DV=layout.value_dim, BDV=triton.next_power_of_2(layout.value_dim), SPLIT=split, RAGGED=packed,
+        PAGE=layout.page, num_warps=warps,
     )  # fmt: skip
     if policy.magnitude == "zscore":
         peaks = value.flatten(2)[..., : block_count(layout.kv_len, stride)]
@@ -74,8 +75,8 @@ def select_by_score(call: Call, layout: Layout, dense_below: int, implicit: bool
         launches.start(
             score_kernel, (tiles, heads, batch),
             q_high, q_low, k_high, k_low, value, scores, layout.cu_q, layout.cu_k, layout.q_len, layout.kv_len, first, rows,
-            blocks, pitch, call.scale, B=size, R=size // stride, G=layout.group, BM=tile.rows, BN=tile.columns, BK=tile.inner,
-            WIDTH=inner, SPLIT=split, RAGGED=packed, num_warps=tile.warps, num_stages=tile.stages,
+            blocks, pitch, call.scale, call.softcap, B=size, R=size // stride, G=layout.group, BM=tile.rows, BN=tile.columns,
+            BK=tile.inner, WIDTH=inner, SPLIT=split, RAGGED=packed, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         # 4. The best of each row.
         seen = blocks if packed else min(blocks, layout.first + first + rows)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from stem_attention.backends.triton.geometry import key_rows, key_span, query_span
+from stem_attention.backends.triton.softcap import capped
 
 
 @triton.jit
@@ -62,8 +63,8 @@ def pool_queries(
 def pool_keys(
     k, v, high, low, value, cu_k, page_table, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     table_stride, pages, kv_len, blocks, beta, NORMS: tl.constexpr,
-    B: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr, RAGGED: tl.constexpr,
-    PAGE: tl.constexpr,
+    B: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    SPLIT: tl.constexpr, RAGGED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Sum the keys of a block into ``S`` groups, and take the largest value norm.
 
@@ -71,7 +72,7 @@ def pool_keys(
     """
     block, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k_first, kv_len = key_span(z, cu_k, kv_len, RAGGED)
-    dims = tl.arange(0, BD)
+    dims, value_dims = tl.arange(0, BD), tl.arange(0, BDV)
     at = (z.to(tl.int64) * tl.num_programs(1) + head) * blocks + block
     sums = tl.zeros([S, BD], tl.float32)
     peak = tl.full([S], 0.0, tl.float32)
@@ -87,8 +88,9 @@ def pool_keys(
         )
         sums += k_tile.to(tl.float32)
         v_tile = tl.load(
-            v + (outer * v_stride_b + inner * v_stride_s + head64 * v_stride_h)[:, None] + dims, mask=mask, other=0.0
-        )
+            v + (outer * v_stride_b + inner * v_stride_s + head64 * v_stride_h)[:, None] + value_dims,
+            mask=valid[:, None] & (value_dims < DV)[None, :], other=0.0,
+        )  # fmt: skip
         v_tile = v_tile.to(tl.float32)
         square = tl.sum(v_tile * v_tile, 1)
         peak = tl.maximum(peak, square)
@@ -116,14 +118,14 @@ def _tile(base, rows, limit, inner, WIDTH: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "first_row", "rows", "blocks"])
 def score_kernel(
-    q_high, q_low, k_high, k_low, value, scores, cu_q, cu_k, q_len, kv_len, first_row, rows, blocks, columns, scale,
+    q_high, q_low, k_high, k_low, value, scores, cu_q, cu_k, q_len, kv_len, first_row, rows, blocks, columns, scale, cap,
     B: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Write ``scores[z, head, row, column]``, float32, for columns up to the diagonal; others are left as they are.
 
     ``first_row`` counts from each sequence's first query block; ``rows`` are scored in this launch. ``value`` is
-    ``beta * magnitude (z, kv_head, blocks)``.
+    ``beta * magnitude (z, kv_head, blocks)``, ``cap`` the soft cap of the routing score or None.
     """
     row_tiles = tl.cdiv(rows, BM)
     tile, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -154,6 +156,7 @@ def score_kernel(
     block = block0 + tl.arange(0, BM)
     present = tl.minimum((block + 1) * B, kv_len) - tl.maximum(block * B, start)
     acc = acc * (scale / (tl.maximum(present, 1) * R).to(tl.float32))[:, None]
+    acc = capped(acc, cap)
     acc += tl.load(value + at_k + n, mask=n < blocks, other=0.0)[None, :]
     target = scores + (at_q + m)[:, None] * columns + n[None, :]
     tl.store(target, acc, mask=(m < rows)[:, None] & (n[None, :] <= block[:, None]) & (n < columns)[None, :])

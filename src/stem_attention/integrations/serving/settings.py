@@ -51,10 +51,14 @@ class Settings:
         count = f" with head_factors of {len(factors)} x {len(factors[0])}" if factors else ""
         return f"settings from {self.source}: {json.dumps(policy)}{count}"
 
-    def explain(self, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Explanation:
+    def explain(
+        self, device: torch.device | str, dtype: torch.dtype, head_dim: int, value_dim: int | None = None
+    ) -> Explanation:
         """Say which backend serves a model, and from which length on; UnsupportedError with all reasons where none does."""
-        asked = {"policy": self.policy, "dense_below": self.dense_below, "backend": self.backend}
-        explanation = explain(device=device, dtype=dtype, head_dim=head_dim, **asked)  # type: ignore[arg-type]
+        explanation = explain(
+            device=device, dtype=dtype, head_dim=head_dim, value_dim=value_dim, policy=self.policy,
+            dense_below=self.dense_below, backend=self.backend,
+        )  # fmt: skip
         if explanation.chosen is None:
             raise UnsupportedError(f"Stem cannot run this model.\n{explanation}")
         return explanation

@@ -14,7 +14,7 @@ from stem_attention.call import Call
 from stem_attention.integrations.serving.counters import COUNTERS
 from stem_attention.integrations.serving.rows import SparseRows
 from stem_attention.integrations.serving.settings import Settings
-from stem_attention.integrations.sglang.layers import layer_obstacle
+from stem_attention.integrations.sglang.layers import FP8_CACHES, layer_obstacle
 from stem_attention.integrations.sglang.step import plan
 from stem_attention.policies import Policy
 
@@ -43,6 +43,8 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
         self.extend_dummy_seqs_capped_by_req_pool = dense.extend_dummy_seqs_capped_by_req_pool
         self._heads = heads
+        self._is_fp8 = runner.kv_cache_dtype in FP8_CACHES
+        self._one = torch.ones((), device=runner.device)
         self._context_len: int = runner.model_config.context_len
         self._policies: dict[int, Policy | None] = {}
         self._batch: Any = None
@@ -62,27 +64,45 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def forward_extend(
         self, q: Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **extra: Any
     ) -> Any:
-        """Compute attention of a prefill batch, ``(tokens, q_heads * head_dim)``."""
+        """Compute attention of a prefill batch, ``(tokens, q_heads * v_head_dim)``."""
         if forward_batch is not self._batch:  # never the lengths of another batch, whoever skipped the call above
             self._plan(forward_batch)
         policy = self._policy(layer)
-        is_plain = all(value is None or value is False for value in extra.values())  # nothing that attention would have to heed
+        # Nothing else that attention would have to heed.
+        is_plain = all(value is None or value is False for name, value in extra.items() if name != "sinks")
         if not self._parts or policy is None or not is_plain:
             return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **extra)
-        pool = self.token_to_kv_pool
+        pool, scales = self.token_to_kv_pool, self._scales(layer)
         if save_kv_cache and k is not None and v is not None:
-            pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
+            if scales[0] is None:
+                pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
+            else:  # SGLang divides what it is given in place
+                pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k.clone(), v.clone(), *scales)
         # A slot is a page of one token: (slots, heads, dim) needs no copy to become a paged cache.
         keys, values = (x.unsqueeze(1) for x in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)))
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = torch.zeros_like(queries)  # rows behind the last request only pad the batch
-        backend, scale = self.settings.backend, layer.scaling
+        out = queries.new_zeros((*queries.shape[:2], layer.v_head_dim))  # rows behind the last request only pad the batch
+        given: dict[str, Any] = {
+            "backend": self.settings.backend,
+            "sinks": extra.get("sinks"),
+            "softcap": layer.logit_cap or None,
+            "k_scale": scales[0],
+            "v_scale": scales[1],
+        }
         for rows, limit in self._parts:
             mine = queries[rows.tokens]
             kept = COUNTERS.count_layer(rows, mine.shape[1]) if limit == 0 else None  # the others are not sparse
-            call = Call(mine, keys, values, policy, scale, batch=rows.batch, dense_below=limit, backend=backend, kept=kept)
+            lengths: dict[str, Any] = {"batch": rows.batch, "dense_below": limit, "kept": kept}
+            call = Call(mine, keys, values, policy, layer.scaling, **lengths, **given)
             out[rows.tokens] = run(call)[0]
         return out.flatten(1)
+
+    def _scales(self, layer: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Return what a layer's keys and values in an fp8 pool are multiplied by; None where no pool is fp8."""
+        if not self._is_fp8:
+            return None, None
+        unscaled = layer.k_scale is None or layer.v_scale is None
+        return (self._one, self._one) if unscaled else (layer.k_scale, layer.v_scale)
 
     def _policy(self, layer: Any) -> Policy | None:
         """Look up what a layer runs; None where the dense backend must run it."""

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_exec, get_parallel
 
 from stem_attention.checks import DTYPES
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.serving.rows import first_reason
+
+FP8_CACHES = (torch.float8_e4m3fn,)
 
 
 def check_model(runner: Any) -> None:
@@ -21,8 +24,8 @@ def check_model(runner: Any) -> None:
     in_graphs = graphs is not None and graphs.prefill.backend != "disabled"
     obstacles = {
         "multi-head latent attention keeps no keys per head": runner.use_mla_backend,
-        f"its KV cache holds {dtype}; start with --kv-cache-dtype auto": dtype not in DTYPES,
-        f"its KV cache holds {dtype} and the model computes {runner.dtype}": dtype != runner.dtype,
+        f"its KV cache holds {dtype}; start with --kv-cache-dtype auto or fp8_e4m3": dtype not in (*DTYPES, *FP8_CACHES),
+        f"its KV cache holds {dtype} and the model computes {runner.dtype}": dtype not in (runner.dtype, *FP8_CACHES),
         f"its KV cache is a {type(pool).__name__}, not one pool of keys and values for all layers; for sliding-window hybrids "
         "start with --disable-hybrid-swa-memory": not isinstance(pool, MHATokenToKVPool),
         "its KV cache is not laid out token by token": getattr(pool, "kv_cache_layout", "nhd") != "nhd",
@@ -51,9 +54,8 @@ def layer_obstacle(layer: Any, dense_layers: int, context_len: int) -> str | Non
         # SGLang counts the earlier tokens that a token sees beside itself.
         "sliding window": -1 < layer.sliding_window_size < context_len - 1,
         "chunked local attention": layer.use_irope,
-        "soft-capped scores": layer.logit_cap > 0,
+        f"scores bounded by {layer.logit_capping_method}": layer.logit_cap > 0 and layer.logit_capping_method != "tanh",
         "scores scaled by length": layer.xai_temperature_len > 0,
         f"positions inside attention ({layer.pos_encoding_mode})": layer.pos_encoding_mode != "NONE",
-        "values of another head dimension": layer.qk_head_dim != layer.v_head_dim,
     }
     return first_reason(obstacles)

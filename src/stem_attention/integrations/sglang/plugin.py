@@ -54,7 +54,7 @@ def create(runner: Any) -> Any:
         raise bad_argument("--decode-attention-backend", "a backend of SGLang's own, such as fa3", repr(decode), fix)
     check_model(runner)
     settings.policy.check_model(model.num_attention_layers, model.num_attention_heads)
-    chosen = settings.explain(runner.device, runner.dtype, model.head_dim)
+    chosen = settings.explain(runner.device, runner.dtype, model.head_dim, getattr(model, "v_head_dim", None))
     backend = StemAttentionBackend(runner, ATTENTION_BACKENDS[decode](runner), settings, chosen, rank_heads(model))
     logger.info(
         "Stem is on: prompts of %d tokens or more are read sparsely by stem-attention's %s backend, the rest by %s; %s",

@@ -1,16 +1,17 @@
 """The attention function of "stem": sparse where a policy can choose, dense as the host would be everywhere else."""
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stem_attention.api import block_sparse_attention, select_blocks, stem_attention
+from stem_attention import gradients
+from stem_attention.api import block_sparse_attention, select_blocks, stem_attention, stem_attention_varlen
 from stem_attention.backends import Request, get_backend
 from stem_attention.errors import UnsupportedError
-from stem_attention.integrations.transformers.dense import HostCall, Output, host_attention, needs_eager
+from stem_attention.integrations.transformers.dense import OURS, HostCall, Output, autocast, host_attention, needs_eager
 from stem_attention.integrations.transformers.settings import LayerCall, Now, settings_now
 from stem_attention.policies import Policy
 
@@ -27,13 +28,15 @@ def attention_forward(
     cache included. The mask is :func:`stem_mask`'s or the caller's own in 4D; ``kwargs`` are what else the model passes.
 
     Returns:
-        ``(batch, q_len, q_heads, dim)``, zero in rows that are padding on the sparse path; and the weights, where the model's
-        eager attention ran, else None.
+        ``(batch, q_len, q_heads, value_dim)``, zero in rows that are padding on the sparse path; and the weights, where the
+        model's eager attention ran, else None.
 
     Raises:
-        UnsupportedError: A gradient is needed on the sparse path, or the layer needs what neither side offers.
+        UnsupportedError: Dropout is asked for where a gradient is, or the layer needs what neither side offers.
         Exception: What a policy or the sparse path raises, its message with the layer and the shapes.
     """
+    # Autocast leaves rotated queries and keys in fp32 beside values that it has cast; "sdpa" would have it cast all three.
+    query, key, value = (autocast(x) for x in (query, key, value))
     call = HostCall(module, query, key, value, attention_mask, kwargs)
     now = settings_now(getattr(module, "config", None))
     reason = _obstacle(call, now)
@@ -43,8 +46,9 @@ def attention_forward(
         try:
             limit = now.dense_below
             if limit is None:
-                limit = get_backend(Request.of(query, now.policy.block_size)).dense_limit(None)
-            if (call.kv_len if now.prompt_len is None else now.prompt_len) >= limit:
+                limit = get_backend(Request.of(query, value, now.policy.block_size)).dense_limit(None)
+            longest = call.kv_len if call.borders is None else max(high - low for low, high in pairwise(call.borders))
+            if (longest if now.prompt_len is None else now.prompt_len) >= limit:
                 return _sparse(call, now, limit), None
         except Exception as error:  # its type stays, so that hosts can catch it
             shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, {query.dtype}"
@@ -66,19 +70,17 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
         raise UnsupportedError(f"{type(call.module).__name__} selects keys itself; load it with another attn_implementation")
     if window is not None and call.kv_len > window if causal is None else causal.window is not None:
         return "sliding window"
-    if (reason := needs_eager(call)) is not None:
+    if (reason := needs_eager(call, OURS)) is not None:
         return reason
     if not call.is_causal and causal is None:
         return "not causal"
     if extra.get("position_bias") is not None:
         return "position bias"
-    if call.value.shape[3] != call.key.shape[3]:
-        return "value dimension differs from key dimension"
     if call.q_len < MIN_QUERY_LEN:
         return "decode" if call.q_len == 1 else "short query"
     if call.kv_len < call.q_len:
         return "fewer keys than queries"
-    if call.mask is not None and causal is None:
+    if call.mask is not None and causal is None and call.borders is None:
         return "custom mask"
     if causal is not None and causal.padding is not None:
         if torch.compiler.is_compiling():
@@ -87,18 +89,24 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
             return "padding inside the text"
     if 0 <= call.layer < now.dense_layers:
         return "dense layer"
-    needs_gradient = torch.is_grad_enabled() and call.query.requires_grad
-    return "dropout" if extra.get("dropout", 0.0) > 0 and not needs_gradient else None
+    if not gradients.needed(call.query, call.key, call.value):
+        return "dropout" if extra.get("dropout", 0.0) > 0 else None
+    form = gradients.obstacle(call.query, call.value, extra.get("softcap"))
+    return form and f"no gradient of {form}"
 
 
 def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:
     """Run every row of the batch on its own tokens, neighbours with equal padding together."""
+    if call.extra.get("dropout", 0.0) > 0:  # while it trains: without a gradient such a layer runs dense
+        raise UnsupportedError("dropout: sparse attention has none; train with attention_dropout=0 in the model's config")
     policy, kv_len = now.policy.for_layer(call.layer), call.kv_len
     q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    if call.borders is not None:
+        return _packed(call, now, policy, (q[0], k[0], v[0]), call.borders, limit)
     spans = None if call.causal is None or call.causal.padding is None else call.causal.spans
     if spans is None:
         return _attend(call, now, policy, (q, k[:, :kv_len], v[:, :kv_len]), now.prompt_len, limit)
-    out, first = torch.zeros_like(q), kv_len - call.q_len
+    out, first = q.new_zeros((*q.shape[:3], v.shape[3])), kv_len - call.q_len
     for (start, end), group in groupby(range(len(spans)), key=spans.__getitem__):
         if end <= first:
             continue
@@ -111,19 +119,44 @@ def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:
     return out
 
 
+def _packed(
+    call: HostCall, now: Now, policy: Policy, qkv: tuple[Tensor, Tensor, Tensor], borders: list[int], limit: int | None
+) -> Tensor:
+    """Run sequences that lie one after the other; apart if someone wants to see the selections."""
+    if now.observer is not None:
+        parts = ([x[None, low:high] for x in qkv] for low, high in pairwise(borders))
+        return torch.cat([_attend(call, now, policy, (q, k, v), None, limit) for q, k, v in parts], 1)
+    starts, longest = torch.tensor(borders, dtype=torch.int32), max(high - low for low, high in pairwise(borders))
+    options: dict[str, Any] = {"policy": policy, "dense_below": limit, **_scores(call)}
+    out: Tensor = stem_attention_varlen(*qkv, starts, starts, longest, longest, **options)
+    return out[None]
+
+
 def _attend(
     call: HostCall, now: Now, policy: Policy, qkv: tuple[Tensor, Tensor, Tensor], prompt_len: int | None, limit: int | None
 ) -> Tensor:
     """Select and attend, below ``limit`` tokens densely; apart if someone wants to see the selection."""
-    q_len, kv_len, scale = qkv[0].shape[1], qkv[1].shape[1], call.extra.get("scaling")
+    (q, k, v), scores = qkv, _scores(call)
+    q_len, kv_len = q.shape[1], k.shape[1]
+    choice: dict[str, Any] = {"policy": policy, "prompt_len": prompt_len}
     if now.observer is None:
-        return stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len)
+        whole: Tensor = stem_attention(q, k, v, dense_below=limit, **choice, **scores)
+        return whole
     start, selection, reason = perf_counter(), None, "short prompt"
     if limit is not None and (kv_len if prompt_len is None else prompt_len) < limit:  # a short row of a padded batch
-        out = stem_attention(*qkv, policy=policy, dense_below=limit, scale=scale, prompt_len=prompt_len)
+        out: Tensor = stem_attention(q, k, v, dense_below=limit, **choice, **scores)
     else:
-        selection, reason = select_blocks(*qkv, policy=policy, scale=scale, prompt_len=prompt_len), "prefill"
-        out = block_sparse_attention(*qkv, selection, scale=scale)
+        estimates = {name: value for name, value in scores.items() if name != "sinks"}
+        selection, reason = select_blocks(q, k, v, **choice, **estimates), "prefill"
+        out = block_sparse_attention(q, k, v, selection, **scores)
     seconds = perf_counter() - start
     now.observer(LayerCall(call.layer, q_len, kv_len, selection is not None, reason, selection, seconds))
     return out
+
+
+def _scores(call: HostCall) -> dict[str, Any]:
+    """What the model does to scores, by our arguments' names."""
+    sinks, extra = call.extra.get("s_aux"), call.extra
+    if isinstance(sinks, Tensor) and sinks.dtype != call.query.dtype:
+        sinks = sinks.float()
+    return {"scale": extra.get("scaling"), "softcap": extra.get("softcap"), "sinks": sinks}

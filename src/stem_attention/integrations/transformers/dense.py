@@ -1,11 +1,12 @@
 """Run a call as the host would: with "sdpa", or with the model's own eager function where "sdpa" has no answer."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stem_attention.errors import UnsupportedError
@@ -19,7 +20,11 @@ _EAGER_ARGUMENTS = {
     "sinks": "attention sinks",
     "output_attentions": "attention weights asked for",
 }
+# Those that Stem computes too.
+OURS = ("softcap", "s_aux")
 _MIN_WINDOW_ROWS = 1024
+
+_READ: MutableMapping[Tensor, tuple[int, list[int]]] = WeakTensorKeyDictionary()
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -29,7 +34,8 @@ class HostCall:
 
     ``mask`` is the layer's, or its entries where it no longer is what it says; ``causal`` is the mask if it says of what it is
     made. ``kv_len`` counts the keys that exist: a static cache hands over its whole buffer. ``layer`` is -1 when the module
-    does not say. ``is_causal``: a query sees no later keys, as far as the mask does not say.
+    does not say. ``is_causal``: a query sees no later keys, as far as the mask does not say. ``borders``: where sequences begin
+    that lie one after the other in the single row of a batch, and where the last one ends; None unless the host says so.
     """
 
     def __init__(
@@ -44,13 +50,38 @@ class HostCall:
         index, given = getattr(module, "layer_idx", None), extra.get("is_causal")
         self.layer = index if isinstance(index, int) else -1
         self.is_causal = bool(getattr(module, "is_causal", True) if given is None else given)
+        self.borders = self._borders()
+
+    def _borders(self) -> list[int] | None:
+        starts = self.extra.get("cu_seq_lens_q")
+        if not isinstance(starts, Tensor) or len(starts) < 3 or torch.compiler.is_compiling():  # compiled code cannot read it
+            return None
+        borders = _read(starts)
+        whole = self.query.shape[0] == 1 and borders[-1] == self.q_len == self.kv_len
+        return borders if whole else None
 
 
-def needs_eager(call: HostCall) -> str | None:
-    """Say why only the model's eager function can run a call, if so."""
+def _read(starts: Tensor) -> list[int]:
+    """Return the numbers of a tensor, which waits for a GPU: once for all layers, unless someone writes to it."""
+    if starts.is_inference():  # nobody counts what is written to it
+        return list(starts.tolist())
+    if starts not in _READ or _READ[starts][0] != starts._version:
+        _READ[starts] = starts._version, starts.tolist()
+    return _READ[starts][1]
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return a tensor as autocast hands it to products, where autocast is on."""
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if on else x
+
+
+def needs_eager(call: HostCall, known: tuple[str, ...] = ()) -> str | None:
+    """Say why only the model's eager function can run a call, if so; not for the arguments that are ``known``."""
     for name, meaning in _EAGER_ARGUMENTS.items():
         value = call.extra.get(name)
-        if value is not None and value is not False:
+        if value is not None and value is not False and name not in known:
             return meaning
     return "its class supports eager attention alone" if is_eager_only(getattr(call.module, "config", None)) else None
 

@@ -13,12 +13,14 @@ from stem_attention.policies import Policy, read_policy
 
 NAME = "stem"
 
+# Models whose classes support eager attention alone because "sdpa" knows no sinks and no soft caps, which Stem computes.
+_OURS = ("flint", "gemma2", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "t5gemma", "vaultgemma")
 # By config class. A compiled graph can read this dictionary, but not the classes.
 _EAGER_ONLY: dict[type[Any], bool] = {}
 
 
 def is_eager_only(config: PreTrainedConfig | None, model_class: type[PreTrainedModel] | None = None) -> bool:
-    """Say whether the classes of a config, or else this one, support eager attention alone.
+    """Say whether the classes of a config, or else this one, support eager attention alone, for reasons that are not known.
 
     Then only their own function knows what they compute, and only the masks of "eager" fit it.
     """
@@ -28,7 +30,8 @@ def is_eager_only(config: PreTrainedConfig | None, model_class: type[PreTrainedM
     module = sys.modules.get(kind.__module__.replace(".configuration_", ".modeling_"))
     found = [cls for cls in vars(module).values() if getattr(cls, "config_class", None) is kind] if module else []
     found = found or ([] if model_class is None else [model_class])
-    _EAGER_ONLY[kind] = any(issubclass(cls, PreTrainedModel) and not cls._supports_sdpa for cls in found)
+    known = kind.__module__.startswith(tuple(f"transformers.models.{name}." for name in _OURS))
+    _EAGER_ONLY[kind] = not known and any(issubclass(cls, PreTrainedModel) and not cls._supports_sdpa for cls in found)
     return _EAGER_ONLY[kind]
 
 

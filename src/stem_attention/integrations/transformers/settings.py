@@ -198,6 +198,11 @@ def settings_now(config: Any) -> Now:
     if block is OUTSIDE and _OPEN and not compiling:
         thread = threading.current_thread()
         if any(thread not in each.threads for each in list(_OPEN)):
+            if torch._C._current_graph_task_id() != -1:  # a backward pass, which computes a layer again
+                raise UnsupportedError(
+                    "use_policy does not reach the thread in which torch computes a checkpointed layer again; "
+                    "store the policy in the model with set_policy"
+                )
             said = "use_policy does not reach a thread started inside its block; start it with target=use_policy(...)(function)"
             warnings.warn(said, RuntimeWarning, stacklevel=2)
     stored = getattr(config, KEY, None)

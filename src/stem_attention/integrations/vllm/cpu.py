@@ -22,6 +22,10 @@ class StemCPUImpl(StemImpl, CPUAttentionBackendImpl):
 
     orders: ClassVar[dict[tuple[Any, ...], tuple[Tensor, Tensor]]] = {}
 
+    def reads_fp8(self, layer: Any) -> bool:
+        """Refuse: where keys lie is found by storing numbers that fp8 does not hold."""
+        return False
+
     def keys_and_values(self, layer: Any, kv_cache: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, PackedBatch]:
         """Return packed keys and values of all rows, ``(total_k, kv_heads, head_dim)``, and a batch without pages."""
         assert batch.page_table is not None

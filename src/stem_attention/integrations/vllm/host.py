@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -40,6 +41,7 @@ from stem_attention.policies import Policy
 # vLLM shows what loggers below its own say.
 logger = init_logger("vllm.stem_attention")
 
+FP8_CACHES = ("fp8", "fp8_e4m3")
 _LOG_SECONDS = 60.0
 
 
@@ -143,21 +145,26 @@ class StemImpl(AttentionImpl):
     scale: float
     policy: Policy | None = None
     stem_backend: str = "auto"
+    stem_sinks: Tensor | None
+    stem_softcap: float | None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         watch_runners()  # now: a runner that builds layers has been loaded, and has not yet built its metadata builders
         given = signature(super().__init__).bind(*args, **options).arguments
-        other = sorted(given.keys() - signature(AttentionImpl.__init__).parameters.keys())
+        self.stem_sinks, self.stem_softcap = given.get("sinks"), given.get("logits_soft_cap") or None
+        other = sorted(given.keys() - signature(AttentionImpl.__init__).parameters.keys() - {"sinks"})
         meant = [name for name in other if isinstance(given[name], Tensor) or given[name] not in (None, False)]
         obstacles = {
             "not causal self-attention": given.get("attn_type", AttentionType.DECODER) != AttentionType.DECODER,
             "ALiBi": given.get("alibi_slopes") is not None,
-            "soft-capped scores": bool(given.get("logits_soft_cap")),
-            "attention sinks": "sinks" in meant,
             f"unknown options {', '.join(meant)}": bool(meant),
         }
         self.stem_obstacle = first_reason(obstacles)
+
+    def reads_fp8(self, layer: Any) -> bool:
+        """Tell whether a layer's cache is one of fp8 numbers that Stem reads: e4m3, scaled as a whole or by head."""
+        return getattr(layer, "kv_cache_dtype", "auto") in FP8_CACHES
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Refuse: results of sparse rows are not quantised on the way out."""
@@ -180,9 +187,14 @@ class StemImpl(AttentionImpl):
                 output[tokens] = part
         tokens = plan.sparse.tokens
         k, v, batch = self.keys_and_values(layer, kv_cache, plan.sparse.batch)
-        part = output[tokens]
-        kept, backend = COUNTERS.count_layer(plan.sparse, query.shape[1]), self.stem_backend
-        run(Call(query[tokens], k, v, self.policy, self.scale, 0, batch, 0, backend=backend, out=part, kept=kept))
+        part, queries = output[tokens], query[tokens]
+        given: dict[str, Any] = {"out": part, "sinks": self.stem_sinks, "softcap": self.stem_softcap}
+        if self.reads_fp8(layer):
+            fp8 = current_platform.fp8_dtype()
+            k, v, given["k_scale"], given["v_scale"] = k.view(fp8), v.view(fp8), layer._k_scale, layer._v_scale
+            queries = _in_precision_of(part, queries, layer._q_scale)
+        kept = COUNTERS.count_layer(plan.sparse, query.shape[1])
+        run(Call(queries, k, v, self.policy, self.scale, 0, batch, 0, False, self.stem_backend, kept=kept, **given))
         if isinstance(tokens, Tensor):
             output[tokens] = part
         return output
@@ -221,6 +233,14 @@ class StemBackend(AttentionBackend):
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         """Refuse adaptive verification, where only the device knows which tokens are whose."""
         return False
+
+
+def _in_precision_of(out: Tensor, queries: Tensor, scale: Tensor) -> Tensor:
+    """Undo what vLLM does to queries for hosts that multiply in fp8; ``scale`` is one number, or one for each kv head."""
+    if queries.dtype == out.dtype:
+        return queries
+    by_head = queries.to(out.dtype).view(len(queries), scale.numel(), -1, queries.shape[2])
+    return (by_head * scale.view(-1, 1, 1)).to(out.dtype).view(queries.shape)
 
 
 @cache

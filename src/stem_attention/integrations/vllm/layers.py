@@ -72,10 +72,11 @@ def _reason(name: str, layer: Any, config: VllmConfig, settings: Settings) -> st
         return "shared KV cache"
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or getattr(spec, "attention_chunk_size", None) is not None:
         return f"{type(spec).__name__} cache"
+    same_precision = spec.dtype == model.dtype or layer.impl.reads_fp8(layer)
     reasons = {
         "sliding window": (spec.sliding_window or model.max_model_len) < model.max_model_len,
         "not causal self-attention": getattr(spec, "non_causal", False),
-        f"KV cache of {spec.dtype} under {model.dtype}": spec.dtype != model.dtype,
+        f"KV cache of {layer.kv_cache_dtype} under {model.dtype}": not same_precision,
         "value dimension differs from key dimension": getattr(spec, "head_size_v", spec.head_size) != spec.head_size,
         "dense_layers": settings.dense_layers > 0 and extract_layer_index(name) < settings.dense_layers,
     }

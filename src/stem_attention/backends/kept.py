@@ -1,0 +1,44 @@
+"""Which pairs of blocks a forward pass kept, one bit each: all that its gradient needs to know of a selection.
+
+Lists take 32 bits for every block that a row *may* keep, and nobody knows on the host how many it does keep. Bits have a size
+that is known beforehand, a small one, and lists by query block and by key block can be made of them alike.
+"""
+
+import torch
+from torch import Tensor
+
+from stem_attention.blocks import BlockGrid, block_count
+from stem_attention.call import Call
+from stem_attention.selection import PAD, BlockSelection
+
+WORD = 32
+"""Key blocks whose bits one int32 holds, the first in its lowest bit."""
+
+
+def kept_shape(call: Call) -> tuple[int, int, int, int]:
+    """Return ``(sequences, q_heads, rows, words)``: room for the rows and key blocks of the largest sequence of a call."""
+    size, batch = call.policy.block_size, call.batch
+    if batch is None:
+        grid = call.grid
+        return call.q.shape[0], call.q.shape[2], grid.key_blocks - grid.first_row, block_count(grid.key_blocks, WORD)
+    rows = block_count(batch.max_q - 1, size) + 1 if batch.max_q else 0  # a sequence may start inside a block
+    return batch.sequences, call.q.shape[1], rows, block_count(block_count(batch.max_k, size), WORD)
+
+
+def pack(selection: BlockSelection) -> Tensor:
+    """Return the bits of a selection, int32 ``(batch, q_heads, rows, words)``."""
+    mask = selection.to_mask()
+    bits = torch.unflatten(torch.nn.functional.pad(mask, (0, -mask.shape[3] % WORD)), 3, (-1, WORD))
+    powers = 2 ** torch.arange(WORD, device=mask.device)
+    return (bits * powers).sum(-1).to(torch.int32)  # wraps around: the highest bit is the sign
+
+
+def unpack(words: Tensor, grid: BlockGrid) -> BlockSelection:
+    """Return the selection of these bits, of which there may be more than the grid has rows and key blocks."""
+    words, columns = words[:, :, : grid.rows], torch.arange(grid.key_blocks, dtype=torch.int32, device=words.device)
+    mask = (words[..., (columns // WORD).long()] >> columns % WORD) & 1 != 0
+    counts = mask.sum(-1, dtype=torch.int32)
+    width = int(counts.max()) if counts.numel() else 0
+    ascending = torch.where(mask, columns, grid.key_blocks).sort(-1).values[..., :width]
+    indices = torch.where(ascending < grid.key_blocks, ascending, PAD)
+    return BlockSelection(indices, counts, grid.block_size, grid.q_len, grid.kv_len)

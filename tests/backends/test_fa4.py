@@ -1,0 +1,180 @@
+"""What of the fa4 backend runs without a GPU: what it takes, what it says of the rest, and what it hands over."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from stem_attention import BlockSelection, explain
+from stem_attention.backends import Request, explain_request, fa4
+from stem_attention.backends.fa4 import FA4Backend
+from stem_attention.backends.fa4.lists import shared_lists
+from stem_attention.backends.triton import TritonBackend
+from stem_attention.call import Call, PackedBatch
+from stem_attention.policies import Dense
+from stem_attention.testing import exact_attention, random_selection, structured_qkv, token_mask
+
+CUDA = torch.device("cuda")
+
+
+def card(monkeypatch, major, minor=0):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(fa4, "version", lambda name: "4.0.0")
+    pytest.importorskip("triton")
+
+
+def reason(dtype=torch.bfloat16, dim=128, block=64):
+    return FA4Backend().why_not(Request(CUDA, dtype, dim, block))
+
+
+def test_without_the_package_it_says_how_to_get_it(monkeypatch):
+    def missing(name):
+        raise fa4.PackageNotFoundError(name)
+
+    monkeypatch.setattr(fa4, "version", missing)
+    assert "pip install flash-attn-4" in reason()
+    assert "flash-attn-4" in explain().reasons["fa4"]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("major", "takes"), [(8, False), (9, True), (10, True), (11, True), (12, False)])
+def test_it_takes_the_cards_whose_kernels_read_lists(monkeypatch, major, takes):
+    card(monkeypatch, major)
+    assert (reason() is None) == takes
+    assert takes or "compute capability 9, 10 and 11" in reason()
+
+
+@pytest.mark.usefixtures("installed")
+def test_it_names_what_else_it_does_not_take(monkeypatch):
+    card(monkeypatch, 9)
+    assert "head_dim" in reason(dim=136)
+    assert "head_dim" in reason(dim=36)
+    assert "block_size" in reason(block=32)
+    assert "float32" in reason(dtype=torch.float32)
+    assert [reason(dim=dim, block=block) for dim in (16, 96, 128) for block in (64, 128)] == [None] * 6
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("capability", [9, 10])
+def test_only_its_name_gets_it(capability, monkeypatch):
+    card(monkeypatch, capability)
+    request = Request(CUDA, torch.bfloat16, 96, 64)  # which the hopper backend does not take
+    auto = explain_request(request)
+    assert auto.chosen == "triton"
+    assert "only by name" in auto.reasons["fa4"]
+    named = explain_request(request, "fa4")
+    assert named.chosen == "fa4"
+    assert "run portably" in named.reasons["fa4"]
+    assert named.path[-1].endswith("select_by_mass and stem_attention.backends.fa4.attention.attend")
+
+
+def test_lists_too_long_to_share_go_to_the_portable_kernel(monkeypatch):
+    monkeypatch.setattr(fa4, "_MOST_PAIRS", 4 * 2 * 3)
+    assert fa4._takes(call(), 64)
+    monkeypatch.setattr(fa4, "_MOST_PAIRS", 4 * 2 * 3 - 1)
+    assert not fa4._takes(call(), 64)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(64, 64), (150, 150), (70, 134), (33, 97), (1, 65), (40, 200), (257, 513)])
+@pytest.mark.parametrize("size", [16, 32])
+def test_shared_lists_and_their_mask_are_the_selection(q_len, kv_len, size):
+    """In tiles of 64 queries by 32 keys: full ones see all keys, partial ones what the lookup and causality leave."""
+    selection = random_selection(2, 2, q_len, kv_len, size, density=0.6)
+    fields, kept = shared_lists(selection, 64, 32)
+    assert fields["block_size"] == (64, 32)
+    query, key = torch.arange(q_len)[:, None], torch.arange(kv_len)
+    looked_up = kept.bool()[:, :, query // size, key // size] & (key <= query + kv_len - q_len)
+    shown = torch.zeros(2, 2, q_len, kv_len, dtype=torch.bool)
+    for b, h, row in torch.cartesian_prod(*map(torch.arange, fields["mask_block_cnt"].shape)).tolist():
+        listed = []
+        for kind in ("full", "mask"):
+            ids = fields[f"{kind}_block_idx"][b, h, row, : fields[f"{kind}_block_cnt"][b, h, row]].tolist()
+            assert ids == sorted(ids)
+            listed += ids
+            for tile in ids:
+                here = (query // 64 == row) & (key // 32 == tile)
+                shown[b, h] |= here if kind == "full" else here & looked_up[b, h]
+        assert len(set(listed)) == len(listed)
+    assert torch.equal(shown, token_mask(selection))
+
+
+def call(q_len=128, kv_len=192, block_size=64, dim=16, **options):
+    q, k, v = structured_qkv(1, q_len, kv_len, 4, 2, dim)
+    return Call(q, k, v, Dense(block_size), dim**-0.5, kv_len, **options)
+
+
+def packed():
+    q, k, v = (x[0] for x in structured_qkv(1, 128, 128, 4, 2, 16))
+    batch = PackedBatch.plan([128], [128], device=torch.device("cpu"))
+    return Call(q, k, v, Dense(64), 0.25, batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("one", "theirs"),
+    [(call(), True), (call(100, 164), True), (call(100, 165), False), (call(128, 192, 128), False), (packed(), False)],
+)
+def test_calls_that_it_does_not_take_go_to_the_portable_kernel(monkeypatch, one, theirs):
+    """Rows that begin elsewhere and packed batches; both by attend() and by what runs a call."""
+    monkeypatch.setattr(TritonBackend, "attend", lambda self, *_: "portable")
+    monkeypatch.setattr(TritonBackend, "runner", lambda self, *_: "portable")
+    monkeypatch.setitem(sys.modules, "stem_attention.backends.fa4.attention", SimpleNamespace(attend=lambda *_: "theirs"))
+    backend = FA4Backend()
+    selection = SimpleNamespace(block_size=one.policy.block_size)
+    assert backend.attend(one, selection) == ("theirs" if theirs else "portable")
+    assert (backend.runner(one) == backend.forward) == theirs
+
+
+@pytest.fixture
+def fake_fa4(monkeypatch):
+    """FlashAttention-4 as its documentation has it, computed in fp64 from what it is handed."""
+
+    def flash_attn_func(q, k, v, softmax_scale, mask_mod, return_lse, block_sparse_tensors):
+        tensors, size = block_sparse_tensors, block_sparse_tensors.block_size[0]
+        lengths = SimpleNamespace(seqlen_q=q.shape[1], seqlen_k=k.shape[1])
+        query, key = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
+        mask = torch.zeros(q.shape[0], q.shape[2], q.shape[1], k.shape[1], dtype=torch.bool)
+        for b, h, row in torch.cartesian_prod(*map(torch.arange, tensors.mask_block_cnt.shape)).tolist():
+            here = (query // size == row).expand(-1, k.shape[1])
+            for counts, indices, shown in (
+                (tensors.full_block_cnt, tensors.full_block_idx, torch.ones_like(here)),
+                (tensors.mask_block_cnt, tensors.mask_block_idx, mask_mod(b, h, query, key, lengths, None)),
+            ):
+                for block in indices[b, h, row, : counts[b, h, row]].tolist():
+                    mask[b, h] |= here & shown & (key // size == block)
+        return exact_attention(q, k, v, mask, softmax_scale)
+
+    names = {
+        "cutlass": {"cute": SimpleNamespace(jit=lambda function: function), "Int32": int, "Uint32": int},
+        "flash_attn": {},
+        "flash_attn.cute": {"flash_attn_func": flash_attn_func},
+        "flash_attn.cute.mask": {"r2p_bitmask_below": None},
+        "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": SimpleNamespace},
+    }
+    for name, members in names.items():
+        module = ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    pytest.importorskip("triton")
+    card(monkeypatch, 9)
+    monkeypatch.delitem(sys.modules, "stem_attention.backends.fa4.attention", raising=False)
+    yield
+    sys.modules.pop("stem_attention.backends.fa4.attention", None)
+
+
+@pytest.mark.usefixtures("fake_fa4")
+@pytest.mark.parametrize(("q_len", "kv_len"), [(64, 64), (70, 70), (37, 101), (1, 65)])
+@pytest.mark.parametrize("scale", [0.25, -0.3])
+def test_what_it_is_handed_means_the_selection(q_len, kv_len, scale):
+    q, k, v = structured_qkv(2, q_len, kv_len, 4, 2, 16, dtype=torch.float64)
+    selection: BlockSelection = random_selection(2, 4, q_len, kv_len, 64)
+    one = Call(q, k, v, Dense(64), scale, kv_len, return_lse=True)
+    out, lse = FA4Backend().attend(one, selection)
+    exact, exact_lse = exact_attention(q, k, v, token_mask(selection), scale)
+    assert torch.allclose(out, exact)
+    assert torch.allclose(lse, exact_lse)
