@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test test-newest-triton test-hub-kernel test-vllm lint docs coverage audit sbom mutants clean
+.PHONY: help run test test-newest-triton test-hub-kernel test-vllm lint docs coverage audit sbom mutants test-versions release-check clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -33,7 +33,7 @@ UNDOCUMENTED := D102,D105,D107,D403
 
 # What looks at the environment from outside; nothing of it belongs into what is looked at.
 TOOLS := .tools
-TOOL_PACKAGES := pip-audit==2.10.1 cyclonedx-bom==7.5.0 mutmut==3.8.1
+TOOL_PACKAGES := pip-audit==2.10.1 cyclonedx-bom==7.5.0 mutmut==3.8.1 twine==7.0.0
 INSTALLED = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # A stamp is named after what the files say, so it goes stale when they change and not when git touches them.
@@ -106,11 +106,12 @@ else
 	@echo 'test-vllm is skipped: it needs Linux and Python 3.11'
 endif
 
-lint: $(FOR_TEST) ## Style, docstrings of src, formatting and types
+lint: $(FOR_TEST) ## Style, docstrings of src, formatting, types, and the language of the pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff check --extend-select D --extend-ignore $(UNDOCUMENTED) src
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_prose.py
 
 coverage: $(FOR_TEST) ## Which lines of src, kernels aside, no test runs; below 95 % is an error
 	$(INSTALL) 'pytest-cov==7.1.0'
@@ -127,6 +128,21 @@ mutants: $(FOR_TEST) $(TOOLS) ## Break what chooses blocks in MUTANTS=300 places
 	rm -rf .mutants
 	echo '$(INSTALLED)' > "$$(echo $(TOOLS)/lib/python3*/site-packages)/tested.pth"
 	$(TOOLS)/bin/python .ci/mutants.py .mutants $(MUTANTS)
+
+# What an older PyTorch or transformers is asked for; `newer_host` marks what only newer ones can do (docs/index.md). On a CPU
+# transformers' Mixtral asks PyTorch 2.8 for a product that it does not have.
+PYTEST ?= $(BIN)/pytest
+test-versions: ## The tests of the matrix of versions, in whatever environment PYTEST is of
+	OMP_NUM_THREADS=1 $(PYTEST) -q -m 'not gpu and not model and not newer_host' -k 'not mixtral' tests/policies tests/test_api.py \
+	    tests/test_selection.py tests/test_varlen.py tests/test_bad_input.py tests/backends/test_attention.py \
+	    tests/backends/test_registry.py tests/models tests/integrations/test_transformers_equals_sdpa.py \
+	    tests/integrations/test_transformers_settings.py tests/integrations/test_transformers_sparse.py
+
+release-check: $(FOR_TEST) $(TOOLS) ## Build wheel and source archive, check them with twine, and walk a stranger's path
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(TOOLS)/bin/twine check --strict dist/*
+	$(PYTHON) packaging/stranger.py dist/*.whl constraints.txt
 
 $(TOOLS):
 	$(PYTHON) -m venv $@
@@ -145,7 +161,7 @@ $(FOR_RUN): | $(ENTRY)
 	touch $@
 
 $(FOR_DOCS): | $(ENTRY)
-	$(INSTALL) --constraint constraints.txt 'mkdocs-material' 'mkdocstrings[python]' ruff
+	$(INSTALL) --constraint constraints.txt 'mkdocs-material' 'mkdocstrings[python]' latex2mathml ruff
 	touch $@
 
 # Triton goes in without dependencies, and only where torch has not brought the one it wants.

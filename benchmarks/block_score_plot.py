@@ -1,4 +1,4 @@
-"""Draw docs/assets/block-score.png: divergence from dense against density, from benchmarks/results/block-score.jsonl.
+"""Draw docs/assets/block-score.png: divergence from dense against density, from evidence/block-score.jsonl.
 
 python benchmarks/block_score_plot.py
 """
@@ -13,7 +13,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-RECORDS = ROOT / "benchmarks" / "results" / "block-score.jsonl"
+RECORDS = ROOT / "evidence" / "block-score.jsonl"
 PICTURE = ROOT / "docs" / "assets" / "block-score.png"
 
 # What the records call a variant, up to its threshold or ratio, and what a reader calls it.

@@ -17,7 +17,7 @@ from stem_attention.policies import read_policy
 from stem_evals.intervals import share_difference_interval
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "evidence"
 PICTURE = ROOT / "docs" / "assets" / "head-shares.png"
 HEADS = RESULTS / "heads" / "qwen2.5-coder-0.5b.json"
 

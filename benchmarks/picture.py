@@ -1,4 +1,4 @@
-"""Draw README's picture, docs/assets/speed.png, from benchmarks/results: `python benchmarks/picture.py`.
+"""Draw README's picture, docs/assets/speed.png, from evidence: `python benchmarks/picture.py`.
 
 Left what is gained, a whole model's time to first token; right what it costs, needles that are no longer found. Needs the
 distribution in evals/.
@@ -18,7 +18,7 @@ from matplotlib.ticker import PercentFormatter
 from stem_evals.intervals import share_difference_interval
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "assets" / "speed.png"
+RESULTS, PICTURE = ROOT / "evidence", ROOT / "docs" / "assets" / "speed.png"
 SHORTEST = 8192  # below, prompts run dense
 DENSE, STEM, REST = "#7d8590", "#bf8700", "#d0d4da"
 # How a policy is called in the records, and here.
@@ -44,7 +44,7 @@ def draw_speed(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_xticks(range(len(results)), [f"{result['length'] // 1024}K" for result in results])
     axes.set(ylim=(0, 1.25), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="time to first token, of dense (lower is better)")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_title(f"Speed: {report['model']}, {report['device_name']}", fontsize=10)
+    axes.set_title(f"Speed: shape of {report['model']}, random weights, one {report['device_name']}", fontsize=10)
 
 
 def draw_loss(axes: Axes, lengths: tuple[int, ...]) -> None:
@@ -64,7 +64,7 @@ def draw_loss(axes: Axes, lengths: tuple[int, ...]) -> None:
     axes.axhline(0, color=DENSE, linewidth=1)
     axes.set_xticks(range(len(lengths)), [f"{length // 1024}K" for length in lengths])
     axes.set_ylabel("needles found minus dense, points (higher is better)")
-    axes.set_title("Accuracy: Qwen2.5-Coder-0.5B, n 253 to 975", fontsize=10)
+    axes.set_title("Accuracy: Qwen2.5-Coder-0.5B, NVIDIA H200, n 253 to 975 prompts", fontsize=10)
 
 
 def needles(length: int) -> dict[str, dict[str, bool]]:

@@ -1,6 +1,6 @@
 """Cost of small prefill steps in vLLM's CPU build: density, loss and attention time against max_num_batched_tokens.
 
-    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_chunks.py --out benchmarks/results/vllm-chunks-cpu.json
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_chunks.py --out evidence/vllm-chunks-cpu.json
 
 Prints the numbers of docs/vllm.md. SmolLM2 reads one window of source code. Every budget starts three engines: on vLLM's own
 attention, with Stem, and with Stem where the runner does not tell how long prompts are, as in vLLM 0.26's second one.

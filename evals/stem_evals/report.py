@@ -67,6 +67,7 @@ def write_report(journals: Sequence[Journal], out: Path) -> list[Chapter]:
         prefix = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in chapter.title)
         for part in chapter_parts(chapter):
             if isinstance(part.content, Figure):
+                _caption(part.content, chapter)
                 file = out / f"{prefix}-{part.title}.png"
                 part.content.savefig(file)
                 lines.append(f"![{part.title}]({file.name.replace(' ', '%20')})")
@@ -74,6 +75,12 @@ def write_report(journals: Sequence[Journal], out: Path) -> list[Chapter]:
                 lines += [f"### {part.title}", *filter(None, [part.note]), _markdown(part.content)]
     (out / MARKDOWN).write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return chapters
+
+
+def _caption(figure: Figure, chapter: Chapter) -> None:
+    """Put the model and the devices under a picture's heading: it must tell what it shows where the report is not beside it."""
+    devices = ", ".join(dict.fromkeys(map(str, chapter.header["device"])))
+    figure.suptitle(f"{figure.get_suptitle()}\n{chapter.title}, {chapter.header['dtype']}, {devices}", fontsize=10)
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -1,5 +1,7 @@
 """The exceptions of the library, and the one shape its messages take."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import TypeGuard
 
 from torch import Tensor
@@ -12,6 +14,12 @@ class UnsupportedError(RuntimeError):
 def bad_argument(name: str, expected: str, got: object, fix: str) -> ValueError:
     """Build (not raise) the ValueError for a bad argument: its name, what was expected, what came, the way out."""
     return ValueError(f"{name}: expected {expected}, got {got}; {fix}")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Ask whether the known name that looks most like a wrong one was meant; ``otherwise`` where none does."""
+    near = get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def describe(value: object) -> str:

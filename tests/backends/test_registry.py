@@ -6,6 +6,7 @@ import torch
 from stem_attention import Mass, UnsupportedError, explain
 from stem_attention.backends import Request, backend_names, explain_request, get_backend, registry
 from stem_attention.backends.torch import TorchBackend
+from stem_attention.backends.triton import TritonBackend, backend
 
 CPU = Request(torch.device("cpu"), torch.float32, 64, 128)
 
@@ -39,6 +40,16 @@ def test_explain_prints_the_request_the_choice_and_a_reason_for_each_backend():
     assert rest[-1].strip() == explanation.path[-1]
     assert explanation.reasons["torch"] == "runs: the fastest that supports this"
     assert "only by name" in explanation.reasons["reference"]
+
+
+@pytest.mark.parametrize(("installed", "old"), [("3.4.0", True), ("3.5.1+git1", True), ("3.6.0", False), ("4.0.0", False)])
+def test_a_triton_that_is_too_old_is_refused_by_its_version(installed, old, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "version", lambda package: installed)
+    backend._too_old.cache_clear()
+    told = TritonBackend().why_not(Request(torch.device("cuda"), torch.bfloat16, 64, 128))
+    backend._too_old.cache_clear()
+    assert (told is not None and installed in told and "3.6" in told) == old
 
 
 def test_a_dimension_of_values_is_named_where_it_is_another():

@@ -126,8 +126,8 @@ def test_a_model_that_gives_nan_ends_in_words(tmp_path, capsys):
         (["perplexity", "--windows", "0"], "--windows"),
         (["perplexity", "--text", "absent.txt"], "--text: cannot read absent.txt"),
         (["needle", "--depths", "deep"], "--depths: expected numbers with ',' between, got 'deep'"),
-        (["needle", "--depths", "2"], "depth: expected a number from 0 to 1"),
-        (["needle", "--kinds", "magic"], "kind: expected one of single"),
+        (["needle", "--depths", "2"], "--depths: expected a number from 0 to 1"),
+        (["needle", "--kinds", "magic"], "--kinds: expected one of single"),
         (["needle", "--lengths", "100"], "for the question alone"),
         (["perplexity", "--part", "0/8"], "part: expected I/N with I from 1 to N, got 0/8"),
         (["perplexity", "--part", "9/8"], "part: expected I/N with I from 1 to N, got 9/8"),
@@ -160,3 +160,45 @@ def test_embedded_model_finds_a_needle_and_predicts_code(tmp_path):
     dense = {record["measure"]: record for record in records(out) if record["contender"] == "dense"}
     assert dense["needle"]["found"]
     assert 3 < dense["perplexity"]["perplexity"] < 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["bnch"], 2, "Did you mean 'bench'?"),
+        (["bench", "--suite", "tfft"], 2, "--suite: expected one of attention"),
+        (["bench", "--suite", "tfft"], 2, "did you mean ttft?"),
+        (["bench", "--model", "lama-3.1-8b"], 1, "--model: "),
+        (["eval", "perplexty"], 1, "did you mean perplexity?"),
+        (["eval", "perplexity", "--study", "abltion"], 1, "did you mean ablation?"),
+        (["eval", "perplexity", "--policy", "stem:dcay=1"], 2, "did you mean decay?"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_told_what_was_meant(arguments, code, says, tmp_path, complaint):
+    out = ["--out", str(tmp_path / "run")] if arguments[0] == "eval" else []
+    assert says in complaint(main, [*arguments, *out], code)
+
+
+@pytest.mark.parametrize(("option", "meant"), [("kinds", "single"), ("tasks", "niah_single_1")])
+def test_a_slip_in_a_list_names_its_option(option, meant, tiny_llama, tmp_path, complaint):
+    measure = {"kinds": "needle", "tasks": "ruler"}[option]
+    arguments = [
+        "eval",
+        measure,
+        "--model",
+        str(tiny_llama),
+        f"--{option}",
+        meant.replace("i", "", 1),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    line = complaint(main, arguments, 1)
+    assert f"--{option}: expected" in line
+    assert f"did you mean {meant}?" in line
+
+
+def test_help_groups_commands_and_options(capsys):
+    for arguments, groups in (["-h"], ("Speed", "Accuracy")), (["eval", "-h"], ("Needles", "RULER", "Where it runs")):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert all(group in out for group in groups)

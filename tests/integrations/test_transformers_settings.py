@@ -163,6 +163,7 @@ def test_register_sets_the_default(llama):
     assert [table["stem"] for table in tables] == before
 
 
+@pytest.mark.newer_host
 def test_settings_are_saved_and_loaded_with_their_model(llama, tmp_path):
     hosts.set_policy(llama, PER_HEAD, dense_below=64, dense_layers=1)
     llama.save_pretrained(tmp_path)
@@ -178,6 +179,7 @@ def test_settings_are_saved_and_loaded_with_their_model(llama, tmp_path):
         llama.config.stem_attention["dense_below"] = 0
 
 
+@pytest.mark.newer_host
 def test_settings_can_be_written_by_hand(llama):
     llama.config.stem_attention = {"policy": FEW.to_dict(), "dense_below": 0}
     assert density(llama) == LOW
@@ -224,6 +226,7 @@ def test_set_policy_wants_a_model_on_stem():
 @pytest.mark.parametrize(
     "policies", [[FEW, MORE], [PER_HEAD, replace(PER_HEAD, head_factors=FACTORS[:1])]], ids=["patterns", "factors"]
 )
+@pytest.mark.newer_host
 def test_torch_compile_follows_blocks_and_what_is_stored_in_one_graph(policies, llama):
     async def task(run, policy):
         with use(policy):

@@ -39,7 +39,7 @@ def test_a_sparse_reading_says_what_each_layer_did(model):
     assert (short.density, short.dense_reasons) == (1.0, "short prompt")
 
 
-@pytest.mark.parametrize(("kind", "name"), [("llama", "sdpa"), ("gemma2", "eager")])
+@pytest.mark.parametrize(("kind", "name"), [("llama", "sdpa"), pytest.param("gemma2", "eager", marks=pytest.mark.newer_host)])
 def test_dense_attention_is_the_hosts_default(kind, name):
     model, before, calls = toy(kind), dict(ALL_ATTENTION_FUNCTIONS), []
     assert default_attention(model) == name

@@ -29,7 +29,7 @@ def test_prompts_are_those_of_the_results_on_record(tokenizer, haystack, digest)
         for seed in range(3):
             settings = {"seed": f"0 {kind}-{seed}", "depth": seed / 2, "kind": kind, "count": 4, "haystack": haystack}
             found.update(repr(planted_prompt(tokenizer, 12000, **settings)).encode())
-    assert found.hexdigest() == digest, "records under benchmarks/results/eval come from other prompts than these"
+    assert found.hexdigest() == digest, "records under evidence/eval come from other prompts than these"
 
 
 def test_chat_template_wraps_the_message_when_there_is_one():

@@ -76,6 +76,7 @@ def test_it_runs_through_every_public_call(blocks, backend):
 
 @pytest.mark.parametrize("blocks", SAME)
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.newer_host
 def test_it_compiles_into_one_graph(blocks, dynamic):
     torch.compiler.reset()
     policy = Nearest(blocks)

@@ -1,11 +1,15 @@
-"""A benchmark to read: its JSON object as a table with notes."""
+"""A benchmark to read on a terminal: its JSON object as a table with notes, no wider than the console."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from stem_attention.policies import policy_from_dict
 from stem_evals.bench.peers import EAGER, STEM
@@ -20,27 +24,23 @@ _NOTES = {
     "serving": "Attention alone, all steps of a scenario: Stem from scrambled pages, dense attention from contiguous keys. "
     "ratio: the fastest dense time over Stem's.",
     "ttft": "prefill: from the call to the first token's logits, host included. attention: its share of one more prefill. "
-    "first: the process's first at that length. Ratios: of the fastest dense prefill over Stem's; memory: the inverse.",
+    "first: the process's first at that length. Ratios: the fastest dense prefill's time over Stem's.",
 }
 
 
-def text(report: dict[str, Any]) -> str:
-    """Return what ran, a table, and what belongs to it."""
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print what ran, a table, and what belongs to it."""
     results, limit = report["results"], report["dense_below"]
     packages = [name for name in ("torch", "triton", "transformers", "python", "driver") if report.get(name)]
     model = f"{report['model']}, {report['layers']} layers, random weights, " if "model" in report else ""
     heads = f"{report['heads']} query heads, {report['kv_heads']} kv heads, head_dim {report['head_dim']}"
-    rows = pd.DataFrame([row for result in results for row in _rows(result)])
-    lines = [
+    before = [
         ", ".join(f"{name} {report[name]}" for name in ("stem_attention", *packages)),
         f"{report['device']}: {report['device_name']}, {report['threads']} threads",
         f"{model}{report['dtype']}, {heads}",
         f"suite {report['suite']}, policy {report['spec']}, backend {report['backend']}",
-        "",
-        rows.to_string(index=False, na_rep="-", float_format="{:.4g}".format),
-        "",
-        f"Medians of rounds in which everyone ran once, in an order drawn anew. {_NOTES[report['suite']]}",
     ]
+    lines = [f"Medians of rounds in which everyone ran once, in an order drawn anew. {_NOTES[report['suite']]}"]
     if any(result.get("launch_medians") for result in results):
         lines.append("Times are the GPU's own, with work always waiting for it; host: how long a call keeps the host.")
     if policy_from_dict(report["policy"]).density(1) is None:
@@ -53,7 +53,26 @@ def text(report: dict[str, Any]) -> str:
         where = part.get("scenario") or (f"{part['length']} tokens" if "length" in part else f"suite {report['suite']}")
         lines += [f"{where}: {name} left out, {reason}" for name, reason in part.get("left_out", {}).items()]
         lines += [f"{where}: checked {line}" for line in _checks(part.get("check", {}))]
-    return "\n".join(lines)
+    console.print("\n".join(before), markup=False)
+    console.print(_table(pd.DataFrame([row for result in results for row in _rows(result)])))
+    console.print("\n".join(lines), markup=False)
+
+
+def _table(rows: pd.DataFrame) -> Table:
+    """Lay rows out as they are; where each is a length with all that was timed there, as a column each, which is narrower."""
+    frame = rows if "" in rows else rows.set_index("tokens").T.reset_index(names="tokens")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(frame.columns):
+        table.add_column(str(heading), justify="right" if place or (heading == "tokens" and frame is rows) else "left")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(_cell(value) for value in row))
+    return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "-" if pd.isna(value) else f"{value:.4g}"
+    return str(value)
 
 
 def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -75,10 +94,11 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "": name,
             "density": result["density"] if ours else 1.0,
             "prefill, s": timing["seconds"],
+            "ratio": result["ratios"].get("total", math.nan) if ours else math.nan,
             "attention, %": 100 * parts["attention"] / parts["total"],
+            "attention ratio": result["ratios"].get("attention", math.nan) if ours else math.nan,
             "first, s": timing["first"],
             **({} if timing["peak"] is None else {"memory, GiB": timing["peak"] / 2**30}),
-            **({f"{part} ratio": ratio for part, ratio in result["ratios"].items()} if ours else {}),
         }
 
 

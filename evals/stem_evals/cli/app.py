@@ -14,11 +14,14 @@ def main(arguments: list[str] | None = None) -> int:
     from stem_evals.cli.bench import bench
     from stem_evals.cli.eval_app import evaluate, report
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
     app.callback()(_about)
-    app.command()(bench)
-    app.command("eval")(evaluate)
-    app.command()(report)
+    app.command(rich_help_panel="Speed")(bench)
+    app.command("eval", rich_help_panel="Accuracy")(evaluate)
+    app.command(rich_help_panel="Accuracy")(report)
     return run_app(app, "stem-evals", sys.argv[1:] if arguments is None else arguments)
 
 

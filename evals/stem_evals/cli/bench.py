@@ -13,7 +13,8 @@ from rich.progress import Progress
 
 from stem_attention.cli import options
 from stem_attention.cli.errors import UserError
-from stem_attention.cli.system import print_json, progress_console
+from stem_attention.cli.system import output, print_json, progress_console
+from stem_attention.errors import nearest
 from stem_attention.models.shapes import Heads
 from stem_attention.policies import PolicySpec
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from stem_evals.bench.setup import Setup
 
 _BY_SUITE: Any = None  # default of --lengths
+_ATTENTION: Any = "attention"
+_TIMED = "What is timed"
 _DEFAULT_HEADS = Heads(8, 2, 64)
 
 
@@ -37,18 +40,21 @@ class Suite(str, Enum):
 def bench(
     suite: Annotated[
         Suite,
-        typer.Option(
-            help="attention: the whole call; kernel: attention over given lists; selection: choosing the blocks; "
-            "serving: chunks of many prompts from a paged cache; ttft: whole models until the first token."
+        options.option(
+            "attention: the whole call; kernel: attention over given lists; selection: choosing the blocks; "
+            "serving: chunks of many prompts from a paged cache; ttft: whole models until the first token.",
+            "NAME",
+            parser=options.one_of(Suite),
         ),
-    ] = Suite.attention,
+    ] = _ATTENTION,
     policy: options.PolicyOption = options.MASS,
     lengths: options.Lengths = _BY_SUITE,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Take the heads of llama-3.1-8b, qwen3-8b, qwen2.5-7b, llama-3.2-1b, gemma; ttft: the first four or tiny.",
-            show_default="8 query heads, 2 key/value heads, head_dim 64; for ttft llama-3.2-1b, on a CPU tiny",
+        options.option(
+            "Take the heads of llama-3.1-8b, qwen3-8b, qwen2.5-7b, llama-3.2-1b, gemma; ttft: the first four or tiny.",
+            "NAME",
+            "8 query heads, 2 key/value heads, head_dim 64; for ttft llama-3.2-1b, on a CPU tiny",
         ),
     ] = None,
     heads: options.HeadCount = None,
@@ -56,20 +62,31 @@ def bench(
     head_dim: options.HeadDim = None,
     dense_below: options.DenseBelow = None,
     device: options.Device = options.AUTO,
-    dtype: options.Dtype = options.DtypeName.auto,
+    dtype: options.Dtype = options.AUTO,
     repeats: Annotated[
         int | None,
-        typer.Option(
+        options.option(
+            "Timed runs of each, in turn; medians are printed.",
+            shown="5 on the CPU, 20 elsewhere; for ttft 5, 3 from 32768 tokens, 2 from 65536",
             min=1,
-            help="Timed runs of each, in turn; medians are printed.",
-            show_default="5 on the CPU, 20 elsewhere; for ttft 5, 3 from 32768 tokens, 2 from 65536",
+            rich_help_panel=_TIMED,
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")] = None,
+    threads: Annotated[
+        int | None, options.option("CPU threads.", shown="torch's choice", min=1, rich_help_panel=options.RUNS)
+    ] = None,
     seed: options.Seed = 0,
-    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Time dense attention too, up to 262144 tokens.")] = True,
+    dense: Annotated[
+        bool,
+        typer.Option("--dense/--no-dense", help="Time dense attention too, up to 262144 tokens.", rich_help_panel=_TIMED),
+    ] = True,
     first_call: Annotated[
-        bool, typer.Option("--first-call", help="ttft: also time new processes' first prefill, Triton cache empty and filled.")
+        bool,
+        typer.Option(
+            "--first-call",
+            help="ttft: also time new processes' first prefill, Triton cache empty and filled.",
+            rich_help_panel=_TIMED,
+        ),
     ] = False,
     as_json: options.Json = False,
 ) -> int:
@@ -81,7 +98,7 @@ def bench(
     """
     from stem_evals.bench.checks import WrongResultError
     from stem_evals.bench.setup import Setup
-    from stem_evals.bench.tables import text
+    from stem_evals.bench.tables import show
 
     if lengths is None:
         lengths = options.TokenCounts((2048, 8192) if suite is Suite.ttft and device.type == "cpu" else (8192, 32768))
@@ -107,7 +124,7 @@ def bench(
     if as_json:
         print_json(report)
     else:
-        print(text(report))
+        show(report, output())
     return 0
 
 
@@ -127,7 +144,8 @@ def _suite(
 
     name = model or ("tiny" if device.type == "cpu" else "llama-3.2-1b")
     if name not in ARCHITECTURES:
-        raise UserError(f"--model: expected one of {', '.join(ARCHITECTURES)}, got {name!r}; pick one of these names")
+        fix = nearest(name, ARCHITECTURES, "pick one of these names")
+        raise UserError(f"--model: expected one of {', '.join(ARCHITECTURES)}, got {name!r}; {fix}")
     if any(given):
         raise UserError("--heads, --kv-heads, --head-dim: suite ttft runs whole models; give --model alone")
     policy.policy.check_model(ARCHITECTURES[name].layers, ARCHITECTURES[name].heads.heads)

@@ -15,8 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from stem_attention.cli import options
-from stem_attention.cli.errors import UserError
+from stem_attention.cli.errors import UserError, blaming
 from stem_attention.cli.system import cpu_model, output, progress_console
+from stem_attention.errors import nearest
+from stem_attention.models.prompts import KINDS
 from stem_evals.contender import Contender, parse_contender
 from stem_evals.studies import STUDIES
 
@@ -31,6 +33,10 @@ LONGEST_DEFAULT = 8192
 _UP_TO_CONTEXT: Any = None  # no lengths: the model's context, up to LONGEST_DEFAULT
 _NAME = TextColumn("{task.description}", table_column=Column(width=44, no_wrap=True, overflow="ellipsis"))
 _COLUMNS = (_NAME, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+
+_NEEDLES, _HARNESS = "Needles", "RULER and LongBench"  # groups of options in --help
+# By the argument that an error names.
+_OPTIONS = {"kind": "--kinds", "depth": "--depths", **{name: f"--{name}" for name in ("count", "data", "lengths", "tasks")}}
 
 MEASURES = ("perplexity", "needle", "layers", "cost", "ruler", "longbench")
 
@@ -52,7 +58,7 @@ def _listed(option: str, text: str, kind: Callable[[str], Any] = str, between: s
 def evaluate(
     context: typer.Context,
     measures: Annotated[list[str], typer.Argument(metavar="MEASURE...", help=", ".join(MEASURES))],
-    out: Annotated[Path, typer.Option(help="Directory for records and report; the same command again goes on there.")],
+    out: Annotated[Path, options.option("Directory for records and report; the same command again goes on there.", "DIR")],
     model: options.Model = None,
     policy: Annotated[
         list[Contender] | None,
@@ -66,29 +72,41 @@ def evaluate(
     study: Annotated[str | None, typer.Option(metavar="|".join(STUDIES), help="A set of contenders.")] = None,
     lengths: options.Lengths = _UP_TO_CONTEXT,
     text: options.TextFiles = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each text and length.")] = 4,
-    kinds: Annotated[str, typer.Option(help="Needles, with commas between.")] = "single,multikey,multivalue,multiquery",
-    depths: Annotated[str, typer.Option(help="Where needles stand: 0 start of the text, 1 end.")] = "0,0.25,0.5,0.75,1",
-    samples: Annotated[int, typer.Option(min=1, help="Prompts of each kind, length and depth.")] = 2,
-    count: Annotated[int, typer.Option(min=1, help="Numbers in a prompt of every kind but single.")] = 4,
+    windows: Annotated[int, options.option("Windows of each text and length.", min=1)] = 4,
+    kinds: Annotated[
+        str, options.option(f"Needles, with commas between: {', '.join(KINDS)}.", "NAME,...", "all", rich_help_panel=_NEEDLES)
+    ] = ",".join(KINDS),
+    depths: Annotated[
+        str, options.option("Where needles stand: 0 start of the text, 1 end.", "X,X,...", rich_help_panel=_NEEDLES)
+    ] = "0,0.25,0.5,0.75,1",
+    samples: Annotated[int, options.option("Prompts of each kind, length and depth.", min=1, rich_help_panel=_NEEDLES)] = 2,
+    count: Annotated[int, options.option("Numbers in a prompt of every kind but single.", min=1, rich_help_panel=_NEEDLES)] = 4,
     haystack: options.Haystack = None,
     no_chat_template: options.NoChatTemplate = False,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of ruler or longbench, with commas between.", show_default="all that can run")
+        str | None, options.option("Tasks, with commas between.", "NAME,...", "all that can run", rich_help_panel=_HARNESS)
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts of each task of ruler and longbench.")] = 50,
+    limit: Annotated[int, options.option("Prompts of each task.", min=1, rich_help_panel=_HARNESS)] = 50,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with the files of longbench's tasks.", show_default="what lm-eval fetches"),
+        options.option("Folder with the files of longbench's tasks.", "DIR", "what lm-eval fetches", rich_help_panel=_HARNESS),
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = options.AUTO,
-    dtype: options.Dtype = options.DtypeName.auto,
+    dtype: options.Dtype = options.AUTO,
     commit: Annotated[
-        str | None, typer.Option(help="Commit to put on record where there is no repository.", show_default="what git says")
+        str | None,
+        options.option(
+            "Commit to put on record where there is no repository.", "SHA", "what git says", rich_help_panel=options.RUNS
+        ),
     ] = None,
     part: Annotated[
-        str, typer.Option(metavar="I/N", help="Run every N-th case from the I-th on: N processes share a grid, an --out each.")
+        str,
+        options.option(
+            "Run every N-th case from the I-th on: N processes share a grid, an --out each.",
+            "I/N",
+            rich_help_panel=options.RUNS,
+        ),
     ] = "1/1",
 ) -> int:
     """Measure a model dense and under any policies, and write a report with intervals and plots.
@@ -114,9 +132,13 @@ def evaluate(
     if len(share) != 2:
         raise UserError(f"--part: expected I/N such as 2/8, got {part!r}; count the parts from 1")
     if unknown := [name for name in measures if name not in MEASURES]:
-        raise UserError(f"MEASURE: expected among {', '.join(MEASURES)}, got {unknown[0]!r}; correct it")
+        raise UserError(
+            f"MEASURE: expected among {', '.join(MEASURES)}, got {unknown[0]!r}; {nearest(unknown[0], MEASURES, 'correct it')}"
+        )
     if study and study not in STUDIES:
-        raise UserError(f"--study: expected one of {', '.join(STUDIES)}, got {study!r}; choose another")
+        raise UserError(
+            f"--study: expected one of {', '.join(STUDIES)}, got {study!r}; {nearest(study, STUDIES, 'choose another')}"
+        )
     if data and "longbench" not in measures:
         raise UserError("--data: expected longbench among the measures, which alone reads such a folder; leave it out")
     chosen = _listed("--tasks", tasks) if tasks else None
@@ -170,9 +192,7 @@ def evaluate(
 
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories that eval made.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for the report.", show_default="DIR itself, if there is one only")
-    ] = None,
+    out: Annotated[Path | None, options.option("Directory for the report.", "DIR", "DIR itself, if there is one only")] = None,
 ) -> int:
     """Join the records of several eval runs into one report."""
     from stem_evals.journal import read_journal
@@ -193,9 +213,8 @@ def report(
 def _one_line(command: str, out: Path) -> Iterator[None]:
     """Turn what a user can put right into one line."""
     try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{command}: {error}") from error
+        with blaming(f"{command}: ", **_OPTIONS):
+            yield
     except OSError as error:
         raise UserError(f"--out: cannot write {out}: {error.strerror}; choose another directory") from error
 
@@ -222,7 +241,9 @@ def _show(chapters: list[Chapter], out: Path) -> None:
     for chapter in chapters:
         for (tokens, measure), part in chapter.scores.groupby(["tokens", "measure"], sort=False) if len(chapter.scores) else ():
             title = f"{chapter.title}, {tokens} tokens: {measure}"
-            table = Table(*part.columns[2:], title=title, title_justify="left", box=SIMPLE_HEAD)
+            # A name that is too long goes on in the next line: cut short, many would look alike.
+            heads = [Column(name, overflow="fold") for name in part.columns[2:]]
+            table = Table(*heads, title=title, title_justify="left", box=SIMPLE_HEAD)
             for row in part.iloc[:, 2:].itertuples(index=False):
                 table.add_row(*row)
             console.print(table)

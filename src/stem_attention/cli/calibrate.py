@@ -36,7 +36,7 @@ def calibrate(
         options.option("How many tokens of a text a token of an answer is worth; 0 leaves answers out.", "X", min=0, max=1e6),
     ] = learning.NEEDLE_WEIGHT,
     device: options.Device = options.AUTO,
-    dtype: options.Dtype = options.DtypeName.auto,
+    dtype: options.Dtype = options.AUTO,
     seed: options.Seed = 0,
 ) -> int:
     """Find out how much each head of a model may drop, from the model's own gradients, and write it as a policy.

@@ -14,6 +14,7 @@ from stem_attention.cli.system import output, print_json, progress_console
 from stem_attention.models.shapes import MODELS
 
 _LENGTHS: Any = "8192,16384,32768,65536,131072"
+_BFLOAT16: Any = "bfloat16"
 _USUAL_HEADS = "llama-3.1-8b"
 
 
@@ -27,7 +28,9 @@ def precompile(
     heads: options.HeadCount = None,
     kv_heads: options.KvHeads = None,
     head_dim: options.HeadDim = None,
-    dtype: Annotated[options.DtypeName, options.option("bfloat16 or float16.", "NAME")] = options.DtypeName.bfloat16,
+    dtype: Annotated[
+        options.DtypeName, options.option("bfloat16 or float16.", "NAME", parser=options.one_of(options.DtypeName))
+    ] = _BFLOAT16,
     page_size: Annotated[
         int | None, options.option("Compile for packed batches over a cache of such pages too.", shown="no", min=1)
     ] = None,

@@ -66,7 +66,8 @@ def run_app(app: typer.Typer, name: str, arguments: list[str]) -> int:
     except _USAGE_ERROR as error:
         typed = getattr(getattr(error, "param", None), "opts", None)
         named = f"{typed[0]}: {error.message}" if typed and error.message else error.format_message()
-        code, message = 2, f"{named}; see `{name} --help`"
+        asked = getattr(getattr(error, "ctx", None), "command_path", name)
+        code, message = 2, f"{named}; see `{asked} --help`"
     except (UserError, UnsupportedError) as error:
         code, message = 1, str(error)
     except torch.OutOfMemoryError as error:

@@ -21,7 +21,7 @@ def inspect(
     context: options.Context = None,
     layer: Annotated[list[int] | None, options.option("Layer to show. Repeatable.", shown="first, middle and last")] = None,
     head: Annotated[list[int] | None, options.option("Query head to show. Repeatable.", shown="0")] = None,
-    device: options.Device = options.AUTO, dtype: options.Dtype = options.DtypeName.auto, seed: options.Seed = 0,
+    device: options.Device = options.AUTO, dtype: options.Dtype = options.AUTO, seed: options.Seed = 0,
     depth: options.Depth = 0.5, no_chat_template: options.NoChatTemplate = False, plot: options.Plot = None,
     panels: options.Panels = None, as_json: options.Json = False,
 ) -> int:  # fmt: skip
@@ -52,7 +52,8 @@ def save_picture(job: Job, reading: Reading, recorder: HeadRecorder, *, file: Pa
     from stem_attention.models.plots import draw
 
     curves = {f"kept in layer {layer}": counts for layer, counts in _kept_per_row(reading, views).items()}
-    title = f"{job.spec} on {Path(str(job.source)).name}, {len(job.prompt.ids)} tokens"
+    where = "{device}, {dtype}".format(**job.describe())
+    title = f"{job.spec} on {Path(str(job.source)).name}, one prompt of {len(job.prompt.ids)} tokens, {where}"
     draw(title, views, curves, reach(reading), file, panels)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def open_model(
     need("transformers", "gguf", "accelerate", purpose="a model")
     with blaming("--"):
         source = find_model(name)
-        with console.status(f"loading {source}"):
+        fetched = "" if Path(source.location).is_dir() else ": from the cache, or fetched from the hub, which can take minutes"
+        with console.status(f"loading {source}{fetched}"):
             model, tokenizer = load_model(source, device, dtype)
             _try(model, tokenizer)
     with blaming(f"--model: {source} holds bad stem_attention settings: "):

@@ -4,24 +4,31 @@ import os
 import select
 import stat
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 
 from stem_attention.cli.errors import UserError, need
 from stem_attention.cli.system import accelerator
+from stem_attention.errors import nearest
 from stem_attention.models.shapes import MODELS, Heads
 from stem_attention.models.texts import Text
 from stem_attention.policies import PolicySpec, parse_spec, policy_names
 
-AUTO: Any = "auto"  # defaults of Device and PolicyOption, which typer reads as if they were typed
+AUTO: Any = "auto"  # defaults of Device, Dtype and PolicyOption, which typer reads as if they were typed
 MASS: Any = "mass"
+# Groups of options in --help.
+PROMPT, PICTURE, HEADS, RUNS = "The prompt", "The picture", "Heads, in place of the model's", "Where it runs"
 DtypeName = Enum(
     "DtypeName", {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"}
 )
+
+
+_Choice = TypeVar("_Choice", bound=Enum)
 
 
 class TokenCounts(tuple[int, ...]):
@@ -34,6 +41,20 @@ def torch_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     found: torch.dtype = getattr(torch, name.value)
     return found
+
+
+def one_of(kind: type[_Choice]) -> Callable[[str], _Choice]:
+    """Build the parser of an option that takes a value of an enumeration; a typing slip is told what was meant."""
+    names = [each.value for each in kind]
+
+    def parse(text: str) -> _Choice:
+        if text in names:
+            return kind(text)
+        raise typer.BadParameter(
+            f"expected one of {', '.join(names)}, got {text!r}; {nearest(text, names, 'pick one of these')}"
+        )
+
+    return parse
 
 
 def _policy(text: str) -> PolicySpec:
@@ -50,7 +71,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise typer.BadParameter(f"expected cpu, cuda, cuda:1, ..., got {name!r}; {hint}") from error
+        raise typer.BadParameter(
+            f"expected cpu, cuda, cuda:1, ..., got {name!r}; {nearest(name, ('cpu', 'cuda', 'mps'), hint)}"
+        ) from error
     if device.type == "cpu" and (device.index or 0) == 0:
         return torch.device("cpu")
     count = torch.accelerator.device_count() if here is not None and here.type == device.type else 0
@@ -132,7 +155,7 @@ def piped_text() -> str | None:
 def read_heads(usual: Heads, model: str | None, heads: int | None, kv_heads: int | None, head_dim: int | None) -> Heads:
     """Take the heads of a model, or the usual ones, with what is given in their place."""
     if model is not None and model not in MODELS:
-        fix = "for others give --heads, --kv-heads and --head-dim"
+        fix = nearest(model, MODELS, "for others give --heads, --kv-heads and --head-dim")
         raise UserError(f"--model: expected one of {', '.join(MODELS)}, got {model!r}; {fix}")
     of_model = usual if model is None else MODELS[model]
     found = Heads(heads or of_model.heads, kv_heads or of_model.kv_heads, head_dim or of_model.head_dim)
@@ -157,29 +180,30 @@ DenseBelow = Annotated[
 ]
 _PROMPT = "Text to read, UTF-8; - is standard input, which is also read when something is piped in."
 _MADE_UP = "made-up prose with a planted number and a question about it"
-PromptFile = Annotated[str | None, option(_PROMPT, "FILE", _MADE_UP, parser=_text)]
-Seed = Annotated[int, option("Seed of what is made up; fixed, so that runs repeat.")]
+PromptFile = Annotated[str | None, option(_PROMPT, "FILE", _MADE_UP, parser=_text, rich_help_panel=PROMPT)]
+Seed = Annotated[int, option("Seed of what is made up; fixed, so that runs repeat.", rich_help_panel=PROMPT)]
 Context = Annotated[
     int | None,
-    option("Tokens of the made-up prompt.", shown="what the model's context holds beside the answer, up to 32768", min=1),
+    option(
+        "Tokens of the made-up prompt.",
+        shown="what the model's context holds beside the answer, up to 32768",
+        min=1,
+        rich_help_panel=PROMPT,
+    ),
 ]
-Depth = Annotated[float, option("Where the number is planted: 0 start of the text, 1 end.", "X", min=0, max=1)]
-NoChatTemplate = Annotated[
-    bool, typer.Option("--no-chat-template", help="Leave the prompt as it is, whatever chat template the model has.")
+Depth = Annotated[
+    float, option("Where the number is planted: 0 start of the text, 1 end.", "X", min=0, max=1, rich_help_panel=PROMPT)
 ]
-Device = Annotated[
-    torch.device, option("cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one.", "NAME", parser=_device)
-]
-Dtype = Annotated[
-    DtypeName, option("float32, bfloat16, float16 or float64; auto: float32 on the CPU, bfloat16 elsewhere.", "NAME")
-]
-Plot = Annotated[
-    Path | None,
-    option("Draw kept blocks, attention, blocks per row and how far heads look. Needs matplotlib.", "FILE.png", parser=_png),
-]
-Panels = Annotated[
-    Path | None, option("Write the picture's panels there, a PNG each. Needs matplotlib.", "DIRECTORY", parser=_directory)
-]
+_NO_TEMPLATE = "Leave the prompt as it is, whatever chat template the model has."
+NoChatTemplate = Annotated[bool, typer.Option("--no-chat-template", help=_NO_TEMPLATE, rich_help_panel=PROMPT)]
+_DEVICE = "cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one."
+Device = Annotated[torch.device, option(_DEVICE, "NAME", parser=_device, rich_help_panel=RUNS)]
+_DTYPE = "float32, bfloat16, float16 or float64; auto: float32 on the CPU, bfloat16 elsewhere."
+Dtype = Annotated[DtypeName, option(_DTYPE, "NAME", parser=one_of(DtypeName), rich_help_panel=RUNS)]
+_PLOT = "Draw kept blocks, attention, blocks per row and how far heads look. Needs matplotlib."
+Plot = Annotated[Path | None, option(_PLOT, "FILE.png", parser=_png, rich_help_panel=PICTURE)]
+_PANELS = "Write the picture's panels there, a PNG each. Needs matplotlib."
+Panels = Annotated[Path | None, option(_PANELS, "DIRECTORY", parser=_directory, rich_help_panel=PICTURE)]
 Out = Annotated[Path, option("JSON file to write, which --policy takes.", "FILE", parser=_writable)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 TextFiles = Annotated[
@@ -188,6 +212,6 @@ TextFiles = Annotated[
 ]
 Haystack = Annotated[str | None, option("Text around hidden numbers.", "FILE", "made-up prose", parser=_text)]
 Lengths = Annotated[TokenCounts, option("Prompt lengths in tokens, with commas between.", "N,N,...", parser=_lengths)]
-HeadCount = Annotated[int | None, option("Query heads.", shown="the model's", min=1)]
-KvHeads = Annotated[int | None, option("Key/value heads.", shown="the model's", min=1)]
-HeadDim = Annotated[int | None, option("Dimension of a head.", shown="the model's", min=1)]
+HeadCount = Annotated[int | None, option("Query heads.", shown="the model's", min=1, rich_help_panel=HEADS)]
+KvHeads = Annotated[int | None, option("Key/value heads.", shown="the model's", min=1, rich_help_panel=HEADS)]
+HeadDim = Annotated[int | None, option("Dimension of a head.", shown="the model's", min=1, rich_help_panel=HEADS)]

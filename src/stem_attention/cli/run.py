@@ -23,12 +23,15 @@ def run(
     context: options.Context = None,
     max_new_tokens: Annotated[int, options.option("Tokens of the longest answer.", min=1)] = 32,
     dense_below: options.DenseBelow = None, device: options.Device = options.AUTO,
-    dtype: options.Dtype = options.DtypeName.auto, seed: options.Seed = 0, depth: options.Depth = 0.5,
+    dtype: options.Dtype = options.AUTO, seed: options.Seed = 0, depth: options.Depth = 0.5,
     no_chat_template: options.NoChatTemplate = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Density and time of every layer.")] = False,
     plot: options.Plot = None,
-    layer: Annotated[int | None, options.option("Layer of the picture.", shown="the middle one")] = None,
-    head: Annotated[int, options.option("Query head of the picture.")] = 0, as_json: options.Json = False,
+    layer: Annotated[
+        int | None, options.option("Layer of the picture.", shown="the middle one", rich_help_panel=options.PICTURE)
+    ] = None,
+    head: Annotated[int, options.option("Query head of the picture.", rich_help_panel=options.PICTURE)] = 0,
+    as_json: options.Json = False,
 ) -> int:  # fmt: skip
     """Read a long prompt with a real model, dense and sparse: answers, times and agreement.
 

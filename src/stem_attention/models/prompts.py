@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib.resources import files
 from itertools import cycle
 
-from stem_attention.errors import bad_argument
+from stem_attention.errors import bad_argument, nearest
 from stem_attention.models.load import Tokenizer, reason
 
 _OPENING = "{} hidden in the text below. Read it with care, for I will ask you about the {} afterwards."
@@ -87,7 +87,7 @@ def make_riddle(kind: str, seed: int | str, depth: float, count: int) -> tuple[l
     These come first. The first fact stands at ``depth``; the others follow at equal distances and go on at the text's start.
     """
     if kind not in KINDS:
-        raise bad_argument("kind", f"one of {', '.join(KINDS)}", repr(kind), "pick one of these names")
+        raise bad_argument("kind", f"one of {', '.join(KINDS)}", repr(kind), nearest(kind, KINDS, "pick one of these names"))
     if not 0 <= depth <= 1:
         raise bad_argument("depth", "a number from 0 to 1", depth, "0 plants the fact at the start, 1 at the end")
     if not 1 <= count <= len(_COLOURS) * len(_THINGS):

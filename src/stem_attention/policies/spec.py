@@ -12,9 +12,8 @@ import json
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 
 from stem_attention.blocks import block_count
 from stem_attention.checks import check_flag
-from stem_attention.errors import bad_argument
+from stem_attention.errors import bad_argument, nearest
 from stem_attention.policies.base import Policy, check_policy, is_number
 from stem_attention.policies.mass import Mass
 from stem_attention.policies.oracle import Oracle
@@ -156,23 +155,18 @@ _read_name = lru_cache(maxsize=256)(_sized)
 def _build(name: str, given: Mapping[str, Any], trusted: bool = True) -> Policy:
     make = _imported(name, trusted) if ":" in name else _NAMED.get(name)
     if make is None:
-        fix = _meant(name, _NAMED, "name one of these, a .json file, or module:Class")
+        fix = nearest(name, _NAMED, "name one of these, a .json file, or module:Class")
         raise bad_argument("policy", f"one of {', '.join(_NAMED)}", repr(name), fix)
     cls: Any = getattr(make, "__self__", make)  # a preset is a method of its class
     known = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else given
     for field in given:
         if field not in known:
-            fix = _meant(str(field), known, "remove or correct it")
+            fix = nearest(str(field), known, "remove or correct it")
             raise bad_argument("policy", f"fields of {name} among {', '.join(known) or 'none'}", repr(field), fix)
     try:
         return check_policy(make(**given))
     except TypeError as error:  # a policy of someone's own may take what it wants
         raise bad_argument("policy", f"fields that {name} takes", str(error), "remove or correct them") from None
-
-
-def _meant(name: str, known: Iterable[str], otherwise: str) -> str:
-    near = get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def _imported(name: str, trusted: bool) -> Callable[..., Policy]:

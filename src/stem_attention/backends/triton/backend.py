@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -22,6 +24,7 @@ from stem_attention.selection import BlockSelection
 
 HEAD_DIMS = range(16, 257, 8)
 BLOCK_SIZES = (64, 128)
+OLDEST_TRITON = (3, 6)
 
 _MOST_SEQUENCES = 65535  # of the second and third dimension of a grid
 _MOST_PROGRAMS = 1024
@@ -34,6 +37,16 @@ without a list, and what starts kernels; returns int32 indices ``(batch, q_heads
 AttentionKernel: TypeAlias = Callable[[Call, Layout, Tensor, Tensor, int, int, Launches], tuple[Tensor, Tensor]]
 """Takes a call, its layout, indices, counts, the block size, the rows at the end that are much longer than the rest, and what
 starts kernels; returns ``(out, lse)``."""
+
+
+@cache
+def _too_old() -> str | None:
+    """Tell Triton's version where it is too old: the kernels compile with 3.4 too, but spill registers, and no test runs it."""
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:  # ROCm's has another name
+        return None
+    return installed if tuple(map(int, installed.split(".")[:2])) < OLDEST_TRITON else None
 
 
 class TritonBackend(Backend):
@@ -54,6 +67,8 @@ class TritonBackend(Backend):
             return "triton is not installed: pip install 'stem-attention[gpu]'"
         if request.device.type != "cuda":
             return f"it needs a GPU, not {request.device.type}"
+        if (old := _too_old()) is not None:
+            return f"it needs Triton 3.6 or newer, not {old}: update PyTorch, which brings it"
         if not torch.cuda.is_available():
             return "torch sees no GPU"
         if request.dtype not in (torch.bfloat16, torch.float16):
