@@ -12,14 +12,14 @@ from statistics import fmean, median
 from typing import Any
 
 import matplotlib as mpl
-from mass_rules.tables import ROOT, exponent, law
+from mass_rules.tables import RESULTS, ROOT, exponent, law
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stem_evals.figures import short
 from stem_evals.intervals import Estimate, mean_interval, share_difference_interval
 
-EVAL, ASSETS = ROOT / "benchmarks" / "results" / "eval", ROOT / "docs" / "assets"
+EVAL, ASSETS = RESULTS / "eval", ROOT / "docs" / "assets"
 NAMES = {"mass": "Mass()", "paper": "Stem.paper()"}
 LENGTHS = (8192, 16384, 32768)
 LAWS = {1.0: "share / NB, as in Mass", 0.75: "share / NB^0.75", 0.4: "share / NB^0.4"}

@@ -1,4 +1,4 @@
-"""Print the tables of docs/mass-record.md that come from mass-15b.jsonl: rules at equal density, and work against length.
+"""Print tables of docs/mass-record.md that come from mass-15b.jsonl: rules beside Mass, and work against length.
 
 cd benchmarks && PYTHONPATH=. python -m mass_rules.tables
 """
@@ -20,7 +20,8 @@ from scipy import stats
 from stem_evals.intervals import mean_interval
 
 ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "benchmarks" / "results" / "mass-15b.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
+RECORDS = RESULTS / "mass-15b.jsonl"
 AGREE = 16384
 """The length at which every law of the threshold keeps what ``share=4`` keeps."""
 POWERS = (1.0, 0.75, 0.5, 0.4, 0.25, 0.0)
@@ -48,7 +49,7 @@ def ratio(x: float) -> str:
 
 
 def print_rules() -> None:
-    """A rule beside Mass, whose divergence and loss are interpolated to the rule's density in the same window."""
+    """A rule beside Mass, interpolated in the same window: KL and loss at equal density, density at equal KL."""
     windows: dict[Window, dict[str, Record]] = defaultdict(dict)
     for record in records("rules"):
         windows[record["text"], record["start"]][record["contender"]] = record
@@ -57,20 +58,37 @@ def print_rules() -> None:
         curve = sorted(
             (math.log(r["density"]), math.log(r["kl"]), r["loss"]) for n, r in found.items() if n.startswith("mass:")
         )
-        x, kl, loss = np.array(curve).T
+        density, kl, loss = np.array(curve).T
         for name, r in found.items():
             if name != "dense":
-                at = math.log(r["density"])
-                beside = math.log(r["kl"]) - float(np.interp(at, x, kl)), r["loss"] - float(np.interp(at, x, loss))
-                rows[name].append((r["density"], over(r), r["kl"], *beside))
-    print("| rule | n | density | over dense | KL | KL over Mass's | loss minus Mass's, % |\n|---|--:|--:|---|--:|---|---|")
+                at, far = math.log(r["density"]), math.log(r["kl"])
+                beside = far - np.interp(at, density, kl), r["loss"] - np.interp(at, density, loss)
+                rows[name].append(
+                    (r["density"], over(r), r["kl"], *beside, at - np.interp(far, kl[::-1], density[::-1], np.nan, np.nan))
+                )
+    print("| rule | n | density | over dense | KL | KL over Mass's | loss minus Mass's, % | blocks at equal KL, of Mass's |")
+    print("|---|--:|--:|---|--:|---|---|---|")
     for name, values in sorted(rows.items(), key=lambda row: (row[0].split("@")[-1], fmean(one[3] for one in row[1]))):
-        density, above, divergence, times, more = zip(*values, strict=True)
+        kept, above, divergence, times, more, blocks = zip(*values, strict=True)
         cells = [
-            name, len(values), f"{fmean(density):.3f}", mean_interval(above).text(ratio), f"{fmean(divergence):.4f}",
+            name, len(values), f"{fmean(kept):.3f}", mean_interval(above).text(ratio), f"{fmean(divergence):.4f}",
             mean_interval(times).text(lambda x: f"{math.exp(x):.3f}"), mean_interval(more).text(lambda x: f"{100 * x:+.2f}"),
+            "not reached" if any(map(math.isnan, blocks)) else mean_interval(blocks).text(lambda x: f"{math.exp(x):.3f}"),
         ]  # fmt: skip
         print("|", " | ".join(map(str, cells)), "|")
+
+
+def print_digits() -> None:
+    """Numbers found under the rules, and their negative log-likelihood minus that of Mass(share=8)."""
+    found: dict[str, dict[str, Record]] = defaultdict(dict)
+    for record in records("digits"):
+        found[record["contender"]][record["case"]] = record
+    base = found["mass:share=8.0"]
+    print("\n| rule | n | density | found | nats |\n|---|--:|--:|--:|---|")
+    for name, cases in found.items():
+        nats = mean_interval([record["nll"] - base[case]["nll"] for case, record in cases.items()]).text(lambda x: f"{x:+.3f}")
+        hits, density = sum(record["found"] for record in cases.values()), fmean(record["density"] for record in cases.values())
+        print(f"| {name} | {len(cases)} | {density:.3f} | {hits} | {nats} |")
 
 
 @dataclass(frozen=True)
@@ -155,4 +173,5 @@ def print_growth() -> None:
 
 if __name__ == "__main__":
     print_rules()
+    print_digits()
     print_growth()
