@@ -29,10 +29,17 @@ def corrected(kind: str | None) -> Iterator[None]:
         host.block_sparse_attention = plain
 
 
+def plain_only(scores: dict[str, object]) -> None:
+    """Refuse a model whose scores are not plain products: the corrections know neither sinks nor caps."""
+    if given := [name for name, value in scores.items() if value is not None]:
+        raise ValueError(f"the corrections are for models without {' and '.join(given)}")
+
+
 def delta(plain: Attend, every: int = 64) -> Attend:
     """Add to 64 rows what one dense row among them differs by: Delta Attention, arXiv 2505.11254."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, selection, *, scale: float | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, selection, *, scale: float | None = None, **others: object) -> Tensor:
+        plain_only(others)
         out = plain(q, k, v, selection, scale=scale)
         length, heads, group = q.shape[1], q.shape[2], q.shape[2] // k.shape[2]
         if length != k.shape[1]:
@@ -55,7 +62,8 @@ def delta(plain: Attend, every: int = 64) -> Attend:
 def residual(plain: Attend) -> Attend:
     """Let every dropped block take part by its mean key, its mean value and its count."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, selection, *, scale: float | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, selection, *, scale: float | None = None, **others: object) -> Tensor:
+        plain_only(others)
         out, lse = plain(q, k, v, selection, scale=scale, return_lse=True)
         length, heads, group, size = q.shape[1], q.shape[2], q.shape[2] // k.shape[2], selection.block_size
         if length != k.shape[1]:
