@@ -123,6 +123,14 @@ def test_other_cards_are_told_so(capability, monkeypatch):
     assert "9.0" in HopperBackend().why_not(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
 
 
+def test_wide_keys_beside_other_values_run_on_neither_kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    asked = {head_dim: Request(torch.device("cuda"), torch.bfloat16, head_dim, 64, 128) for head_dim in (192, 200)}
+    assert [explain_request(request).chosen for request in asked.values()] == ["triton", "torch"]
+    assert "head_dim must be at most 192" in explain_request(asked[200]).reasons["triton"]
+
+
 def takes(q, k, v, page_table=None):
     batch = None if page_table is None else PackedBatch.plan([64], [64], page_table=page_table, device=q.device)
     return can_copy(Call(q, k, v, Dense(64), 0.1, 64, batch))

@@ -32,7 +32,7 @@ class HopperBackend(TritonBackend):
         fits = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
         return None if fits else "it needs compute capability 9.0 (Hopper)"
 
-    def value_obstacle(self, value_dim: int) -> str | None:
+    def value_obstacle(self, head_dim: int, value_dim: int) -> str | None:
         """Say that values must have the dimension of keys."""
         return f"value_dim must be head_dim, not {value_dim}"
 
