@@ -13,7 +13,7 @@ from stem_evals.scores import columns
 
 from .records import DENSITIES, FAMILIES, HEADER, changed, needle, perplexity
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "eval"
+RESULTS = Path(__file__).parents[2] / "evidence" / "eval"
 CONTENDERS = ("dense", "stem", "uniform@stem", "uniform@0.5")
 NAMES = ("dense", "stem", "stem@0.1", "oracle@stem")
 TIMES = {"dense": 10.0, "stem": 3.0, "stem@0.1": 2.0, "oracle@stem": 40.0}
