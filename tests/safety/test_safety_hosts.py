@@ -108,9 +108,13 @@ def test_a_fault_in_the_library_itself_names_layer_and_shapes(model):
     assert WHERE.replace("layer 1", "layer 0") in str(raised.value)
 
 
-def test_a_gradient_is_refused_with_the_layer(model):
+def test_dropout_in_training_is_refused_with_the_layer(model, monkeypatch):
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer.self_attn, "attention_dropout", 0.1)
+    for module in model.modules():
+        monkeypatch.setattr(module, "training", True)
     with (
-        pytest.raises(UnsupportedError, match=r"no backward pass .*\[in layer 0, LlamaAttention: "),
+        pytest.raises(UnsupportedError, match=r"^dropout: .*\[in layer 0, LlamaAttention: "),
         hosts.use_policy(SPARSE, dense_below=0),
     ):
         model(PROMPT)
