@@ -52,9 +52,11 @@ def build(directory: Path) -> Path:
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
     identity = f"_stem_attention_{digest}"
     # Two versions in one process must not share their operators.
-    texts["ops.py"] = (
-        texts["ops.py"].replace("stem_attention::", f"{identity}::").replace("ops.stem_attention.", f"ops.{identity}.")
+    texts["ops.py"], found = re.subn(
+        '^NAMESPACE = "stem_attention"', f'NAMESPACE = "{identity}"', texts["ops.py"], flags=re.MULTILINE
     )
+    if found != 1:
+        raise SystemExit("stem_attention/ops.py: expected one line that sets NAMESPACE")
     head, found = INSTALLED_VERSION.subn(f'__version__ = "hub-{digest}"', texts["__init__.py"])
     if found != 1:
         raise SystemExit("stem_attention/__init__.py: expected one try block that sets __version__")

@@ -20,6 +20,8 @@ from stem_attention.policies.patterns import Dense
 from stem_attention.policies.spec import policy_from_json
 from stem_attention.selection import PAD, BlockSelection
 
+NAMESPACE = "stem_attention"  # of the operators; another version of the library in the process has its own
+
 # Policies by the text they travel as. Kept for good: a compiled graph may ask for one at any time, and they are few and small.
 _TRAVELLING: dict[str, Policy] = {}
 any_policy = lru_cache(maxsize=64)(Dense)
@@ -115,10 +117,10 @@ def _fake_attention(*args: object) -> tuple[Tensor, Tensor]:
 def define(run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define the operator ``stem_attention::name`` for a function ``_name``, with what tells its results' shapes."""
     name = run.__name__[1:]
-    torch.library.define(f"stem_attention::{name}", torch.library.infer_schema(run, mutates_args=()))
-    torch.library.impl(f"stem_attention::{name}", "CompositeExplicitAutograd", run)
-    torch.library.register_fake(f"stem_attention::{name}", fake)
-    return getattr(torch.ops.stem_attention, name).default
+    torch.library.define(f"{NAMESPACE}::{name}", torch.library.infer_schema(run, mutates_args=()))
+    torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 forward = define(_forward, _fake_attention)
