@@ -38,9 +38,9 @@ def stem_attention(
     Prefill and training. Queries are the last ``q_len`` of the ``kv_len`` positions, as in FlashAttention. Only the last
     dimension must be contiguous; nothing is copied or padded.
 
-    Gradients of q, k and v are exact for the blocks that were kept: ``dq = scale · Σ_kept dS K`` with ``dS = P ∘ (dP - Δ)``.
-    The choice itself is piecewise constant and gets none. The same inputs give the same bits. Dense calls are differentiated
-    by torch itself, but in compiled code, and with ``return_lse``, as sparse ones that keep everything.
+    Gradients of q, k, v and sinks are exact for the blocks that were kept: ``dq = scale · Σ_kept dS K`` with ``dS = P ∘ (dP -
+    Δ)``. The choice itself is piecewise constant and gets none. The same inputs give the same bits. Dense calls are
+    differentiated by torch itself, but in compiled code, and with ``return_lse``, as sparse ones that keep everything.
 
     Args:
         q: ``(batch, q_len, q_heads, head_dim)``, bf16, fp16, fp32, or fp64 off the GPU.
@@ -66,7 +66,8 @@ def stem_attention(
 
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
-        UnsupportedError: The backend cannot run this, or a second or a forward-mode derivative is asked for.
+        UnsupportedError: The backend cannot run this, or a derivative is asked for that there is none of: a second one, one in
+            forward mode, one through soft caps or values of another dimension.
 
     Warns:
         UserWarning: The shapes suggest ``(batch, heads, length, dim)``. Said once.
