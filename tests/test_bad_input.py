@@ -77,7 +77,7 @@ OTHER_FACTORS = [[1.0] * 4] * 2, [[1.0] * 3], [[1.0] * 5]  # of two layers; of o
         ("prompt_len", 49, "every token of the prompt"),
         *(("policy", sa.Mass(head_factors=factors), "pass policy.for_layer(layer)") for factors in OTHER_FACTORS),
         ("scale", float("nan"), "leave it out"),
-        *(("softcap", cap, "without a cap") for cap in (0.0, -1, float("inf"), True, "50")),
+        *(("softcap", cap, "without a cap") for cap in (0.0, -1, 201.0, float("inf"), True, "50")),
         ("backend", "flash", 'use "auto"'),
     ],
 )

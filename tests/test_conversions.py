@@ -132,3 +132,9 @@ def test_an_id_that_is_no_block_is_refused(bad):
 
 def test_a_block_mask_is_a_block_mask():
     assert isinstance(random_selection(1, 2, 40, 40, SIZE).to_block_mask(), BlockMask)
+
+
+def test_a_window_that_cuts_a_block_of_an_unfinished_last_row_is_no_selection():
+    window = create_block_mask(lambda b, h, i, j: (j <= i) & (j > i - 150), None, None, 228, 228, device="cpu", BLOCK_SIZE=128)
+    with pytest.raises(ValueError, match="mask: expected whole blocks below the diagonal"):
+        BlockSelection.from_block_mask(window)

@@ -159,7 +159,8 @@ def stem_attention_varlen(
     sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
     if gradients.needed(q, k, v, sinks):
         if page_table is not None:
-            raise UnsupportedError("page_table: there is no gradient through a paged cache; pass packed keys and values")
+            way = "pass packed keys and values, or call under torch.no_grad()"
+            raise UnsupportedError(f"page_table: there is no gradient through a paged cache; {way}")
         gradients.check_forms(q, v, softcap)
         out, lse = gradients.forward_varlen(q, k, v, sinks, starts, key_starts, lengths, known, scale, limit, name)
     else:

@@ -21,6 +21,8 @@ _MANY_HEADS = 256
 _COUNTS = "it counts every token of the prompt, also those still to come"
 _told_of_layout: list[tuple[int, ...]] = []
 
+_HIGHEST_CAP = 200  # models have 30 and 50; the error of a capped score grows with the cap
+
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch", "length", "heads", "dim")) -> None:
     """Check rank, dtype, device, heads and dimensions of q, k and v; UnsupportedError for dual numbers of forward mode."""
@@ -49,7 +51,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...] = ("batch
 def _check_no_tangents(*tensors: Tensor) -> None:
     """Refuse forward mode: operators drop tangents without a word, and it asks no tensor whether it requires a gradient."""
     if not torch.compiler.is_compiling() and any(_unpack_dual(x)[1] is not None for x in tensors):
-        raise UnsupportedError("Stem has no forward-mode derivative; detach q, k and v, or leave the dual level")
+        raise UnsupportedError("Stem has no forward-mode derivative; detach q, k, v and sinks, or leave the dual level")
 
 
 def check_batch(q: Tensor, k: Tensor) -> None:
@@ -87,13 +89,14 @@ def check_softcap(softcap: float | None) -> float | None:
     """Return the bound of the scores; None for none."""
     if softcap is None:
         return None
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap <= sys.float_info.max:
-        raise bad_argument("softcap", "a finite number > 0 or None", repr(softcap), "leave it out for scores without a cap")
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap <= _HIGHEST_CAP:
+        expected = f"None or a number above 0 and at most {_HIGHEST_CAP}, as far as the kernels' tanh is exact enough"
+        raise bad_argument("softcap", expected, repr(softcap), "leave it out for scores without a cap")
     return float(softcap)
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
-    """Check the sinks of a call whose queries are ``(..., q_heads, head_dim)``; UnsupportedError where they need a gradient."""
+    """Check the sinks of a call whose queries are ``(..., q_heads, head_dim)``; an UnsupportedError in forward mode."""
     if sinks is None:
         return None
     heads = q.shape[-2]

@@ -41,7 +41,8 @@ def obstacle(q: Tensor, v: Tensor, softcap: float | None) -> str | None:
 def check_forms(q: Tensor, v: Tensor, softcap: float | None) -> None:
     """Refuse a form without a gradient."""
     if (form := obstacle(q, v, softcap)) is not None:
-        raise UnsupportedError(f"Stem has no gradient of {form}; detach q, k and v, or train with the model's own attention")
+        ways = "detach q, k, v and sinks, call under torch.no_grad(), or train with the model's own attention"
+        raise UnsupportedError(f"Stem has no gradient of {form}; {ways}")
 
 
 def forward(

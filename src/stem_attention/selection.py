@@ -173,7 +173,10 @@ class BlockSelection:
         diagonal block that the mask shows is taken to be the causal one. A ValueError where the mask is not such a mask.
         """
         lists = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
-        return cls._from_partial_and_full(*lists, mask.BLOCK_SIZE, *mask.seq_lengths, batch, q_heads)
+        selection = cls._from_partial_and_full(*lists, mask.BLOCK_SIZE, *mask.seq_lengths, batch, q_heads)
+        if selection.kv_len > selection.block_size and selection.kv_len % selection.block_size:
+            _check_last_row(selection.to_mask()[:, :, -1], mask, selection)
+        return selection
 
     def to_fa4(self) -> dict[str, Any]:
         """Return the fields of FlashAttention-4's ``BlockSparseTensorsTorch``.
@@ -313,3 +316,23 @@ def _check_nesting(lists: object) -> None:
     for item in level:
         if not is_int(item) or abs(item) >= 2**31:
             raise bad_argument("lists", "integers of 32 bits as block ids", repr(item), "turn them into int")
+
+
+def _check_last_row(kept: Tensor, mask: "BlockMask", selection: BlockSelection) -> None:
+    """Refuse a FlexAttention mask that shows parts of blocks ``kept`` by the last row, ``(batch, q_heads, key_blocks)``.
+
+    FlexAttention calls all blocks of a row partial whose queries run past the end: here their tokens are looked at.
+    """
+    from torch.nn.attention.flex_attention import create_mask
+
+    size, (batch, heads) = selection.block_size, mask.kv_num_blocks.shape[:2]
+    first = selection.kv_len // size * size - (selection.kv_len - selection.q_len)  # a row may begin before the queries
+    first, rest = max(first, 0), selection.kv_len // size * size
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return mask.mask_mod(b, h, i + first, j)
+
+    tokens = create_mask(seen, batch, heads, selection.q_len - first, rest, device=str(kept.device))
+    whole = tokens.all(2).view(batch, heads, -1, size).all(3)
+    if bool((kept[..., : rest // size] & ~whole).any()):
+        raise bad_argument("mask", "whole blocks below the diagonal", "parts of some", "a selection keeps whole blocks")

@@ -4,12 +4,18 @@ from threading import Thread
 
 import pytest
 import torch
+from tests.toys import toy
 
 from stem_attention import Stem, UnsupportedError
 from stem_attention.testing import relative_error
 
 from .tiny import KEEP_ALL, hosts, small_llama, tokens, transformers
 
+MLA = {
+    "num_key_value_heads": 4, "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
 SPARSE = Stem(block_size=16, stride=4, sink_blocks=1, local_blocks=1, tail_blocks=1, min_blocks=2)
 LENGTH = 320
 
@@ -83,6 +89,33 @@ def test_a_block_that_does_not_reach_a_checkpointed_layer_is_refused_and_never_a
         thread.join()
     assert len(errors) == 1
     assert "set_policy" in errors[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_block_that_is_left_before_a_checkpointed_backward_pass_is_refused(reentrant):
+    model = small_llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with hosts.use_policy(SPARSE, dense_below=0):
+        loss = model(input_ids=tokens(1, LENGTH), use_cache=False).logits.sum()
+    with pytest.raises(UnsupportedError, match="set_policy"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("gemma2", {"sliding_window": 4096}), ("deepseek_v3", MLA)])
+def test_forms_without_a_gradient_train_in_the_hosts_attention_however_they_are_checkpointed(kind, changes):
+    found = []
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model = toy(kind, **changes).train()
+        model.set_attn_implementation("stem")
+        hosts.set_policy(model, SPARSE, dense_below=0)
+        model.enable_input_require_grads()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable(checkpointing)
+        model(input_ids=tokens(1, LENGTH), use_cache=False).logits.square().mean().backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_padded_rows_train_as_if_they_came_alone():

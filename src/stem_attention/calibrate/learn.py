@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stem_attention.blocks import block_count
 from stem_attention.calibrate.curves import SHARES, feeling, head_curves
-from stem_attention.errors import bad_argument
+from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.models.load import Model, Tokenizer, check_full_attention
 from stem_attention.models.prefill import attending, read
 from stem_attention.models.prompts import planted_prompt
@@ -100,6 +100,7 @@ def _check_reachable(density: float, least: float, fix: str) -> None:
 def learn(model: Model, lessons: Sequence[Lesson], policy: Mass, seed: int, tick: Callable[[], None]) -> Curves:
     """Read the lessons backwards, one after the other; ``tick`` is called after each. Takes models of full attention alone."""
     check_full_attention(model, "calibrate")
+    _check_plain_scores(model)
     text = model.config.get_text_config()
     sums = torch.zeros(3, text.num_hidden_layers, text.num_attention_heads, len(SHARES), dtype=torch.float64)
     pass_of = _FIRST_ORDER
@@ -119,6 +120,14 @@ def learn(model: Model, lessons: Sequence[Lesson], policy: Mass, seed: int, tick
             counted += len(losses)
             tick()
     return Curves(sums[0] / counted, sums[1] / counted / 2, sums[2] / len(lessons) / 2)
+
+
+def _check_plain_scores(model: Model) -> None:
+    """Refuse models whose scores the estimates do not know."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped or any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        form = "soft-capped scores" if capped else "attention sinks"
+        raise UnsupportedError(f"calibrate does not know {form}; run this model with Mass() as it is")
 
 
 def _losses(model: Model, lesson: Lesson, generator: torch.Generator, *, drawn: bool) -> Tensor:

@@ -49,7 +49,7 @@ class Policy(ABC):
         Args:
             q: ``(batch, q_len, q_heads, dim)``, the last ``q_len`` positions of ``kv_len``.
             k: ``(batch, kv_len, kv_heads, dim)``; query head ``h`` reads kv head ``h // (q_heads // kv_heads)``.
-            v: The shape of ``k``.
+            v: The shape of ``k`` but for the last dimension.
             scale: Softmax scale, ``1 / sqrt(dim)`` unless given.
             prompt_len: Tokens of the whole prompt, ``>= kv_len``; ``kv_len`` unless prefill comes in chunks.
 
@@ -139,7 +139,8 @@ def softcap_for(function: Callable[..., Any], softcap: float | None) -> dict[str
 
 @cache
 def _takes_softcap(function: Callable[..., Any]) -> bool:
-    return "softcap" in signature(function).parameters
+    parameters = signature(function).parameters
+    return "softcap" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def is_ours(policy: Policy) -> bool:

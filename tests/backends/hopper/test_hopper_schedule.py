@@ -160,5 +160,5 @@ def test_explain_says_which_calls_run_portably_after_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     explanation = explain_request(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
     assert explanation.chosen == "hopper"
-    assert "multiple of 16 bytes run portably" in explanation.reasons["hopper"]
+    assert "strides of 0, run portably" in explanation.reasons["hopper"]
     assert "portably" not in explanation.reasons["triton"]

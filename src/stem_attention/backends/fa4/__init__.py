@@ -24,8 +24,8 @@ class FA4Backend(TritonBackend):
 
     name = "fa4"
     caveat = (
-        "sinks, soft caps, values of another dimension, packed batches, caches in pages, a first query inside a block, "
-        "addresses or strides that are no multiple of 16 bytes, and more than 2^30 pairs of blocks run portably"
+        "gradients, sinks, soft caps, values of another dimension, packed batches, caches in pages, a first query inside a "
+        "block, addresses or strides that are no multiple of 16 bytes, and more than 2^30 pairs of blocks run portably"
     )
     head_dims = range(16, 129, 8)  # above, FlashAttention-4's tiles of keys do not divide a block
     head_dims_said = "a multiple of 8 between 16 and 128"

@@ -62,6 +62,7 @@ def backward(
         chunks = most_chunks(size, v.shape[3] + q.shape[3])
         columns = list_columns(own_kept, layout.group, layout.blocks, most, chunks, launches)
         d_keys_values(part, size, inputs, (own_dk, own_dv), columns, call.scale, launches)
+        launches.forget()  # the lists of one step are enough
     d_q, d_k, d_v = (x.view(y.shape) for x, y in zip(grads, (call.q, call.k, call.v), strict=True))
     return d_q, d_k, d_v
 

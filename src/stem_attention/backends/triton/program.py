@@ -36,6 +36,10 @@ class Launches:
         self._room.append(torch.empty(shape, dtype=dtype, device=device))
         return self._room[-1]
 
+    def forget(self) -> None:
+        """Let go of everything: nothing will be made of it."""
+        self._room, self._kept, self._started = [], [], []
+
     def keep(self, *tables: Tensor | None) -> None:
         """Name tensors that are the same for every call of this form."""
         self._kept += [table for table in tables if table is not None]

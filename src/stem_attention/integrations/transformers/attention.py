@@ -3,6 +3,7 @@
 from itertools import groupby, pairwise
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from stem_attention.policies import Policy
 
 MIN_QUERY_LEN = 32
 """Fewest query tokens of a sparse call: shorter ones, such as the verification of drafted tokens, belong to decoding."""
+
+# What layers in training ran with last.
+_LAST: WeakKeyDictionary[torch.nn.Module, tuple[Policy, int | None, int]] = WeakKeyDictionary()
 
 
 def attention_forward(
@@ -40,6 +44,7 @@ def attention_forward(
     call = HostCall(module, query, key, value, attention_mask, kwargs)
     now = settings_now(getattr(module, "config", None))
     reason = _obstacle(call, now)
+    _check_recomputed(module, now)
     if torch.compiler.is_compiling():  # whether the prompt is too short is then for the operator to see
         return host_attention(call) if reason else (_sparse(call, now, now.dense_below), None)
     if reason is None:
@@ -89,10 +94,24 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
             return "padding inside the text"
     if 0 <= call.layer < now.dense_layers:
         return "dense layer"
-    if not gradients.needed(call.query, call.key, call.value):
-        return "dropout" if extra.get("dropout", 0.0) > 0 else None
-    form = gradients.obstacle(call.query, call.value, extra.get("softcap"))
+    needed = gradients.needed(call.query, call.key, call.value)
+    if not needed and extra.get("dropout", 0.0) > 0:
+        return "dropout"
+    # In training the same for passes without a gradient: reentrant checkpointing computes a layer twice.
+    form = gradients.obstacle(call.query, call.value, extra.get("softcap")) if needed or call.module.training else None
     return form and f"no gradient of {form}"
+
+
+def _check_recomputed(module: torch.nn.Module, now: Now) -> None:
+    """Refuse to compute a checkpointed layer again under other settings than those of its forward pass."""
+    if torch.compiler.is_compiling() or not module.training:
+        return
+    settings = now.policy, now.dense_below, now.dense_layers
+    if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+        _LAST[module] = settings
+    elif _LAST.get(module, settings) != settings:
+        said = "use_policy had been left when torch computed a checkpointed layer again"
+        raise UnsupportedError(f"{said}; store the policy in the model with set_policy")
 
 
 def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:
