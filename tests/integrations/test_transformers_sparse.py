@@ -47,7 +47,7 @@ def test_a_layer_with_sinks_a_cap_and_other_values_is_what_the_reference_compute
     q, k, v = (normal(2, heads, LENGTH, dim, seed=i) for i, (heads, dim) in enumerate(((4, 16), (2, 16), (2, 24))))
     sinks, observer = torch.tensor([0.5, 3.0, -2.0, 6.0]).bfloat16(), (lambda call: None) if watched else None
     with hosts.use_policy(BY_MASS, dense_below=0, observer=observer):
-        out, _ = hosts.attention_forward(torch.nn.Module(), 3 * q, k, v, None, s_aux=sinks, softcap=4.0, scaling=0.5)
+        out, _ = hosts.attention_forward(torch.nn.Module().eval(), 3 * q, k, v, None, s_aux=sinks, softcap=4.0, scaling=0.5)
     inputs = [x.transpose(1, 2) for x in (3 * q, k, v)]
     options = {"softcap": 4.0, "scale": 0.5, "backend": "reference"}
     selection = select_blocks(*inputs, policy=BY_MASS, **options)
