@@ -1,4 +1,4 @@
-"""Which pairs of blocks a forward pass kept, one bit each: all that its gradient needs to know of a selection.
+"""The pairs of blocks that a forward pass kept, one bit each: all that its gradient needs to know of a selection.
 
 Lists take 32 bits for every block that a row *may* keep, and nobody knows on the host how many it does keep. Bits have a size
 that is known beforehand, a small one, and lists by query block and by key block can be made of them alike.

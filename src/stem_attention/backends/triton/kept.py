@@ -89,5 +89,5 @@ def _empty(like: Tensor, size: int) -> Tensor:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    """Where lists of these lengths begin that follow one another, and where the last one ends."""
+    """Return where lists of these lengths begin that follow one another, and where the last one ends."""
     return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

@@ -174,7 +174,7 @@ def _attend(
 
 
 def _scores(call: HostCall) -> dict[str, Any]:
-    """What the model does to scores, by our arguments' names."""
+    """Collect what the model does to scores, by our arguments' names."""
     sinks, extra = call.extra.get("s_aux"), call.extra
     if isinstance(sinks, Tensor) and sinks.dtype != call.query.dtype:
         sinks = sinks.float()
