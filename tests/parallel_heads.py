@@ -40,12 +40,18 @@ def results(q: Tensor, k: Tensor, v: Tensor, first: int) -> dict[str, Tensor]:
     }
 
 
-def main() -> None:
+def join() -> tuple[int, torch.device]:
+    """Join the other ranks; returns this one and its device."""
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if ON_GPU else torch.device("cpu")
     if ON_GPU:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if ON_GPU else "gloo")
+    return rank, device
+
+
+def main() -> None:
+    rank, device = join()
     ranks = dist.get_world_size()
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     whole = structured_qkv(1, LENGTH, LENGTH, HEADS, 4, 64 if ON_GPU else 16, dtype=dtype, device=device)

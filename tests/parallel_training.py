@@ -5,11 +5,10 @@ Compares the gradients with those of one process that has the whole batch. Exits
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from tests.integrations.tiny import hosts, small_llama, tokens
+from tests.parallel_heads import ON_GPU, join
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from stem_attention import Stem
 from stem_attention.testing import relative_error
 
-ON_GPU = torch.cuda.is_available()
 SIZE = 64 if ON_GPU else 16
 POLICY = Stem(block_size=SIZE, stride=4, sink_blocks=1, local_blocks=1, tail_blocks=1, min_blocks=2)
 LENGTH, BOUND = 20 * SIZE, 1e-5
@@ -42,11 +40,7 @@ def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank) if ON_GPU else torch.device("cpu")
-    if ON_GPU:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if ON_GPU else "gloo")
+    rank, device = join()
     ids = tokens(2 * dist.get_world_size(), LENGTH).to(device)
     mine = ids.chunk(dist.get_world_size())[rank]
     expected = gradients(model_on(device), ids)

@@ -232,7 +232,7 @@ def explain(
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise bad_argument(name, "an integer >= 1", repr(dim), f"ask for the last dimension of {of}")
     known, limit = read_policy(policy), checks.check_dense_below(dense_below)
-    request = Request(check_device(device), dtype, head_dim, known.block_size, None if value_dim == head_dim else value_dim)
+    request = Request(check_device(device), dtype, head_dim, known.block_size, value_dim)
     return explain_request(request, checks.check_backend(backend), known, limit)
 
 

@@ -12,6 +12,11 @@ def block_count(length: int, block_size: int) -> int:
     return -(-length // block_size)
 
 
+def most_rows(q_len: int, block_size: int) -> int:
+    """Count the query blocks that ``q_len`` queries touch at most, wherever inside a block the first one lies."""
+    return block_count(q_len - 1, block_size) + 1 if q_len else 0
+
+
 @dataclass(frozen=True)
 class BlockGrid:
     """Queries at the end of a sequence, cut into blocks: rows of query blocks, columns of key blocks.

@@ -185,10 +185,13 @@ class Call:
 
     def empty_results(self) -> tuple[Tensor, Tensor]:
         """Make room for ``out``, unless the caller has, and for ``lse``."""
-        out = self.out
-        if out is None:
-            out = torch.empty((*self.q.shape[:-1], self.v.shape[-1]), dtype=self.q.dtype, device=self.q.device)
-        return out, self.empty_lse()
+        return self.empty_out(), self.empty_lse()
+
+    def empty_out(self) -> Tensor:
+        """Make room for ``out``, unless the caller has."""
+        if self.out is not None:
+            return self.out
+        return torch.empty((*self.q.shape[:-1], self.v.shape[-1]), dtype=self.q.dtype, device=self.q.device)
 
     def empty_lse(self) -> Tensor:
         """Make room for ``lse``: fp32 ``(batch, q_heads, q_len)``, packed ``(q_heads, total_q)``, ``(0,)`` unless wanted."""

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from stem_attention import backends, ops
 from stem_attention.backends.kept import WORD
-from stem_attention.blocks import BlockGrid, block_count
+from stem_attention.backends.torch.backward import row_sums
+from stem_attention.blocks import BlockGrid, block_count, most_rows
 from stem_attention.call import Call, PackedBatch
 from stem_attention.errors import UnsupportedError
 from stem_attention.policies.base import Policy
-from stem_attention.selection import BlockSelection
 
 
 def needed(*tensors: Tensor | None) -> bool:
@@ -150,9 +150,7 @@ def _attend_kept(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    selection = BlockSelection(indices, counts, block_size, q.shape[1], k.shape[1])
-    if q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
-        selection.validate()
+    selection = ops.arrived_selection(q, k, indices, counts, block_size)
     call = Call(q, k, v, ops.any_policy(block_size), scale, k.shape[1], return_lse=True, backend=backend, sinks=sinks)
     return backends.attend_kept(call, selection)
 
@@ -174,9 +172,8 @@ def _of_sinks(sinks: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_l
     """Return the gradient of sinks, ``(q_heads,)``; without any, nothing of it."""
     if sinks is None:
         return out.new_empty(0)
-    dtype = torch.promote_types(torch.float32, out.dtype)
-    delta = (out.to(dtype) * d_out.to(dtype)).sum(-1).transpose(-1, -2) - d_lse
-    weights = torch.exp(sinks.to(dtype)[:, None] - lse)
+    delta = row_sums(out, d_out, d_lse)
+    weights = torch.exp(sinks.to(delta.dtype)[:, None] - lse)
     return -(weights * delta).sum(-1).view(-1, len(sinks)).sum(0).to(sinks.dtype)
 
 
@@ -207,7 +204,7 @@ def _fake_forward_varlen_kept(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     size = ops.arrived(policy).block_size
     most_q, most_k = (max(b - a for a, b in pairwise(starts)) for starts in (q_starts, k_starts))
-    return _results(q, len(prompt_lens), block_count(most_q - 1, size) + 1 if most_q else 0, block_count(most_k, size))
+    return _results(q, len(prompt_lens), most_rows(most_q, size), block_count(most_k, size))
 
 
 def _fake_backward(

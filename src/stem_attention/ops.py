@@ -42,6 +42,14 @@ def arrived(text: str) -> Policy:
     return _TRAVELLING[text]
 
 
+def arrived_selection(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, block_size: int) -> BlockSelection:
+    """Return the selection that travels as these tensors."""
+    selection = BlockSelection(indices, counts, block_size, q.shape[1], k.shape[1])
+    if q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
+        selection.validate()
+    return selection
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, softcap: float | None, prompt_len: int,
     dense_below: int | None, return_lse: bool, backend: str,
@@ -77,9 +85,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
     softcap: float | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    selection = BlockSelection(indices, counts, block_size, q.shape[1], k.shape[1])
-    if q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
-        selection.validate()
+    selection = arrived_selection(q, k, indices, counts, block_size)
     known = any_policy(block_size)
     call = Call(q, k, v, known, scale, k.shape[1], return_lse=return_lse, backend=backend, sinks=sinks, softcap=softcap)
     return backends.attend(call, selection)

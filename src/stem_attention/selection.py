@@ -90,10 +90,7 @@ class BlockSelection:
 
     def to_mask(self) -> Tensor:
         """Return bool ``(batch, q_heads, rows, key_blocks)``, True where a block is kept."""
-        present = torch.arange(self.indices.shape[3], device=self.indices.device) < self.counts[..., None]
-        columns = torch.where(present, self.indices, self.key_blocks).long()
-        mask = torch.zeros(*self.counts.shape, self.key_blocks + 1, dtype=torch.bool, device=self.indices.device)
-        return mask.scatter_(3, columns, True)[..., : self.key_blocks]
+        return _mask_of(self.indices, self.counts, self.key_blocks)
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, block_size: int, q_len: int, kv_len: int) -> "BlockSelection":
@@ -101,10 +98,7 @@ class BlockSelection:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
             expected = "bool (batch, q_heads, rows, key_blocks)"
             raise bad_argument("mask", expected, describe(mask), "build one entry per block pair")
-        counts, ids = lists_of(mask)
-        width = int(counts.max()) if counts.numel() else 0
-        indices = torch.where(torch.arange(width, device=mask.device) < counts[..., None], ids[..., :width], PAD)
-        selection = cls(indices, counts, block_size, q_len, kv_len)
+        selection = cls(*padded_lists(mask), block_size, q_len, kv_len)
         if mask.shape[3] != selection.key_blocks:
             raise bad_argument(
                 "mask", f"{selection.key_blocks} key blocks for kv_len={kv_len}, block_size={block_size}",
@@ -288,13 +282,26 @@ def lists_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     return mask.sum(-1, dtype=torch.int32), room.scatter_(-1, places, ids)[..., :columns].contiguous()
 
 
+def padded_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and counts of a bool block mask as a selection holds them, no wider than its longest list; waits for a GPU."""
+    counts, ids = lists_of(mask)
+    width = int(counts.max()) if counts.numel() else 0
+    return torch.where(torch.arange(width, device=mask.device) < counts[..., None], ids[..., :width], PAD), counts
+
+
+def _mask_of(indices: Tensor, counts: Tensor, columns: int) -> Tensor:
+    """Bool mask ``(..., rows, columns)`` of lists whose first ``counts`` entries count."""
+    present = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    mask = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, torch.where(present, indices, columns).long(), True)[..., :columns]
+
+
 def _scatter(indices: Tensor, counts: Tensor, columns: int) -> Tensor:
-    """Bool mask ``(..., rows, columns)`` of lists whose first ``counts`` entries count; a ValueError where one is too large."""
+    """Build :func:`_mask_of` another library's lists; a ValueError where an entry is too large."""
     present = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     if bool((present & ((indices < 0) | (indices >= columns))).any()):
         raise bad_argument("mask", f"ids of {columns} key blocks", "others", "check the lengths")
-    mask = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)
-    return mask.scatter_(-1, torch.where(present, indices, columns).long(), True)[..., :columns]
+    return _mask_of(indices, counts, columns)
 
 
 def _check_row_starts(q_len: int, kv_len: int, block_size: int) -> None:
@@ -326,8 +333,8 @@ def _check_last_row(kept: Tensor, mask: "BlockMask", selection: BlockSelection) 
     from torch.nn.attention.flex_attention import create_mask
 
     size, (batch, heads) = selection.block_size, mask.kv_num_blocks.shape[:2]
-    first = selection.kv_len // size * size - (selection.kv_len - selection.q_len)  # a row may begin before the queries
-    first, rest = max(first, 0), selection.kv_len // size * size
+    rest = selection.kv_len // size * size
+    first = max(rest - (selection.kv_len - selection.q_len), 0)  # a row may begin before the queries
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return mask.mask_mod(b, h, i + first, j)

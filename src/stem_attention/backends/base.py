@@ -26,7 +26,7 @@ from stem_attention.selection import BlockSelection
 class Request:
     """A caller's needs of a backend: where tensors lie, their dtype and last dimensions, and the tokens of a block.
 
-    ``value_dim`` is the last dimension of values, None where it is that of queries and keys.
+    ``value_dim`` is the last dimension of values; given as that of queries and keys, it is None.
     """
 
     device: torch.device
@@ -35,10 +35,14 @@ class Request:
     block_size: int
     value_dim: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.value_dim == self.head_dim:
+            object.__setattr__(self, "value_dim", None)
+
     @classmethod
     def of(cls, q: Tensor, v: Tensor, block_size: int) -> Request:
         """Build for a call with these queries and values, ``(..., heads, dim)``."""
-        return cls(q.device, q.dtype, q.shape[-1], block_size, None if v.shape[-1] == q.shape[-1] else v.shape[-1])
+        return cls(q.device, q.dtype, q.shape[-1], block_size, v.shape[-1])
 
 
 Results: TypeAlias = "tuple[Tensor, Tensor]"  # out and lse, or their gradients

@@ -7,9 +7,9 @@ that is known beforehand, a small one, and lists by query block and by key block
 import torch
 from torch import Tensor
 
-from stem_attention.blocks import BlockGrid, block_count
+from stem_attention.blocks import BlockGrid, block_count, most_rows
 from stem_attention.call import Call
-from stem_attention.selection import PAD, BlockSelection
+from stem_attention.selection import BlockSelection, padded_lists
 
 WORD = 32
 """Key blocks whose bits one int32 holds, the first in its lowest bit."""
@@ -21,7 +21,7 @@ def kept_shape(call: Call) -> tuple[int, int, int, int]:
     if batch is None:
         grid = call.grid
         return call.q.shape[0], call.q.shape[2], grid.key_blocks - grid.first_row, block_count(grid.key_blocks, WORD)
-    rows = block_count(batch.max_q - 1, size) + 1 if batch.max_q else 0  # a sequence may start inside a block
+    rows = most_rows(batch.max_q, size)
     return batch.sequences, call.q.shape[1], rows, block_count(block_count(batch.max_k, size), WORD)
 
 
@@ -37,8 +37,4 @@ def unpack(words: Tensor, grid: BlockGrid) -> BlockSelection:
     """Return the selection of these bits, of which there may be more than the grid has rows and key blocks."""
     words, columns = words[:, :, : grid.rows], torch.arange(grid.key_blocks, dtype=torch.int32, device=words.device)
     mask = (words[..., (columns // WORD).long()] >> columns % WORD) & 1 != 0
-    counts = mask.sum(-1, dtype=torch.int32)
-    width = int(counts.max()) if counts.numel() else 0
-    ascending = torch.where(mask, columns, grid.key_blocks).sort(-1).values[..., :width]
-    indices = torch.where(ascending < grid.key_blocks, ascending, PAD)
-    return BlockSelection(indices, counts, grid.block_size, grid.q_len, grid.kv_len)
+    return BlockSelection(*padded_lists(mask), grid.block_size, grid.q_len, grid.kv_len)

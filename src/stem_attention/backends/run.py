@@ -86,7 +86,7 @@ def backend_of(call: Call) -> Backend:
 
 @cache
 def _serving(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int, block_size: int, name: str) -> Backend:
-    return get_backend(Request(device, dtype, dim, block_size, None if value_dim == dim else value_dim), name)
+    return get_backend(Request(device, dtype, dim, block_size, value_dim), name)
 
 
 def _dequantised(call: Call) -> Call:

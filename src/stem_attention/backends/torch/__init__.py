@@ -5,9 +5,8 @@ from torch import Tensor
 from stem_attention.backends.base import Backend, Request, Results
 from stem_attention.backends.kept import unpack
 from stem_attention.backends.torch.attention import attend
-from stem_attention.backends.torch.backward import gradients
+from stem_attention.backends.torch.backward import gradients, row_sums
 from stem_attention.call import Call
-from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 
@@ -29,6 +28,5 @@ class TorchBackend(Backend):
         if call.batch is not None:
             return super().backward(call, kept, results, d_results)
         (out, lse), (d_out, d_lse) = results, d_results
-        dtype = accumulator_dtype(out)
-        delta = (out.to(dtype) * d_out.to(dtype)).sum(-1).transpose(1, 2) - d_lse
+        delta = row_sums(out, d_out, d_lse)
         return gradients(call.q, call.k, call.v, unpack(kept, call.grid), lse, d_out, delta, call.scale)

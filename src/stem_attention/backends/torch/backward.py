@@ -24,7 +24,7 @@ def gradients(
         selection: The kept blocks.
         lse: ``(batch, q_heads, q_len)``; weights are ``exp(scale * q.k - lse)``, whatever else it counts.
         d_out: The gradient of the output, like it.
-        delta: ``(batch, q_heads, q_len)``: ``sum(d_out * out) - d_lse``.
+        delta: ``(batch, q_heads, q_len)``, of :func:`row_sums`.
         scale: Softmax scale.
     """
     heads, kv_heads, dtype = q.shape[2], k.shape[2], accumulator_dtype(q)
@@ -63,6 +63,12 @@ def gradients(
         d_k[b, :, g] = d_keys.flatten(0, 1)[: grid.kv_len].to(k.dtype)
         d_v[b, :, g] = d_values.flatten(0, 1)[: grid.kv_len].to(v.dtype)
     return d_q, d_k, d_v
+
+
+def row_sums(out: Tensor, d_out: Tensor, d_lse: Tensor) -> Tensor:
+    """Return ``sum(d_out * out) - d_lse`` of every row and head, like ``d_lse``; in fp64 for fp64, else in fp32."""
+    dtype = accumulator_dtype(out)
+    return (out.to(dtype) * d_out.to(dtype)).sum(-1).transpose(-1, -2) - d_lse
 
 
 def _add(blocks: Tensor, ids: Tensor, parts: Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stem_attention.backends.triton.program import Launches
-from stem_attention.blocks import BlockGrid, block_count
+from stem_attention.blocks import BlockGrid, block_count, most_rows
 from stem_attention.call import Call
 
 LEAST_BOX = 32  # keys of a page that the copy engine fetches at once: with 16, packing them first is faster
@@ -61,8 +61,7 @@ class Layout:
                 grid.kv_len,
             )
             return cls(*sizes, None, None, None, 0, *strides)
-        # A sequence may start inside a block.
-        rows = block_count(batch.max_q - 1, block_size) + 1 if batch.max_q else 0
+        rows = most_rows(batch.max_q, block_size)
         page = k.shape[1] if batch.page_table is not None else 0
         tables = (batch.cu_q, batch.cu_k, batch.page_table)
         launches.keep(*tables)

@@ -134,9 +134,7 @@ class Program:
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run for a call of the form that was recorded."""
-        out = call.out
-        if out is None:
-            out = torch.empty((*call.q.shape[:-1], call.v.shape[-1]), dtype=call.q.dtype, device=call.q.device)
+        out = call.empty_out()
         lse = call.empty_lse() if call.return_lse else self._no_lse
         space = torch.empty(self._workspace, dtype=torch.uint8, device=call.q.device)
         sinks = self._no_lse if call.sinks is None else call.sinks
