@@ -56,7 +56,7 @@ def _card(monkeypatch: pytest.MonkeyPatch) -> None:
 def compiled(
     monkeypatch: pytest.MonkeyPatch, block_size: int = 128, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
     ragged: bool = False, page: int = 0, lse: bool = True, sinks: torch.dtype | None = None,
-    softcap: float | None = None,
+    softcap: float | None = None, value_dim: int | None = None,
 ) -> Any:  # fmt: skip
     """What the host code would launch for 300 queries of 8 heads, compiled instead."""
     kernel, results = attention.attention_kernel, []
@@ -73,7 +73,8 @@ def compiled(
     if page:
         k = torch.zeros(8, page, 2, dim, dtype=dtype)
     extra = {"sinks": None if sinks is None else torch.zeros(8, dtype=sinks), "softcap": softcap}
-    call = Call(q, k, k, Dense(block_size), 0.1, 300, batch, return_lse=lse, **extra)
+    v = k[..., : value_dim or dim].contiguous()
+    call = Call(q, k, v, Dense(block_size), 0.1, 300, batch, return_lse=lse, **extra)
     indices = torch.zeros(1, 8, -(-300 // block_size), 3, dtype=torch.int32)
     launches = Launches()
     attention.attend(

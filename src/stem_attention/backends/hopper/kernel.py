@@ -34,13 +34,16 @@ def attention_kernel(
     o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, page_count,
     q_len, kv_len, sequences, heads, rows, heavy, band, width, tickets, group, scale, steepness,
     WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr,
-    RAGGED: gl.constexpr, LSE: gl.constexpr, BOX: gl.constexpr, QREG: gl.constexpr,
+    RAGGED: gl.constexpr, LSE: gl.constexpr, BOX: gl.constexpr, QREG: gl.constexpr, REST: gl.constexpr,
 ):  # fmt: skip
     """``sinks`` are ``(heads,)`` or None, ``scale`` and ``steepness`` as the portable kernel has them; see ``attention.py``."""
     dtype: gl.constexpr = q_tiles.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(dtype, [WGS, 64, D], tile_layout)
     k_s = gl.allocate_shared_memory(dtype, [KS, BN, D], tile_layout)
+    # Tensors are powers of two: of keys of 192 the first 128 columns lie in one buffer and the rest in another.
+    q_rest = gl.allocate_shared_memory(dtype, [WGS, 64, REST], tile_layout) if REST else q_s
+    k_rest = gl.allocate_shared_memory(dtype, [KS, BN, REST], tile_layout) if REST else k_s
     v_s = gl.allocate_shared_memory(dtype, [VS, BN, D], tile_layout)
     ticket_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_full = _barriers(KS, 1)
@@ -60,7 +63,7 @@ def attention_kernel(
     fence_async_shared()
 
     tiles = (q_tiles, k_tiles, v_tiles, o_tiles)
-    shared = (q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns)
+    shared = (q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns, q_rest, k_rest)
     batch = (cu_q, cu_k, q_len, kv_len, sequences, heads, rows, heavy, band)
     lists = (indices, counts, width, tickets, group)
     pages = (page_table, table_stride, page_count)
@@ -69,12 +72,12 @@ def attention_kernel(
     # Triton keeps constants constant only where they are arguments of the call itself.
     if WGS == 2:
         gl.warp_specialize([
-            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
-            (second_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
-            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX)),
+            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)),
+            (second_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)),
+            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX, REST)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)),
-            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX)),
+            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)),
+            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX, REST)),
         ], [1], [24])  # fmt: skip
