@@ -77,18 +77,20 @@ class TritonBackend(Backend):
             return obstacle
         if request.head_dim not in self.head_dims:
             return f"head_dim must be {self.head_dims_said}, not {request.head_dim}"
-        if request.value_dim is not None and (obstacle := self.value_obstacle(request.head_dim, request.value_dim)) is not None:
+        value_dim = request.head_dim if request.value_dim is None else request.value_dim
+        if (obstacle := self.value_obstacle(request.head_dim, value_dim)) is not None:
             return obstacle
         if request.block_size not in BLOCK_SIZES:
             return f"block_size must be 64 or 128, not {request.block_size}"
         return None
 
     def value_obstacle(self, head_dim: int, value_dim: int) -> str | None:
-        """Say why values of another dimension than keys will not do; None when they will."""
+        """Say why values of a dimension will not do beside such keys; None when they will."""
         if value_dim not in HEAD_DIMS:
             return f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
         # On an H100 keys of 256 with values of 16 gave wrong rows in blocks of 64 (Triton 3.6).
-        return None if head_dim <= _WIDEST_KEYS else f"head_dim must be at most {_WIDEST_KEYS} where values have another"
+        fits = head_dim <= _WIDEST_KEYS or value_dim == head_dim
+        return None if fits else f"head_dim must be at most {_WIDEST_KEYS} where values have another"
 
     def card_obstacle(self, device: torch.device) -> str | None:
         """Say why a GPU will not do; None when it will: cards since Ampere, or with ROCm."""
