@@ -133,6 +133,28 @@ class BlockSelection:
         selection.validate()
         return selection
 
+    @classmethod
+    def of_window(
+        cls, window: int, *, block_size: int, q_len: int, kv_len: int, batch: int = 1, q_heads: int = 1,
+        device: torch.device | str | None = None,
+    ) -> "BlockSelection":  # fmt: skip
+        """Build the blocks that queries touch of whom each sees its own key and the ``window - 1`` before it.
+
+        Blocks at the window's edge hold keys that are outside of it: pass the window to :func:`block_sparse_attention` too.
+        """
+        if not is_int(window) or window < 1:
+            raise bad_argument("window", "an integer >= 1", repr(window), "count the query's own key")
+        place = None if device is None else check_device(device)
+        grid = BlockGrid(q_len, kv_len, block_size)
+        rows = torch.arange(grid.first_row, grid.end_row, device=place)
+        first = (rows * block_size - window + 1).clamp(min=0) // block_size
+        width = min(grid.key_blocks, (window + block_size - 2) // block_size + 1)
+        ids = first[:, None] + torch.arange(width, device=place)
+        ids = torch.where(ids <= rows[:, None], ids, PAD).to(torch.int32)
+        counts = (rows - first + 1).to(torch.int32)
+        shape = (batch, q_heads, grid.rows)
+        return cls(ids.expand(*shape, width), counts.expand(shape), block_size, q_len, kv_len)
+
     def to_block_mask(self) -> "BlockMask":
         """Return the selection as a mask of torch's FlexAttention, for ``(batch, q_heads, length, dim)`` tensors.
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Calls:
     """The calls to compile for, in bfloat16 or float16; kernels differ by the power of two of the number of blocks alone.
 
-    With a ``page_size``, tokens of a page, packed batches over a paged cache are compiled for too. ``value_dim`` is that of keys
-    unless given. ``sinks`` and ``softcap`` say that every call has them; sinks are of the dtype of queries.
+    With a ``page_size``, tokens of a page, packed batches over a paged cache are compiled for too. ``value_dim`` is that of
+    keys unless given. ``sinks`` and ``softcap`` say that every call has them; sinks are of the dtype of queries.
     """
 
     lengths: Sequence[int]

@@ -21,7 +21,7 @@ class HopperBackend(TritonBackend):
     """
 
     name = "hopper"
-    caveat = "addresses and strides that are no multiple of 16 bytes, and strides of 0, run portably"
+    caveat = "windows, addresses and strides that are no multiple of 16 bytes, and strides of 0, run portably"
     # H200: at 8192 tokens the whole call beats cuDNN 2.19x (32/8/128), 2.09x (32/8/64), 1.62x (8/4/256); at 4096 1.28x
     # (32/8/128), but there it keeps the host longer than the GPU.
     crossover = 8192
@@ -47,7 +47,7 @@ class HopperBackend(TritonBackend):
         return super().fused(call)
 
     def kernel(self, call: Call) -> AttentionKernel:
-        """Return the Hopper kernel's launch, or the portable one's where the copy engine will not do."""
+        """Return the Hopper kernel's launch, or the portable one's for windows and where the copy engine will not do."""
         from stem_attention.backends.hopper.attention import attend, can_copy
 
-        return attend if can_copy(call) else super().kernel(call)
+        return attend if call.window is None and can_copy(call) else super().kernel(call)

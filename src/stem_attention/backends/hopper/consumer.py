@@ -18,7 +18,7 @@ from stem_attention.backends.hopper.schedule import open_task, steps_of
 
 @gluon.jit
 def _products(q, s, blank, shared, REST: gl.constexpr):
-    """Scores of the tile in slot ``s``, which begin to be computed: of the first columns, and of the rest where there is one."""
+    """Scores of the tile in slot ``s``, issued: products of the first columns, and of the rest where there is one."""
     _, k_s, _, _, _, _, _, _, _, _, _, _, k_rest = shared
     first, rest = q
     scores = warpgroup_mma(first, k_s.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)

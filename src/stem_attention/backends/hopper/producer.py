@@ -97,8 +97,8 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
                     _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
                                VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                 elif i > 0:
-                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len, pages,
-                               VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
+                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len,
+                               pages, VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                 before = position
                 second_before = second
                 t += 1

@@ -52,7 +52,7 @@ def attend(
         q4, k4, v4, k_tiles, v_tiles, o4, lse, call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table,
         *q4.stride()[:3], *k4.stride()[:3], *v4.stride()[:3], *o4.stride()[:3], *lse_strides(call, lse), layout.table_stride,
         k4.shape[0], layout.q_len, layout.kv_len, heads, rows, min(heavy, rows), indices.shape[3],
-        *in_base_two(scale, call.softcap),
+        *in_base_two(scale, call.softcap), call.window,
         G=layout.group, B=block_size, BN=choice.tile, D=dim, BD=padded, DV=value_dim, BDV=padded_value, PAGE=page,
         RAGGED=layout.packed, TMA=tma, LSE=call.return_lse, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
