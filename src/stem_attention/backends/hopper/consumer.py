@@ -159,7 +159,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             mbarrier.wait(q_bars.index(0), n & 1)
             q = (q_s.index(w), q_rest.index(w))
             if QREG:
-                q = (q_s.index(w).load(q_layout), q_rest.index(w).load(q_layout) if REST and QREG != 2 else q_rest.index(w))
+                q = (q_s.index(w).load(q_layout), q_rest.index(w).load(q_layout))
             n += 1
             acc = gl.zeros([64, D], gl.float32, out_layout)
             # A sink is a score without a value: the maximum begins with it, and its weight joins the sum at the end.

@@ -3,7 +3,8 @@
 Tile: a query block of 128 (two warpgroups) or 64 (one) against ``BN`` keys, of one block or two. Pipeline: the producer
 fetches queries once per task and keys and values into rings of ``KS`` and ``VS`` slots by the copy engine; consumers issue the
 scores of a tile together with the weighted values of the tile before, and their softmax runs beside the latter. Two warpgroups
-take turns in issuing. Persistent programs take tasks from a queue, long rows first. docs/kernels.md has the speeds.
+take turns in issuing. Of keys of 192 the first ``D`` columns, the dimension of values, lie in one buffer and the ``REST`` in
+another. Persistent programs take tasks from a queue, long rows first. docs/kernels.md has the speeds.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def attention_kernel(
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(dtype, [WGS, 64, D], tile_layout)
     k_s = gl.allocate_shared_memory(dtype, [KS, BN, D], tile_layout)
-    # Tensors are powers of two: of keys of 192 the first 128 columns lie in one buffer and the rest in another.
+    # Tensors of Gluon are powers of two.
     q_rest = gl.allocate_shared_memory(dtype, [WGS, 64, REST], tile_layout) if REST else q_s
     k_rest = gl.allocate_shared_memory(dtype, [KS, BN, REST], tile_layout) if REST else k_s
     v_s = gl.allocate_shared_memory(dtype, [VS, BN, D], tile_layout)
