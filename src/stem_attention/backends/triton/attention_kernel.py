@@ -129,7 +129,8 @@ def attention_kernel(
         if steepness is not None:
             scores = tanh(scores * steepness)
         if window is not None:
-            scores = tl.where(positions[:, None] - (position + tl.arange(0, BN)) < window, scores, -float("inf"))
+            if block * B + B - position > window:
+                scores = tl.where(positions[:, None] - (position + tl.arange(0, BN)) < window, scores, -float("inf"))
         if PEEL:
             pass
         elif entry == count - 1:
