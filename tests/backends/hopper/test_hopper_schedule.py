@@ -125,12 +125,12 @@ def test_other_cards_are_told_so(capability, monkeypatch):
     assert "9.0" in HopperBackend().why_not(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
 
 
-def test_wide_keys_beside_other_values_run_on_neither_kernel(monkeypatch):
+def test_which_kernel_runs_keys_beside_other_values(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    asked = {head_dim: Request(torch.device("cuda"), torch.bfloat16, head_dim, 64, 128) for head_dim in (192, 176, 200)}
-    assert [explain_request(request).chosen for request in asked.values()] == ["hopper", "triton", "torch"]
-    assert "head_dim must be at most 192" in explain_request(asked[200]).reasons["triton"]
+    pairs = {(192, 128): "hopper", (192, 192): "triton", (176, 128): "triton", (256, 16): "triton", (200, 12): "torch"}
+    for (head_dim, value_dim), kernel in pairs.items():
+        assert explain_request(Request(torch.device("cuda"), torch.bfloat16, head_dim, 64, value_dim)).chosen == kernel
 
 
 def takes(q, k, v, page_table=None):

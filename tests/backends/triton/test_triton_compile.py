@@ -94,6 +94,7 @@ VARIANTS = {
     "dim-192-values-128-block-64": {"dim": 192, "value_dim": 128, "block_size": 64},
     "dim-192-values-128-block-64-page-64": {"dim": 192, "value_dim": 128, "block_size": 64, "page": 64},
     "dim-64-values-256": {"dim": 64, "value_dim": 256},
+    "dim-256-values-16-block-64-page-64": {"dim": 256, "value_dim": 16, "block_size": 64, "page": 64},
     "sinks-page-64": {"page": 64, "sinks": torch.float32},
     "window": {"window": 1000},
     "window-dim-256": {"dim": 256, "window": 1000},

@@ -28,7 +28,6 @@ OLDEST_TRITON = (3, 6)
 
 _MOST_SEQUENCES = 65535  # of the second and third dimension of a grid
 _MOST_PROGRAMS = 1024
-_WIDEST_KEYS = 192  # beside values of another dimension
 
 Selector: TypeAlias = Callable[[Call, Layout, int, bool, Launches], tuple[Tensor, Tensor]]
 """Takes a call, its layout, the prompt length under which sequences keep everything, whether rows that keep everything go
@@ -86,11 +85,7 @@ class TritonBackend(Backend):
 
     def value_obstacle(self, head_dim: int, value_dim: int) -> str | None:
         """Say why values of a dimension will not do beside such keys; None when they will."""
-        if value_dim not in HEAD_DIMS:
-            return f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
-        # On an H100 keys of 256 with values of 16 gave wrong rows in blocks of 64 (Triton 3.6).
-        fits = head_dim <= _WIDEST_KEYS or value_dim == head_dim
-        return None if fits else f"head_dim must be at most {_WIDEST_KEYS} where values have another"
+        return None if value_dim in HEAD_DIMS else f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
 
     def card_obstacle(self, device: torch.device) -> str | None:
         """Say why a GPU will not do; None when it will: cards since Ampere, or with ROCm."""
