@@ -130,6 +130,20 @@ def test_windows_are_exact_however_long(models, way, padded, monkeypatch):
     assert {x is not None for x in ran} == {"one mask": {False}, "pieces": set(), "kernel": {False, True}}[way]
 
 
+@pytest.mark.parametrize("config", [
+    transformers.GptOssConfig(**SMALL, **tiny.MIXED, num_local_experts=4, num_experts_per_tok=2),
+    transformers.Gemma2Config(**SMALL, **tiny.MIXED, query_pre_attn_scalar=16),
+], ids=["sinks", "cap"])  # fmt: skip
+def test_windows_with_sinks_and_caps_are_those_of_eager_attention(config, monkeypatch):
+    monkeypatch.setattr(mask, "WHOLE_MASK_ENTRIES", 0)
+    model, inputs = build(config), {"input_ids": tokens()}
+    found, calls = observed(model, **inputs)
+    assert {call.reason for call in calls} == {"prefill", "sliding window"}
+    monkeypatch.setattr(attention, "block_sparse_attention", None)
+    model.set_attn_implementation("eager")
+    same(found, logits(model, **inputs))
+
+
 @pytest.mark.parametrize("cache", ["static", None], ids=["static", "dynamic"])
 @pytest.mark.parametrize("lengths", [[4200], [90, 60], [12, 7]], ids=["long", "padded", "short"])
 def test_generate(models, lengths, cache):
