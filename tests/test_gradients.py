@@ -114,7 +114,10 @@ def test_sinks_have_a_gradient_and_change_the_others(backend, packed):
 def test_forms_without_a_gradient_are_refused(call):
     q, k, v = make_qkv(1, 40, 40, 2, 1, 16)
     starts = torch.tensor([0, 40], dtype=torch.int32)
-    for values, options, form in ((v, {"softcap": 5.0}, "soft-capped"), (v[..., :8], {}, "another dimension")):
+    forms = [(v, {"softcap": 5.0}, "soft-capped"), (v[..., :8], {}, "another dimension")]
+    if call == "block_sparse_attention":
+        forms.append((v, {"window": 7}, "windows"))
+    for values, options, form in forms:
         inputs = leaves(q, k, values)
         rest = {
             "stem_attention": (inputs, ()),

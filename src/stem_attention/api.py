@@ -185,21 +185,29 @@ def select_blocks(
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: Literal[True], backend: str = ...,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., sinks: Tensor | None = ..., return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, softcap: float | None = None,
-    sinks: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, window: int | None = None, scale: float | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute exact causal attention over the blocks of ``selection``, whichever policy made it, with exact gradients for it.
 
-    Args, returns and errors are those of :func:`stem_attention`; ``selection`` must have been made for these shapes.
+    Other arguments, returns and errors are those of :func:`stem_attention`.
+
+    Args:
+        q: As there.
+        k: As there.
+        v: As there.
+        selection: Made for these shapes.
+        window: Keys that a query sees at most, its own and those right before it, of the blocks that are kept: what
+            transformers calls ``sliding_window``. :meth:`BlockSelection.of_window` keeps just the blocks that it touches.
     """
     checks.check_qkv(q, k, v)
     checks.check_batch(q, k)
@@ -207,12 +215,13 @@ def block_sparse_attention(
     checks.check_flag("return_lse", return_lse)
     scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
     sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
+    window = checks.check_window(window)
     lists = selection.indices, selection.counts, selection.block_size
     if gradients.needed(q, k, v, sinks):
-        gradients.check_forms(q, v, softcap)
+        gradients.check_forms(q, v, softcap, window)
         out, lse = gradients.attend(q, k, v, sinks, *lists, scale, name)
     else:
-        out, lse = ops.attend(q, k, v, sinks, *lists, scale, softcap, return_lse, name)
+        out, lse = ops.attend(q, k, v, sinks, *lists, scale, softcap, window, return_lse, name)
     return (out, lse) if return_lse else out
 
 

@@ -31,16 +31,18 @@ def needed(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def obstacle(q: Tensor, v: Tensor, softcap: float | None) -> str | None:
+def obstacle(q: Tensor, v: Tensor, softcap: float | None, window: int | None = None) -> str | None:
     """Say which form of attention has no gradient here, or None."""
     if softcap is not None:
         return "soft-capped scores"
+    if window is not None:
+        return "windows"
     return "values of another dimension than keys" if v.shape[-1] != q.shape[-1] else None
 
 
-def check_forms(q: Tensor, v: Tensor, softcap: float | None) -> None:
+def check_forms(q: Tensor, v: Tensor, softcap: float | None, window: int | None = None) -> None:
     """Refuse a form without a gradient."""
-    if (form := obstacle(q, v, softcap)) is not None:
+    if (form := obstacle(q, v, softcap, window)) is not None:
         ways = "detach q, k, v and sinks, call under torch.no_grad(), or train with the model's own attention"
         raise UnsupportedError(f"Stem has no gradient of {form}; {ways}")
 

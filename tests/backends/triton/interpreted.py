@@ -297,6 +297,30 @@ def test_attention_with_a_soft_cap(dtype, scale):
     torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 16, 17, 31, 64, 500])
+@pytest.mark.parametrize("page", [None, 0, 16])
+def test_attention_under_a_window(page, window):
+    """A rectangular batch (None), a packed one (0), one in pages; over the blocks that the window touches and others."""
+    q, k, v = make_qkv(1, 50, 101, 4, 2, 16, torch.float32)
+    band = BlockSelection.of_window(window, block_size=16, q_len=50, kv_len=101, q_heads=4)
+    for selection in (band, random_selection(1, 4, 50, 101, 16)):
+        expected, norms = REFERENCE.attend(Call(q, k, v, SMALL, 0.25, 101, return_lse=True, window=window), selection)
+        lists = selection.indices.contiguous(), selection.counts.contiguous(), 16
+        if page is None:
+            out, lse = attend(q, k, v, *lists, window=window)
+        else:
+            packed, table = (q[0], k[0], v[0]), None
+            if page:
+                (keys, table), (values, _) = (to_pages(x[0], [101], page) for x in (k, v))
+                packed = q[0], keys, values
+            batch = PackedBatch.plan([50], [101], page_table=table, device=q.device)
+            # Wherever 50 queries begin, they touch at most five blocks: here four.
+            padded = [torch.nn.functional.pad(x, (0, 0) * (x.dim() == 4) + (0, 1)) for x in lists[:2]]
+            out, lse = (x[None] for x in attend(*packed, *padded, 16, batch=batch, window=window))
+        assert worst_row_error(out, expected) < 1e-5
+        torch.testing.assert_close(lse, norms, rtol=1e-5, atol=1e-5)
+
+
 def test_without_lse_none_is_written():
     q, k, v = make_qkv(1, 50, 83, 2, 1, 16)
     selection = random_selection(1, 2, 50, 83, 16)

@@ -117,7 +117,7 @@ def record_packing(dim: int, by_head: bool) -> Recorded:
 def record_attention(
     target: str, *, dim: int = 128, block_size: int = 128, dtype: torch.dtype = torch.bfloat16, ragged: bool = False,
     page: int = 0, lse: bool = True, launch: Launch | None = None, sinks: torch.dtype | None = None,
-    softcap: float | None = None, value_dim: int | None = None,
+    softcap: float | None = None, value_dim: int | None = None, window: int | None = None,
 ) -> Recorded:  # fmt: skip
     """The launch of attention on a card, with the choice that the library makes for it unless another is given."""
 
@@ -127,7 +127,7 @@ def record_attention(
         if launch is not None:
             patch.setattr(attention, "attention_launch", lambda *_, **__: launch)
         call = replace(_call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, page, value_dim), return_lse=lse)
-        call = replace(call, sinks=None if sinks is None else torch.empty(8, dtype=sinks), softcap=softcap)
+        call = replace(call, sinks=None if sinks is None else torch.empty(8, dtype=sinks), softcap=softcap, window=window)
         indices = torch.zeros((1, 8, -(-300 // block_size), 3), dtype=torch.int32)
         counts = indices[..., 0].contiguous()
         attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, 2, launches)

@@ -10,7 +10,8 @@ from stem_attention.call import Call
 
 __all__ = ["BLOCK_SIZES", "HEAD_DIMS", "HopperBackend"]
 
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = {64: 64, 128: 128, 192: 128, 256: 256}
+"""Dimensions of queries and keys that are served, and that of values beside each."""
 
 
 class HopperBackend(TritonBackend):
@@ -20,12 +21,12 @@ class HopperBackend(TritonBackend):
     """
 
     name = "hopper"
-    caveat = "addresses and strides that are no multiple of 16 bytes, and strides of 0, run portably"
+    caveat = "windows, addresses and strides that are no multiple of 16 bytes, and strides of 0, run portably"
     # H200: at 8192 tokens the whole call beats cuDNN 2.19x (32/8/128), 2.09x (32/8/64), 1.62x (8/4/256); at 4096 1.28x
     # (32/8/128), but there it keeps the host longer than the GPU.
     crossover = 8192
     head_dims = HEAD_DIMS
-    head_dims_said = "64, 128 or 256"
+    head_dims_said = "64, 128, 192 or 256"
 
     def card_obstacle(self, device: torch.device) -> str | None:
         """Say why a GPU will not do; None for compute capability 9.0."""
@@ -33,8 +34,9 @@ class HopperBackend(TritonBackend):
         return None if fits else "it needs compute capability 9.0 (Hopper)"
 
     def value_obstacle(self, head_dim: int, value_dim: int) -> str | None:
-        """Say that values must have the dimension of keys."""
-        return f"value_dim must be head_dim, not {value_dim}"
+        """Say which dimension values must have beside such keys; None when they have it."""
+        expected = HEAD_DIMS[head_dim]
+        return None if value_dim == expected else f"value_dim must be {expected} where head_dim is {head_dim}, not {value_dim}"
 
     def fused(self, call: Call) -> tuple[Tensor, Tensor]:
         """Select and attend; keys in pages that the copy engine does not take are packed first."""
@@ -45,7 +47,7 @@ class HopperBackend(TritonBackend):
         return super().fused(call)
 
     def kernel(self, call: Call) -> AttentionKernel:
-        """Return the Hopper kernel's launch, or the portable one's where the copy engine will not do."""
+        """Return the Hopper kernel's launch, or the portable one's for windows and where the copy engine will not do."""
         from stem_attention.backends.hopper.attention import attend, can_copy
 
-        return attend if can_copy(call) else super().kernel(call)
+        return attend if call.window is None and can_copy(call) else super().kernel(call)

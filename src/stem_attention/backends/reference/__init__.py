@@ -46,7 +46,7 @@ class ReferenceBackend(Backend):
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Take a masked softmax, one query block at a time."""
-        out, lse = attend(call.q, call.k, call.v, selection, call.scale, call.sinks, call.softcap)
+        out, lse = attend(call.q, call.k, call.v, selection, call.scale, call.sinks, call.softcap, call.window)
         return out, lse if call.return_lse else lse.new_empty(0)
 
     def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,8 @@ class TorchBackend(Backend):
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Gather the kept blocks of each row and multiply."""
-        return attend(call.q, call.k, call.v, selection, call.scale, call.return_lse, call.sinks, call.softcap)
+        forms = call.sinks, call.softcap, call.window
+        return attend(call.q, call.k, call.v, selection, call.scale, call.return_lse, *forms)
 
     def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
         """Gather the kept blocks of each row again, and add what each row says of their keys and values."""

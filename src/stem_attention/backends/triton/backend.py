@@ -28,7 +28,6 @@ OLDEST_TRITON = (3, 6)
 
 _MOST_SEQUENCES = 65535  # of the second and third dimension of a grid
 _MOST_PROGRAMS = 1024
-_WIDEST_KEYS = 192  # beside values of another dimension
 
 Selector: TypeAlias = Callable[[Call, Layout, int, bool, Launches], tuple[Tensor, Tensor]]
 """Takes a call, its layout, the prompt length under which sequences keep everything, whether rows that keep everything go
@@ -77,18 +76,16 @@ class TritonBackend(Backend):
             return obstacle
         if request.head_dim not in self.head_dims:
             return f"head_dim must be {self.head_dims_said}, not {request.head_dim}"
-        if request.value_dim is not None and (obstacle := self.value_obstacle(request.head_dim, request.value_dim)) is not None:
+        value_dim = request.head_dim if request.value_dim is None else request.value_dim
+        if (obstacle := self.value_obstacle(request.head_dim, value_dim)) is not None:
             return obstacle
         if request.block_size not in BLOCK_SIZES:
             return f"block_size must be 64 or 128, not {request.block_size}"
         return None
 
     def value_obstacle(self, head_dim: int, value_dim: int) -> str | None:
-        """Say why values of another dimension than keys will not do; None when they will."""
-        if value_dim not in HEAD_DIMS:
-            return f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
-        # On an H100 keys of 256 with values of 16 gave wrong rows in blocks of 64 (Triton 3.6).
-        return None if head_dim <= _WIDEST_KEYS else f"head_dim must be at most {_WIDEST_KEYS} where values have another"
+        """Say why values of a dimension will not do beside such keys; None when they will."""
+        return None if value_dim in HEAD_DIMS else f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
 
     def card_obstacle(self, device: torch.device) -> str | None:
         """Say why a GPU will not do; None when it will: cards since Ampere, or with ROCm."""

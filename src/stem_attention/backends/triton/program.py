@@ -162,8 +162,8 @@ def form_of(call: Call) -> tuple[Any, ...]:
     sink = None if sinks is None else (sinks.dtype, sinks.data_ptr() % 16, *(sinks.data_ptr() == other for other in at))
     return (
         q.shape, q.stride(), k.shape, k.stride(), v.shape[-1], v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16,
-        at[2] % 16, out % 16, kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], sink, call.softcap, call.policy,
-        call.scale, call.prompt_len, call.return_lse,
+        at[2] % 16, out % 16, kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], sink, call.softcap, call.window,
+        call.policy, call.scale, call.prompt_len, call.return_lse,
     )  # fmt: skip
 
 

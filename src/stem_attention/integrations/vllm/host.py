@@ -75,7 +75,7 @@ class StemBuilder(AttentionMetadataBuilder):
             impl.policy, impl.stem_backend = layer_policy(name, impl, vllm_config, settings.policy), settings.backend
         chosen = settings.explain(device, vllm_config.model_config.dtype, impl.head_size)
         self._dense_below = chosen.dense_below
-        _announce(start_line(reasons, settings, chosen, self._prompt_lens is not None))
+        announce(start_line(reasons, settings, chosen, self._prompt_lens is not None))
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -265,7 +265,7 @@ _said: set[str] = set()
 _logged = [0.0]
 
 
-def _announce(line: str) -> None:
+def announce(line: str) -> None:
     """Say it once in a process; builders are built more than once."""
     if not _said:
         atexit.register(lambda: logger.info("Stem so far: %s", COUNTERS))
