@@ -45,28 +45,30 @@ def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool,
     tile_rows = max(tile.rows, per_row)
     tile_columns = max(min(tile.columns * 128 // max(128, padded), 32 * per_column), per_column)
     factor, cap = call.scale * _LOG2E, None if call.softcap is None else call.softcap * _LOG2E
-    step = layout.rows_at_once(per_row * dim * q.element_size(), tile_rows // per_row)
+    step = layout.rows_at_once(per_row * dim * (q.element_size() + variances.element_size()), tile_rows // per_row)
     shares = _head_shares(q.device, policy, heads) if policy.head_factors is not None else None
     launches.keep(shares, call.kept)
     means = launches.empty((layout.batch, heads, step, per_row, dim), q.dtype, q.device)
+    squares = launches.empty(means.shape, kind, q.device) if spread else means
     for first in range(0, layout.rows, step):
         rows = min(step, layout.rows - first)
         key_blocks = layout.blocks * layout.kv_heads if first == 0 else 0  # keys are pooled once, with the first queries
         launches.start(
             pool_kernel, (rows * heads + key_blocks, layout.batch),
-            q, means, k, keys, variances, layout.cu_q, layout.cu_k, layout.page_table, *layout.q_strides, *layout.k_strides,
-            layout.table_stride, k.shape[0], layout.q_len, layout.kv_len, first, rows, layout.blocks, heads, layout.kv_heads,
-            B=size, QP=policy.query_pool, KP=policy.key_pool, D=dim, BD=padded, SPREAD=spread, RAGGED=packed, PAGE=layout.page,
+            q, means, squares, k, keys, variances, layout.cu_q, layout.cu_k, layout.page_table, *layout.q_strides,
+            *layout.k_strides, layout.table_stride, k.shape[0], layout.q_len, layout.kv_len, first, rows, layout.blocks, heads,
+            layout.kv_heads, B=size, QP=policy.query_pool, KP=policy.key_pool, D=dim, BD=padded, SPREAD=spread, RAGGED=packed,
+            PAGE=layout.page,
             num_warps=max(1, max(policy.query_pool, policy.key_pool) * padded // 4096),  # so few were by far the fastest
         )  # fmt: skip
         launches.start(
             keep_kernel, (triton.cdiv(rows, tile_rows // per_row), heads, layout.batch),
-            means, keys, variances, indices, counts, prompts, layout.cu_q, layout.cu_k, layout.q_len, layout.kv_len, first,
-            rows, layout.rows, layout.blocks, width, policy.share, shares, call.kept, factor, policy.spread * abs(factor), cap,
-            B=size, QP=policy.query_pool, KP=policy.key_pool, G=layout.group, SINK=policy.sink_blocks,
-            LOCAL=policy.local_blocks, TAIL=policy.tail_blocks, IMPLICIT=implicit, BM=tile_rows, BN=tile_columns, D=dim,
-            BD=padded, SPREAD=spread, RAGGED=packed, ONE_LENGTH=call.batch is None, num_warps=tile.warps,
-            num_stages=tile.stages,
+            means, squares, keys, variances, indices, counts, prompts, layout.cu_q, layout.cu_k, layout.q_len, layout.kv_len,
+            first, rows, layout.rows, layout.blocks, width, policy.share, shares, call.kept, factor,
+            policy.spread * abs(factor), cap, B=size, QP=policy.query_pool, KP=policy.key_pool, G=layout.group,
+            SINK=policy.sink_blocks, LOCAL=policy.local_blocks, TAIL=policy.tail_blocks, IMPLICIT=implicit, BM=tile_rows,
+            BN=tile_columns, D=dim, BD=padded, SPREAD=spread, RAGGED=packed, ONE_LENGTH=call.batch is None,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return indices, counts
 
