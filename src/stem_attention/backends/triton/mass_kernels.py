@@ -16,11 +16,9 @@ from stem_attention.backends.triton.softcap import capped
 
 
 @triton.jit
-def _averaged(tile, valid):
-    """A pool's tokens ``(P, BD)`` in fp32, how many there are, and their mean; absent ones, which are zero, count nowhere."""
-    tile = tile.to(tl.float32)
-    count = tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
-    return tile, count, tl.sum(tile, 0) / count
+def _tokens(valid):
+    """How many tokens of a pool there are; 1 for none."""
+    return tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
 
 
 @triton.jit
@@ -48,8 +46,7 @@ def _pool_queries(
         valid = (positions >= start) & (positions < kv_len)
         tokens = (q_first + positions - start).to(tl.int64)
         tile = tl.load(base + tokens[:, None] * stride_s + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
-        _, _, mean = _averaged(tile, valid)
-        mean = mean.to(means.dtype.element_ty)
+        mean = (tl.sum(tile.to(tl.float32), 0) / _tokens(valid)).to(means.dtype.element_ty)
         _store_pool(means, at + i, mean, D, BD)
         if SPREAD:
             _store_pool(squares, at + i, mean.to(tl.float32) * mean.to(tl.float32), D, BD)
@@ -71,7 +68,8 @@ def _pool_keys(
         outer, inner = key_rows(z, k_first, positions, valid, page_table, table_stride, pages, PAGE, RAGGED)
         offsets = outer * stride_b + inner * stride_s + head.to(tl.int64) * stride_h
         tile = tl.load(k + offsets[:, None] + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
-        tile, count, mean = _averaged(tile, valid)
+        tile, count = tile.to(tl.float32), _tokens(valid)
+        mean = tl.sum(tile, 0) / count
         _store_pool(means, at + i, mean, D, BD)
         if SPREAD:
             away = tl.where(valid[:, None], tile - mean[None, :], 0.0)
