@@ -16,23 +16,24 @@ from stem_attention.backends.triton.softcap import capped
 
 
 @triton.jit
-def _tokens(valid):
-    """How many tokens of a pool there are; 1 for none."""
-    return tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
-
-
-@triton.jit
-def _store_pool(to, at, values, D: tl.constexpr, BD: tl.constexpr):
+def _store_pool(means, variances, at, tile, valid, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr):
+    """Average a pool's tokens ``(P, BD)``; absent ones, which are zero, count nowhere. SPREAD: their variance too."""
+    tile = tile.to(tl.float32)
+    count = tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
+    mean = tl.sum(tile, 0) / count
     dims = tl.arange(0, BD)
-    tl.store(to + at * D + dims, values.to(to.dtype.element_ty), mask=dims < D)
+    tl.store(means + at * D + dims, mean.to(means.dtype.element_ty), mask=dims < D)
+    if SPREAD:
+        away = tl.where(valid[:, None], tile - mean[None, :], 0.0)
+        tl.store(variances + at * D + dims, (tl.sum(away * away, 0) / count).to(variances.dtype.element_ty), mask=dims < D)
 
 
 @triton.jit
 def _pool_queries(
-    q, means, squares, cu_q, cu_k, stride_b, stride_s, stride_h, q_len, kv_len, first_row, rows, row, head, heads, z,
-    B: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr,
+    q, means, cu_q, cu_k, stride_b, stride_s, stride_h, q_len, kv_len, first_row, rows, row, head, heads, z,
+    B: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Average the query block ``first_row + row`` of a head in runs of ``P``; SPREAD: the squares of the rounded means too."""
+    """Average the query block ``first_row + row`` of a head in runs of ``P``."""
     q_first, q_len = query_span(z, cu_q, q_len, RAGGED)
     _, kv_len = key_span(z, cu_k, kv_len, RAGGED)
     start = kv_len - q_len
@@ -46,10 +47,7 @@ def _pool_queries(
         valid = (positions >= start) & (positions < kv_len)
         tokens = (q_first + positions - start).to(tl.int64)
         tile = tl.load(base + tokens[:, None] * stride_s + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
-        mean = (tl.sum(tile.to(tl.float32), 0) / _tokens(valid)).to(means.dtype.element_ty)
-        _store_pool(means, at + i, mean, D, BD)
-        if SPREAD:
-            _store_pool(squares, at + i, mean.to(tl.float32) * mean.to(tl.float32), D, BD)
+        _store_pool(means, means, at + i, tile, valid, D, BD, False)
 
 
 @triton.jit
@@ -68,18 +66,13 @@ def _pool_keys(
         outer, inner = key_rows(z, k_first, positions, valid, page_table, table_stride, pages, PAGE, RAGGED)
         offsets = outer * stride_b + inner * stride_s + head.to(tl.int64) * stride_h
         tile = tl.load(k + offsets[:, None] + dims, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
-        tile, count = tile.to(tl.float32), _tokens(valid)
-        mean = tl.sum(tile, 0) / count
-        _store_pool(means, at + i, mean, D, BD)
-        if SPREAD:
-            away = tl.where(valid[:, None], tile - mean[None, :], 0.0)
-            _store_pool(variances, at + i, tl.sum(away * away, 0) / count, D, BD)
+        _store_pool(means, variances, at + i, tile, valid, D, BD, SPREAD)
 
 
 @triton.jit(do_not_specialize=["table_stride", "pages", "q_len", "kv_len", "first_row", "rows", "blocks", "heads", "kv_heads"])
 def pool_kernel(
-    q, q_means, q_squares, k, k_means, k_variances, cu_q, cu_k, page_table, q_stride_b, q_stride_s, q_stride_h, k_stride_b,
-    k_stride_s, k_stride_h, table_stride, pages, q_len, kv_len, first_row, rows, blocks, heads, kv_heads,
+    q, q_means, k, k_means, k_variances, cu_q, cu_k, page_table, q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s,
+    k_stride_h, table_stride, pages, q_len, kv_len, first_row, rows, blocks, heads, kv_heads,
     B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr,
     RAGGED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -87,8 +80,8 @@ def pool_kernel(
     program, z = tl.program_id(0), tl.program_id(1)
     if program < rows * heads:
         _pool_queries(
-            q, q_means, q_squares, cu_q, cu_k, q_stride_b, q_stride_s, q_stride_h, q_len, kv_len, first_row, rows,
-            program % rows, program // rows, heads, z, B, QP, D, BD, SPREAD, RAGGED,
+            q, q_means, cu_q, cu_k, q_stride_b, q_stride_s, q_stride_h, q_len, kv_len, first_row, rows, program % rows,
+            program // rows, heads, z, B, QP, D, BD, RAGGED,
         )  # fmt: skip
     else:
         program -= rows * heads
@@ -190,7 +183,7 @@ def _list_noticed(
 
 @triton.jit(do_not_specialize=["prompts", "q_len", "kv_len", "first_row", "rows", "total_rows", "blocks", "width"])
 def keep_kernel(
-    q_means, q_squares, k_means, k_variances, indices, counts, prompts, cu_q, cu_k, q_len, kv_len, first_row, rows, total_rows,
+    q_means, k_means, k_variances, indices, counts, prompts, cu_q, cu_k, q_len, kv_len, first_row, rows, total_rows,
     blocks, width, share, head_shares, kept, scale, spread, cap, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
     G: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, IMPLICIT: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr, ONE_LENGTH: tl.constexpr,
@@ -206,9 +199,8 @@ def keep_kernel(
     per_row: tl.constexpr = B // QP
     per_column: tl.constexpr = B // KP
     tile_rows: tl.constexpr = BM // per_row
-    # The last rows see the most keys: they begin first.
-    row0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * tile_rows
-    head, z = tl.program_id(1), tl.program_id(2)
+    # The last rows see the most keys: those of all heads begin first.
+    head, row0, z = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * tile_rows, tl.program_id(2)
     _, q_len = query_span(z, cu_q, q_len, RAGGED)
     _, kv_len = key_span(z, cu_k, kv_len, RAGGED)
     start = kv_len - q_len
@@ -218,7 +210,7 @@ def keep_kernel(
     exists = (row < rows) & (block * B < kv_len) & (q_len > 0)
     prompt = prompts if ONE_LENGTH else tl.load(prompts + z)
     whole = block >= prompt - TAIL
-    heads = tl.num_programs(1)
+    heads = tl.num_programs(0)
     at = z.to(tl.int64) * heads + head
 
     if head_shares is not None:
@@ -229,13 +221,13 @@ def keep_kernel(
     # A pool without queries of this call notices nothing.
     least = tl.where((first + QP > start) & (first < kv_len), share / tl.maximum(prompt, 1), float("inf"))
     dims = tl.arange(0, BD)
-    offsets = (at * (rows * per_row) + row0 * per_row + m)[:, None] * D + dims
-    present = (row0 * per_row + m < rows * per_row)[:, None] & (dims < D)[None, :]
-    queries = tl.load(q_means + offsets, mask=present, other=0.0)
-    squares = tl.load(q_squares + offsets, mask=present, other=0.0) if SPREAD else queries
+    source = q_means + (at * (rows * per_row) + row0 * per_row + m)[:, None] * D + dims
+    queries = tl.load(source, mask=(row0 * per_row + m < rows * per_row)[:, None] & (dims < D)[None, :], other=0.0)
     keys = (z.to(tl.int64) * (heads // G) + head // G) * blocks * per_column * D
     k_means += keys
     k_variances += keys
+    squares = queries.to(tl.float32) * queries.to(tl.float32)
+    squares = squares.to(k_variances.dtype.element_ty)
     seen = tl.minimum((block0 + tile_rows) * per_column, tl.cdiv(kv_len, KP))
     seen = tl.where((block0 * B < kv_len) & (q_len > 0), seen, 0)
     edge = tl.minimum(block0 * per_column, seen) // BN * BN
