@@ -14,7 +14,7 @@ from stem_attention.call import Call
 from stem_attention.policies.base import Policy
 from stem_attention.policies.mass import Mass
 
-_TILE, _COLUMNS = 64, 64  # query pools of a warpgroup, and key pools of a step
+_TILE = 64  # query pools of a warpgroup, and key pools of a step
 _LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
 
 
@@ -25,10 +25,9 @@ def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool,
 
 
 def takes(policy: Policy) -> bool:
-    """Tell whether pools fit the kernel: a block's in a tile, and a step's blocks in a word of 32 bits."""
+    """Tell whether a block has 2 to 64 pools: with one a word has no bit for each block of a step, with more a tile no row."""
     assert isinstance(policy, Mass)
-    per_column = policy.block_size // policy.key_pool
-    return policy.block_size // policy.query_pool <= _TILE and _COLUMNS // 32 <= per_column <= _COLUMNS
+    return all(2 <= policy.block_size // pool <= _TILE for pool in (policy.query_pool, policy.key_pool))
 
 
 def keep(run: Keeping, launches: Launches) -> None:
@@ -39,17 +38,17 @@ def keep(run: Keeping, launches: Launches) -> None:
     two = layout.dim <= 128
     launches.start(
         keep_kernel, (layout.heads, triton.cdiv(run.rows, 2 * _TILE * policy.query_pool // policy.block_size), layout.batch),
-        _tiles(run.means, run.rows, _TILE), _tiles(run.keys, layout.blocks, _COLUMNS),
-        _tiles(run.variances, layout.blocks, _COLUMNS), *run.lists, run.prompts, layout.cu_q, layout.cu_k, layout.q_len,
-        layout.kv_len, run.first, run.rows, layout.rows, run.lists[0].shape[3], policy.share, run.shares, run.kept, *run.scales,
-        B=policy.block_size, QP=policy.query_pool, KP=policy.key_pool, G=layout.group, SINK=policy.sink_blocks,
-        LOCAL=policy.local_blocks, TAIL=policy.tail_blocks, IMPLICIT=run.implicit, BN=_COLUMNS, D=layout.dim, SLOTS=1,
-        SPREAD=policy.spread > 0, RAGGED=layout.packed, ONE_LENGTH=isinstance(run.prompts, int),
+        _tiles(run.means, run.rows), _tiles(run.keys, layout.blocks), _tiles(run.variances, layout.blocks), *run.lists,
+        run.prompts, layout.cu_q, layout.cu_k, layout.q_len, layout.kv_len, run.first, run.rows, layout.rows,
+        run.lists[0].shape[3], policy.share, run.shares, run.kept, *run.scales, B=policy.block_size, QP=policy.query_pool,
+        KP=policy.key_pool, G=layout.group, SINK=policy.sink_blocks, LOCAL=policy.local_blocks, TAIL=policy.tail_blocks,
+        IMPLICIT=run.implicit, BN=_TILE, D=layout.dim, SLOTS=1, SPREAD=policy.spread > 0, RAGGED=layout.packed,
+        ONE_LENGTH=isinstance(run.prompts, int),
         REGISTERS=104 if two else 240, num_warps=4, maxnreg=80 if two else 168,
     )  # fmt: skip
 
 
-def _tiles(pools: Tensor, rows: int, box: int) -> TensorDescriptor:
-    """Boxes of ``box`` pools of one head; ``rows`` rows or blocks of each head are there."""
+def _tiles(pools: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of one head's pools, of which ``rows`` rows or blocks are there."""
     batch, heads, _, count, dim = pools.shape
-    return TensorDescriptor(pools, [batch * heads, rows * count, dim], [rows * count * dim, dim, 1], [1, box, dim], _LAYOUT)
+    return TensorDescriptor(pools, [batch * heads, rows * count, dim], [rows * count * dim, dim, 1], [1, _TILE, dim], _LAYOUT)
