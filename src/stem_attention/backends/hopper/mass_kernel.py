@@ -239,7 +239,7 @@ def keep_kernel(
     mbarrier.init(q_full.index(0), count=1)
     fence_async_shared()
 
-    # The last rows see the most keys: those of all heads begin first.
+    # The last rows see the most keys: those of all heads begin first. So their key pools have to fit the L2 cache together.
     head = gl.program_id(0)
     heads = gl.num_programs(0)
     row0 = (gl.num_programs(1) - 1 - gl.program_id(1)) * tile_rows

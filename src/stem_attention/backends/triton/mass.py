@@ -68,7 +68,7 @@ def keep(run: Keeping, launches: Launches) -> None:
     columns = max(min(tile.columns * 128 // max(128, padded), 32 * per_column), per_column)
     rows = tile_pools(policy, run.means.device)
     launches.start(
-        keep_kernel, (layout.heads, triton.cdiv(run.rows, rows // (policy.block_size // policy.query_pool)), layout.batch),
+        keep_kernel, (triton.cdiv(run.rows, rows // (policy.block_size // policy.query_pool)), layout.heads, layout.batch),
         run.means, run.keys, run.variances, *run.lists, run.prompts, layout.cu_q, layout.cu_k, layout.q_len, layout.kv_len,
         run.first, run.rows, layout.rows, layout.blocks, width, policy.share, run.shares, run.kept, *run.scales,
         B=policy.block_size, QP=policy.query_pool, KP=policy.key_pool, G=layout.group, SINK=policy.sink_blocks,

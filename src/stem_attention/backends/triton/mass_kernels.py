@@ -199,8 +199,9 @@ def keep_kernel(
     per_row: tl.constexpr = B // QP
     per_column: tl.constexpr = B // KP
     tile_rows: tl.constexpr = BM // per_row
-    # The last rows see the most keys: those of all heads begin first.
-    head, row0, z = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * tile_rows, tl.program_id(2)
+    # The last rows see the most keys: they begin first.
+    row0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * tile_rows
+    head, z = tl.program_id(1), tl.program_id(2)
     _, q_len = query_span(z, cu_q, q_len, RAGGED)
     _, kv_len = key_span(z, cu_k, kv_len, RAGGED)
     start = kv_len - q_len
@@ -210,7 +211,7 @@ def keep_kernel(
     exists = (row < rows) & (block * B < kv_len) & (q_len > 0)
     prompt = prompts if ONE_LENGTH else tl.load(prompts + z)
     whole = block >= prompt - TAIL
-    heads = tl.num_programs(0)
+    heads = tl.num_programs(1)
     at = z.to(tl.int64) * heads + head
 
     if head_shares is not None:
