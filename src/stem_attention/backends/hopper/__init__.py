@@ -1,12 +1,14 @@
-"""The attention kernel for Hopper in Gluon, Triton's lower-level language; selection is the Triton backend's."""
+"""Attention and keeping by mass for Hopper, in Gluon, Triton's lower-level language; the rest is the Triton backend's."""
 
 import torch
 from torch import Tensor
 
-from stem_attention.backends.triton.backend import BLOCK_SIZES, AttentionKernel, TritonBackend
+from stem_attention.backends.triton.backend import BLOCK_SIZES, AttentionKernel, Selector, TritonBackend
 from stem_attention.backends.triton.layout import LEAST_BOX
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call
+from stem_attention.policies.base import Policy
+from stem_attention.policies.mass import Mass
 
 __all__ = ["BLOCK_SIZES", "HEAD_DIMS", "HopperBackend"]
 
@@ -45,6 +47,14 @@ class HopperBackend(TritonBackend):
 
             call = call.with_packed(*packed(call, Launches()))
         return super().fused(call)
+
+    def selector(self, policy: Policy) -> Selector | None:
+        """Return the fast selection for a policy: by mass with the Hopper kernel, else as the Triton backend."""
+        if type(policy) is not Mass:
+            return super().selector(policy)
+        from stem_attention.backends.hopper.mass import select_by_mass
+
+        return select_by_mass
 
     def kernel(self, call: Call) -> AttentionKernel:
         """Return the Hopper kernel's launch, or the portable one's for windows and where the copy engine will not do."""
