@@ -56,6 +56,32 @@ def test_every_head_dim_block_size_and_dtype(block_size, dim, dtype, backend):
     assert_right(q, k, v, random_selection(1, 4, 700, 900, block_size, device="cuda"), backend)
 
 
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize(("dim", "value_dim", "softcap"), [(128, 128, 2.0), (256, 256, 5.0), (192, 128, None), (64, 128, 2.0)])
+def test_soft_caps_and_values_of_another_dimension(dim, value_dim, softcap, block_size):
+    """Errors against fp64 are at most twice those of plain attention in bf16."""
+    inputs = leaves(*make_qkv(1, 700, 900, 4, 2, dim, torch.bfloat16, "cuda", value_dim=value_dim))
+    sinks = torch.randn(4, device="cuda").requires_grad_()
+    selection = random_selection(1, 4, 700, 900, block_size, device="cuda")
+    out = sa.block_sparse_attention(*inputs, selection, sinks=sinks, softcap=softcap)
+    ours = gradients([out], (*inputs, sinks))
+    again = gradients([sa.block_sparse_attention(*inputs, selection, sinks=sinks, softcap=softcap)], (*inputs, sinks))
+    assert equal(ours, again)
+    mask, peers = token_mask(selection), leaves(*inputs)
+    q, k, v = (x.transpose(1, 2) for x in (peers[0], *(x.repeat_interleave(2, 2) for x in peers[1:])))
+    scores = q @ k.mT * dim**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    column = sinks.detach().to(scores.dtype)[None, :, None, None].expand(1, 4, 700, 1)
+    weights = torch.cat([scores.masked_fill(~mask, -torch.inf), column], -1).softmax(-1)[..., :-1]
+    theirs = gradients([(weights @ v).transpose(1, 2)], peers)
+    doubles = leaves(*(x.double() for x in (*inputs, sinks)))
+    exact = gradients(exact_attention(*doubles[:3], mask, sinks=doubles[3], softcap=softcap)[:1], doubles)
+    for mine, its, judge in zip(ours, theirs, exact, strict=False):
+        assert relative_error(mine, judge) <= 2 * relative_error(its, judge)
+    assert relative_error(ours[3], exact[3]) < 1e-2
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", [(1, 1), (7, 1), (6, 2), (8, 8)])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 400), (129, 129), (511, 777), (1009, 1009)])

@@ -208,11 +208,14 @@ def compile_for(target: str, launch: Recorded) -> Compiled:
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and the bytes of memory that it uses in place of registers."""
+    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", dumped(cubin, "--dump-resource-usage"))}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def dumped(cubin: bytes, what: str) -> str:
+    """What NVIDIA's tool tells of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+        return subprocess.run([tool, what, file.name], capture_output=True, check=True, text=True).stdout

@@ -94,12 +94,9 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
             return "padding inside the text"
     if 0 <= call.layer < now.dense_layers:
         return "dense layer"
-    needed = gradients.needed(call.query, call.key, call.value)
-    if not needed and extra.get("dropout", 0.0) > 0:
+    if extra.get("dropout", 0.0) > 0 and not gradients.needed(call.query, call.key, call.value):
         return "dropout"
-    # In training the same for passes without a gradient: reentrant checkpointing computes a layer twice.
-    form = gradients.obstacle(call.query, call.value, extra.get("softcap")) if needed or call.module.training else None
-    return form and f"no gradient of {form}"
+    return None
 
 
 def _check_recomputed(module: torch.nn.Module, now: Now) -> None:
