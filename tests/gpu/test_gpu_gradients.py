@@ -133,6 +133,26 @@ def test_a_packed_batch_has_the_gradients_of_its_sequences(rule, backend):
             assert relative_error(x, y[0]) < 1e-2  # other tiles, other roundings
 
 
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_what_a_neighbour_holds_reaches_no_gradient(dim, block_size, backend):
+    parts = [
+        random_qkv(1, q_len, kv_len, 4, 2, dim, seed=i) for i, (q_len, kv_len) in enumerate([(70, 300), (333, 500), (9, 90)])
+    ]
+    options = {"policy": sa.Mass(block_size=block_size), "dense_below": 0, "backend": backend}
+
+    def run(middle):
+        packed = pack([parts[0], middle, parts[2]])
+        inputs = [packed[name].requires_grad_() for name in "qkv"]
+        out = sa.stem_attention_varlen(**packed, **options)
+        weights = torch.randn(out.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        found = torch.autograd.grad((out * weights).sum(), inputs)
+        return [x[rows] for x, low, high in zip(found, (70, 300, 300), (403, 800, 800), strict=True)
+                for rows in (slice(None, low), slice(high, None))]  # fmt: skip
+
+    assert equal(run([torch.full_like(x, torch.nan) for x in parts[1]]), run(parts[1]))
+
+
 def test_a_hundred_runs_give_the_same_bits(rule, backend):
     inputs, policy = leaves(*random_qkv(1, 8000, 8000, 8, 2, 128)), rule(8)
     first = whole(inputs, policy, backend)
