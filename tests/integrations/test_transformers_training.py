@@ -91,6 +91,24 @@ def test_a_block_that_does_not_reach_a_checkpointed_layer_is_refused_and_never_a
     assert "set_policy" in errors[0]
 
 
+def test_a_layer_of_a_model_in_eval_that_is_computed_again_is_refused_too():
+    model = small_llama().requires_grad_(False)
+    first = model.model.layers[0].self_attn
+
+    def layer(x):
+        places = torch.arange(LENGTH)[None]
+        return first(hidden_states=x, position_embeddings=model.model.rotary_emb(x, places), attention_mask=None)[0]
+
+    hidden = torch.randn(1, LENGTH, model.config.hidden_size).requires_grad_()
+    with hosts.use_policy(SPARSE, dense_below=0):
+        out = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False)
+    with pytest.raises(UnsupportedError, match="set_policy"):
+        out.sum().backward()
+    out = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False)
+    with hosts.use_policy(observer=lambda call: None):
+        out.sum().backward()  # the same settings
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_block_that_is_left_before_a_checkpointed_backward_pass_is_refused(reentrant):
     model = small_llama().train()
