@@ -66,8 +66,8 @@ def stem_attention(
 
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
-        UnsupportedError: The backend cannot run this, or a derivative is asked for that there is none of: a second one, one in
-            forward mode, one through soft caps or values of another dimension.
+        UnsupportedError: The backend cannot run this, or a derivative is asked for that there is none of: a second one, or one
+            in forward mode.
 
     Warns:
         UserWarning: The shapes suggest ``(batch, heads, length, dim)``. Said once.
