@@ -100,15 +100,15 @@ def dq_kernel(
             v_tile = _tile(values, v_stride_s, k_first + columns, columns < kv_len, DV, BDV)
         scores = tl.dot(q_tile, k_tile.T)  # [BM, BN]
         if steepness is not None:
-            scores = tanh(scores * steepness)
-            bend = 1.0 - scores * scores
+            bounded = tanh(scores * steepness)
+            scores = bounded
         scores = scores * factor - norm[:, None]
         if kept == block:
             scores = tl.where(positions[:, None] >= columns[None, :], scores, -float("inf"))
         weights = tl.math.exp2(scores)
-        d_scores = weights * (tl.dot(do_tile, v_tile.T) - shift[:, None])
         if steepness is not None:
-            d_scores *= bend
+            weights *= 1.0 - bounded * bounded
+        d_scores = weights * (tl.dot(do_tile, v_tile.T) - shift[:, None])
         gradient = tl.dot(d_scores.to(k_tile.dtype), k_tile, gradient)
     dims = tl.arange(0, BD)
     target = d_q + outer * dq_stride_b + wide_head * dq_stride_h + tokens.to(tl.int64)[:, None] * dq_stride_s + dims
@@ -167,16 +167,17 @@ def dkv_kernel(
         shift = tl.load(delta + outer * delta_stride_b + wide * delta_stride_h + tokens, mask=there, other=0.0)
         scores = tl.dot(k_tile, q_tile.T)  # [BK, BM]
         if steepness is not None:
-            scores = tanh(scores * steepness)
-            bend = 1.0 - scores * scores
+            bounded = tanh(scores * steepness)
+            scores = bounded
         scores = scores * factor - norm[None, :]
         if row == block:
             scores = tl.where(positions[None, :] >= places[:, None], scores, -float("inf"))
         weights = tl.math.exp2(scores)
-        sum_v = tl.dot(weights.to(do_tile.dtype), do_tile, sum_v)
-        d_scores = weights * (tl.dot(v_tile, do_tile.T) - shift[None, :])
+        held = weights.to(do_tile.dtype)
         if steepness is not None:
-            d_scores *= bend
+            weights *= 1.0 - bounded * bounded
+        sum_v = tl.dot(held, do_tile, sum_v)
+        d_scores = weights * (tl.dot(v_tile, do_tile.T) - shift[None, :])
         sum_k = tl.dot(d_scores.to(q_tile.dtype), q_tile, sum_k)
         entry = following
     sum_k = sum_k * scale
