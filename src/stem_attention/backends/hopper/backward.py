@@ -45,19 +45,20 @@ def start_chunks(
 ) -> None:  # fmt: skip
     """Launch the kernel for all chunks of all key blocks.
 
-    Soft caps, values of another dimension and tensors that the copy engine does not take run the portable one.
+    Packed batches, soft caps, values of another dimension and tensors that the copy engine does not take run the portable one.
     """
     q, k, v, d_out, lse, delta = inputs
     dim, tensors = q.shape[3], (q, k, v, d_out)
     choice = choice or LAUNCHES.get((size, dim))
     scale, factor, steepness = scales
-    if choice is None or v.shape[3] != dim or steepness is not None or not all(map(describable, tensors)):
+    other = layout.packed or steepness is not None or v.shape[3] != dim
+    if choice is None or other or not all(map(describable, tensors)):
         return start_portable_chunks(layout, size, inputs, results, columns, scales, launches)
     tiles = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], _LAYOUT) for x in tensors]
     launches.start(
         dkv_kernel, (len(columns.owners),), *tiles, lse, delta, *results, columns.lists, columns.starts, columns.owners,
-        columns.firsts, columns.slots, columns.longest, layout.cu_q, layout.cu_k, *results[0].stride()[:3],
-        *results[1].stride()[:3], *lse.stride()[:2], *delta.stride()[:2], layout.q_len, layout.kv_len, layout.kv_heads,
-        layout.rows, layout.blocks, len(columns.chunks), scale, factor,
-        G=layout.group, WGS=size // 64, D=dim, SLOTS=choice.slots, RAGGED=layout.packed, **choice.options(size),
+        columns.firsts, columns.slots, columns.longest, *results[0].stride()[:3], *results[1].stride()[:3],
+        *lse.stride()[:2], *delta.stride()[:2], layout.q_len, layout.kv_len, layout.kv_heads, layout.rows, layout.blocks,
+        len(columns.chunks), scale, factor,
+        G=layout.group, WGS=size // 64, D=dim, SLOTS=choice.slots, **choice.options(size),
     )  # fmt: skip

@@ -23,7 +23,7 @@ LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def _open(chunk, columns, shape, G: gl.constexpr):
-    """``(column, its sequence, kv head and block, first entry, entries, whether there is a column)`` of a chunk."""
+    """``(column, its sequence, kv head and block, first entry, entries)`` of a chunk; no entries where there is no column."""
     _, starts, owners, firsts, _, longest = columns
     kv_heads, blocks, number = shape
     column = gl.load(owners + chunk)
@@ -37,50 +37,21 @@ def _open(chunk, columns, shape, G: gl.constexpr):
 
 
 @gluon.jit
-def _spans(z, rows_of, RAGGED: gl.constexpr):
-    """``(line of the tensors, first query token, queries, first key token, keys)`` of a sequence."""
-    _, _, _, _, _, _, cu_q, cu_k, q_len, kv_len, _ = rows_of
-    q_first = 0
-    k_first = 0
-    if RAGGED:
-        q_first = gl.load(cu_q + z)
-        q_len = gl.load(cu_q + z + 1) - q_first
-        k_first = gl.load(cu_k + z)
-        kv_len = gl.load(cu_k + z + 1) - k_first
-        z = 0
-    return z, q_first, q_len, k_first, kv_len
-
-
-@gluon.jit
-def _clear(tile, norms):
-    """Zeros where a neighbour's queries lie, whose norm is infinite here: a zero weight times NaN would be NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    step: gl.constexpr = 16
-    for i in gl.static_range(64 // step):
-        part = tile.slice(i * step, step)
-        there = norms.slice(i * step, step).load(gl.SliceLayout(1, layout)) < float("inf")
-        values = part.load(layout)
-        part.store(gl.where(there[:, None], values, gl.zeros_like(values)))
-
-
-@gluon.jit
 def _producer(tiles, shared, columns, shape, rows_of, G: gl.constexpr, WGS: gl.constexpr, D: gl.constexpr,
-              SLOTS: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
+              SLOTS: gl.constexpr):  # fmt: skip
     SUB: gl.constexpr = WGS
     B: gl.constexpr = 64 * WGS
     q_tiles, k_tiles, v_tiles, do_tiles = tiles
-    k_s, v_s, q_s, do_s, norm_s, shift_s, edge_s, part_s, kv_full, q_full, do_full, rows_full, empty = shared
-    lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, _, _, _, _, rows = rows_of
+    k_s, v_s, q_s, do_s, norm_s, shift_s, edge_s, kv_full, q_full, do_full, rows_full, empty = shared
+    lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, q_len, kv_len, rows = rows_of
     lists, _, _, _, _, _ = columns
     _, z, kv_head, block, begin, count, _ = _open(gl.program_id(0), columns, shape, G)
-    z, q_first, q_len, k_first, kv_len = _spans(z, rows_of, RAGGED)
     mbarrier.expect(kv_full.index(0), 2 * B * D * 2)
     for w in gl.static_range(WGS):
-        at = [z, k_first + block * B + w * 64, kv_head, 0]
+        at = [z, block * B + w * 64, kv_head, 0]
         async_load(k_tiles, at, kv_full.index(0), k_s.index(w)._reinterpret(k_s.dtype, [1, 64, 1, D], k_tiles.layout))
         async_load(v_tiles, at, kv_full.index(0), v_s.index(w)._reinterpret(v_s.dtype, [1, 64, 1, D], v_tiles.layout))
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     start = kv_len - q_len
     first_row = start // B
     wide_z = z.to(gl.int64)
@@ -93,8 +64,6 @@ def _producer(tiles, shared, columns, shape, rows_of, G: gl.constexpr, WGS: gl.c
         token = row * B + t % SUB * 64 - start
         tokens = token + gl.arange(0, 64, layout=layout)
         there = (tokens >= 0) & (tokens < q_len)
-        token += q_first
-        tokens += q_first
         wide = head.to(gl.int64)
         # A row that is not there has infinite lse, so weights of 0.
         norm = gl.load(lse + wide_z * lse_stride_b + wide * lse_stride_h + tokens, mask=there, other=float("inf")) * LOG2E
@@ -110,18 +79,17 @@ def _producer(tiles, shared, columns, shape, rows_of, G: gl.constexpr, WGS: gl.c
         async_load(do_tiles, [z, token, head, 0], do_full.index(s), slot)
         norm_s.index(s).store(norm)
         shift_s.index(s).store(shift)
-        edge_s.index(s).store(gl.full([1], edge, gl.int32, one))
-        if RAGGED:
-            part_s.index(s).store(gl.full([1], (token < q_first) | (token + 64 > q_first + q_len), gl.int32, one))
+        edge_s.index(s).store(gl.full([1], edge, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
         mbarrier.arrive(rows_full.index(s), count=1)
 
 
 @gluon.jit
 def _consumer(w: gl.constexpr, shared, columns, shape, rows_of, results, scale, factor, G: gl.constexpr, WGS: gl.constexpr,
-              D: gl.constexpr, SLOTS: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
+              D: gl.constexpr, SLOTS: gl.constexpr):  # fmt: skip
     SUB: gl.constexpr = WGS
     B: gl.constexpr = 64 * WGS
-    k_s, v_s, q_s, do_s, norm_s, shift_s, edge_s, part_s, kv_full, q_full, do_full, rows_full, empty = shared
+    k_s, v_s, q_s, do_s, norm_s, shift_s, edge_s, kv_full, q_full, do_full, rows_full, empty = shared
+    _, _, _, _, _, _, _, kv_len, _ = rows_of
     d_k, d_v, sums_k, sums_v, dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h = results
     _, _, _, firsts, slots, _ = columns
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -130,7 +98,6 @@ def _consumer(w: gl.constexpr, shared, columns, shape, rows_of, results, scale, 
     across: gl.constexpr = gl.SliceLayout(0, scores_layout)
     dtype: gl.constexpr = q_s.dtype
     chunk = gl.program_id(0)
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     column, z, kv_head, block, _, count, exists = _open(chunk, columns, shape, G)
     blank = gl.zeros([64, 64], gl.float32, scores_layout)
     sum_k = gl.zeros([64, D], gl.float32, out_layout)
@@ -140,14 +107,6 @@ def _consumer(w: gl.constexpr, shared, columns, shape, rows_of, results, scale, 
     for t in range(count * SUB):
         s = t % SLOTS
         phase = (t // SLOTS) & 1
-        if RAGGED:
-            mbarrier.wait(rows_full.index(s), phase)
-            if gl.max(part_s.index(s).load(one), 0) != 0:
-                mbarrier.wait(q_full.index(s), phase)
-                mbarrier.wait(do_full.index(s), phase)
-                _clear(q_s.index(s), norm_s.index(s))
-                _clear(do_s.index(s), norm_s.index(s))
-                fence_async_shared()
         mbarrier.wait(q_full.index(s), phase)
         scores = warpgroup_mma(k_tile, q_s.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
         mbarrier.wait(do_full.index(s), phase)
@@ -155,7 +114,7 @@ def _consumer(w: gl.constexpr, shared, columns, shape, rows_of, results, scale, 
         mbarrier.wait(rows_full.index(s), phase)
         scores = warpgroup_mma_wait(1, deps=[scores])
         scores = scores * factor - norm_s.index(s).load(across)[None, :]
-        edge = gl.max(edge_s.index(s).load(one), 0)
+        edge = gl.max(edge_s.index(s).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
         if edge < B:
             places = w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, scores_layout))
             queries = edge + gl.arange(0, 64, layout=across)
@@ -174,11 +133,10 @@ def _consumer(w: gl.constexpr, shared, columns, shape, rows_of, results, scale, 
         slot = gl.load(slots + column)
         sum_k = sum_k * scale
         if slot < 0:
-            z, _, _, k_first, kv_len = _spans(z, rows_of, RAGGED)
             tokens = block * B + lines
             own_k = d_k + z.to(gl.int64) * dk_stride_b + kv_head.to(gl.int64) * dk_stride_h
             own_v = d_v + z.to(gl.int64) * dv_stride_b + kv_head.to(gl.int64) * dv_stride_h
-            wide = (k_first + tokens).to(gl.int64)[:, None]
+            wide = tokens.to(gl.int64)[:, None]
             gl.store(own_k + wide * dk_stride_s + dims[None, :], sum_k.to(dtype), mask=(tokens < kv_len)[:, None])
             gl.store(own_v + wide * dv_stride_s + dims[None, :], sum_v.to(dtype), mask=(tokens < kv_len)[:, None])
         else:
@@ -191,25 +149,25 @@ def _consumer(w: gl.constexpr, shared, columns, shape, rows_of, results, scale, 
 
 @gluon.jit
 def _first(shared, columns, shape, rows_of, results, scale, factor, G: gl.constexpr, WGS: gl.constexpr, D: gl.constexpr,
-           SLOTS: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
+           SLOTS: gl.constexpr):  # fmt: skip
     """Keys 0 to 63 of the block."""
-    _consumer(0, shared, columns, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS, RAGGED)
+    _consumer(0, shared, columns, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS)
 
 
 @gluon.jit
 def _second(shared, columns, shape, rows_of, results, scale, factor, G: gl.constexpr, WGS: gl.constexpr, D: gl.constexpr,
-            SLOTS: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
+            SLOTS: gl.constexpr):  # fmt: skip
     """Keys 64 to 127."""
-    _consumer(1, shared, columns, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS, RAGGED)
+    _consumer(1, shared, columns, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS)
 
 
 @gluon.jit(do_not_specialize=["q_len", "kv_len", "rows", "blocks", "columns", "lse_stride_b", "lse_stride_h",
                               "delta_stride_b", "delta_stride_h"])  # fmt: skip
 def dkv_kernel(
     q_tiles, k_tiles, v_tiles, do_tiles, lse, delta, d_k, d_v, sums_k, sums_v, lists, starts, owners, firsts, slots, longest,
-    cu_q, cu_k, dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h, lse_stride_b, lse_stride_h,
-    delta_stride_b, delta_stride_h, q_len, kv_len, kv_heads, rows, blocks, columns, scale, factor,
-    G: gl.constexpr, WGS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, RAGGED: gl.constexpr,
+    dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h, lse_stride_b, lse_stride_h, delta_stride_b,
+    delta_stride_h, q_len, kv_len, kv_heads, rows, blocks, columns, scale, factor,
+    G: gl.constexpr, WGS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of one key block's keys and values, over one chunk of the rows that keep it."""
     dtype: gl.constexpr = q_tiles.dtype
@@ -222,8 +180,6 @@ def dkv_kernel(
     norm_s = gl.allocate_shared_memory(gl.float32, [SLOTS, 64], row_layout)
     shift_s = gl.allocate_shared_memory(gl.float32, [SLOTS, 64], row_layout)
     edge_s = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], row_layout)
-    # What nobody reads must not be there: see kernel.py.
-    part_s = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], row_layout) if RAGGED else edge_s
     kv_full = barriers(1, 1)
     q_full = barriers(SLOTS, 1)
     do_full = barriers(SLOTS, 1)
@@ -231,19 +187,19 @@ def dkv_kernel(
     empty = barriers(SLOTS, WGS)
     fence_async_shared()
     tiles = (q_tiles, k_tiles, v_tiles, do_tiles)
-    shared = (k_s, v_s, q_s, do_s, norm_s, shift_s, edge_s, part_s, kv_full, q_full, do_full, rows_full, empty)
+    shared = (k_s, v_s, q_s, do_s, norm_s, shift_s, edge_s, kv_full, q_full, do_full, rows_full, empty)
     lists_of = (lists, starts, owners, firsts, slots, longest)
     shape = (kv_heads, blocks, columns)
-    rows_of = (lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, cu_q, cu_k, q_len, kv_len, rows)
+    rows_of = (lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, q_len, kv_len, rows)
     results = (d_k, d_v, sums_k, sums_v, dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h)
     if WGS == 2:
         gl.warp_specialize([
-            (_first, (shared, lists_of, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS, RAGGED)),
-            (_second, (shared, lists_of, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS, RAGGED)),
-            (_producer, (tiles, shared, lists_of, shape, rows_of, G, WGS, D, SLOTS, RAGGED)),
+            (_first, (shared, lists_of, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS)),
+            (_second, (shared, lists_of, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS)),
+            (_producer, (tiles, shared, lists_of, shape, rows_of, G, WGS, D, SLOTS)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_first, (shared, lists_of, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS, RAGGED)),
-            (_producer, (tiles, shared, lists_of, shape, rows_of, G, WGS, D, SLOTS, RAGGED)),
+            (_first, (shared, lists_of, shape, rows_of, results, scale, factor, G, WGS, D, SLOTS)),
+            (_producer, (tiles, shared, lists_of, shape, rows_of, G, WGS, D, SLOTS)),
         ], [1], [24])  # fmt: skip
