@@ -174,18 +174,10 @@ if args.json is not None:
     facts |= {**about, "density": statistics.mean(densities), "trained": adapters}
     args.json.write_text(json.dumps({"facts": facts, **found}, indent=1))
 
-figure = Figure(figsize=(9, 3.5), layout="constrained")
-curves, bars = figure.subplots(1, 2)
+figure = Figure(figsize=(7, 3.5), layout="constrained")
+axes = figure.subplots()
 for way, colour in zip(WAYS, ("#7d8590", "#1f6feb"), strict=True):
-    curves.plot(range(1, args.steps + 1), found[way]["losses"], color=colour, linewidth=1.2, label=f"trained {way}")
-    shift, heights = 0.2 * (1 if way == "sparse" else -1), [perplexities(run)[WAYS.index(way)] for run in found.values()]
-    for place, height in enumerate(heights):
-        bars.bar(place + shift, height, 0.38, color=colour, label=f"read {way}" if place == 0 else None)
-        bars.text(place + shift, height, f"{height:.2f}", ha="center", va="bottom", fontsize=8)
-curves.set(xlabel="step", ylabel="loss", title=f"{args.tokens} tokens a step")
-bars.set_xticks(range(len(found)), ["not trained", "trained dense", "trained sparse"])
-bars.set(ylabel="perplexity of unseen windows", ylim=(0, 1.2 * bars.get_ylim()[1]))
-for axes in (curves, bars):
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.plot(range(1, args.steps + 1), found[way]["losses"], color=colour, linewidth=1.2, label=way)
+axes.set(xlabel="step", ylabel="loss", title=f"{args.tokens} tokens a step")
+axes.legend(frameon=False)
 figure.savefig("finetune_long.png", dpi=150)
