@@ -38,9 +38,8 @@ def main(source: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(PICTURE)
-    print(
-        "| trained | last losses | seconds a step | GiB at most | perplexity read dense | read sparse |\n|---|--:|--:|--:|--:|--:|"
-    )
+    print("| trained | last losses | seconds a step | GiB at most | perplexity read dense | read sparse |")
+    print("|---|--:|--:|--:|--:|--:|")
     for name, run in runs.items():
         last, seconds, peak = "", "", ""
         if "losses" in run:
@@ -52,9 +51,8 @@ def main(source: Path) -> None:
         pairs = zip(runs["sparse"]["unseen"][way], runs["dense"]["unseen"][way], strict=True)
         differences = [a - b for a, b in pairs]
         spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        print(
-            f"read {way}: trained sparse minus dense {statistics.mean(differences):+.4f} nats a token, standard error {spread:.4f}"
-        )
+        mean = statistics.mean(differences)
+        print(f"read {way}: trained sparse minus dense {mean:+.4f} nats a token, standard error {spread:.4f}")
 
 
 if __name__ == "__main__":
