@@ -22,7 +22,7 @@ from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper, marks, plac
 
 pytestmark = pytest.mark.newest_triton
 
-# Bytes of stack: scalars of a column, none of them needed in the loop but for one in blocks of 64. Triton 3.8 takes more in fp16.
+# Bytes of stack: scalars of a column, needed in the loop but once, in blocks of 64. Triton 3.8 takes more in fp16.
 STACK = {(128, 64): 0, (128, 128): 16, (64, 64): 0, (64, 128): 32}
 
 
