@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from stem_attention.backends.triton.backend import BLOCK_SIZES, AttentionKernel, Selector, TritonBackend
+from stem_attention.backends.base import Results
+from stem_attention.backends.triton.backend import BLOCK_SIZES, AttentionKernel, Selector, TritonBackend, check_grid
 from stem_attention.backends.triton.layout import LEAST_BOX
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call
@@ -61,3 +62,11 @@ class HopperBackend(TritonBackend):
         from stem_attention.backends.hopper.attention import attend, can_copy
 
         return attend if call.window is None and can_copy(call) else super().kernel(call)
+
+    def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the gradient's kernels; that of keys and values is Hopper's own where the copy engine will do."""
+        from stem_attention.backends.hopper.backward import start_chunks
+        from stem_attention.backends.triton.backward import backward
+
+        check_grid(call)
+        return backward(call, kept, results, d_results, Launches(), start_chunks)

@@ -5,7 +5,7 @@ Everything else in this folder takes these from here, so that a new Triton is a 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # Triton 3.8 gave the copies shorter names, and 3.9 drops the long name of the store.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -37,3 +37,12 @@ def pinned(x):
         is_pure=False,
         pack=2,
     )
+
+
+@gluon.jit
+def barriers(number: gl.constexpr, count: gl.constexpr):
+    """Make room for barriers that complete a phase after ``count`` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(bars.index(i), count=count)
+    return bars

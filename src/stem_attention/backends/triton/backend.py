@@ -124,13 +124,13 @@ class TritonBackend(Backend):
         selector, size, launches = self.selector(call.policy), call.policy.block_size, Launches()
         if selector is None:
             return super().select(call)
-        _check_grid(call)
+        check_grid(call)
         indices, counts = selector(call, Layout.of(call, size, launches), 0, False, launches)
         return BlockSelection(indices, counts, size, call.q.shape[1], call.k.shape[1])
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Run the attention kernel."""
-        _check_grid(call)
+        check_grid(call)
         # Kernels read lists one after the other: those of an expanded or sliced selection do not lie so.
         indices, counts, size = selection.indices.contiguous(), selection.counts.contiguous(), selection.block_size
         launches = Launches()
@@ -153,7 +153,7 @@ class TritonBackend(Backend):
         program = programs.get(form)
         if program is not None:
             return program.run(call)
-        _check_grid(call)
+        check_grid(call)
         selector = self.selector(call.policy)
         assert selector is not None  # or this would not be the runner
         parts, size, attend = pieces(call), call.policy.block_size, self.kernel(call)
@@ -180,7 +180,7 @@ class TritonBackend(Backend):
 
     def attend_kept(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor, Tensor]:
         """Run the attention kernel, and turn the lists into bits on the device."""
-        _check_grid(call)
+        check_grid(call)
         indices, counts, size = selection.indices.contiguous(), selection.counts.contiguous(), selection.block_size
         launches = Launches()
         layout = Layout.of(call, size, launches)
@@ -192,7 +192,7 @@ class TritonBackend(Backend):
         parts = pieces(call)
         if self.runner(call) != self.fused or (call.batch is not None and len(parts) > 1):
             return super().forward_kept(call)
-        _check_grid(call)
+        check_grid(call)
         size, limit, selector = call.policy.block_size, self.dense_limit(call.dense_below), self.selector(call.policy)
         assert selector is not None  # or another method would be the runner
         out, lse = call.empty_results()
@@ -224,11 +224,12 @@ class TritonBackend(Backend):
         """Run the gradient's kernels, a packed batch in one launch of each."""
         from stem_attention.backends.triton.backward import backward
 
-        _check_grid(call)
+        check_grid(call)
         return backward(call, kept, results, d_results, Launches())
 
 
-def _check_grid(call: Call) -> None:
+def check_grid(call: Call) -> None:
+    """Refuse more sequences than a launch takes."""
     sequences = call.q.shape[0] if call.batch is None else call.batch.sequences
     if sequences > _MOST_SEQUENCES:
         raise UnsupportedError(f"a GPU's grid takes {_MOST_SEQUENCES} sequences, not {sequences}; split the batch")
