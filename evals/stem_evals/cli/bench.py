@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +26,7 @@ _TIMED = "What is timed"
 _DEFAULT_HEADS = Heads(8, 2, 64)
 
 
-class Suite(str, Enum):
+class Suite(options.Choice):
     """Describe what is compared."""
 
     attention = "attention"

@@ -23,7 +23,16 @@ AUTO: Any = "auto"  # defaults of Device, Dtype and PolicyOption, which typer re
 MASS: Any = "mass"
 # Groups of options in --help.
 PROMPT, PICTURE, HEADS, RUNS = "The prompt", "The picture", "Heads, in place of the model's", "Where it runs"
-DtypeName = Enum(
+
+
+class Choice(Enum):
+    """Words of an option. Their text is the word: typer before 0.29 looks a parsed one up by it again."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+DtypeName = Choice(
     "DtypeName", {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"}
 )
 
