@@ -66,8 +66,8 @@ def stem_attention(
 
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
-        UnsupportedError: The backend cannot run this, or a derivative is asked for that there is none of: a second one, one in
-            forward mode, one through soft caps or values of another dimension.
+        UnsupportedError: The backend cannot run this, or a derivative is asked for that there is none of: a second one, or one
+            in forward mode.
 
     Warns:
         UserWarning: The shapes suggest ``(batch, heads, length, dim)``. Said once.
@@ -86,8 +86,7 @@ def stem_attention(
         elif call.plain and not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
     if gradients.needed(q, k, v, sinks):
-        gradients.check_forms(q, v, softcap)
-        out, lse = gradients.forward(q, k, v, sinks, known, scale, length, limit, name)
+        out, lse = gradients.forward(q, k, v, sinks, known, scale, softcap, length, limit, name)
     else:
         out, lse = ops.forward(q, k, v, sinks, ops.travel(known), scale, softcap, length, limit, return_lse, name)
     return (out, lse) if return_lse else out
@@ -161,8 +160,7 @@ def stem_attention_varlen(
         if page_table is not None:
             way = "pass packed keys and values, or call under torch.no_grad()"
             raise UnsupportedError(f"page_table: there is no gradient through a paged cache; {way}")
-        gradients.check_forms(q, v, softcap)
-        out, lse = gradients.forward_varlen(q, k, v, sinks, starts, key_starts, lengths, known, scale, limit, name)
+        out, lse = gradients.forward_varlen(q, k, v, sinks, starts, key_starts, lengths, known, scale, softcap, limit, name)
     else:
         tables = starts, key_starts, page_table, lengths
         out, lse = ops.forward_varlen(q, k, v, sinks, *tables, ops.travel(known), scale, softcap, limit, return_lse, name)
@@ -218,8 +216,8 @@ def block_sparse_attention(
     window = checks.check_window(window)
     lists = selection.indices, selection.counts, selection.block_size
     if gradients.needed(q, k, v, sinks):
-        gradients.check_forms(q, v, softcap, window)
-        out, lse = gradients.attend(q, k, v, sinks, *lists, scale, name)
+        gradients.check_window(window)
+        out, lse = gradients.attend(q, k, v, sinks, *lists, scale, softcap, name)
     else:
         out, lse = ops.attend(q, k, v, sinks, *lists, scale, softcap, window, return_lse, name)
     return (out, lse) if return_lse else out

@@ -93,3 +93,49 @@ def test_lists_of_odd_and_even_length_read_no_block_beside_theirs(block_size, di
     out = block_sparse_attention(q, k, v, selection, backend="hopper")
     for tokens in (slice(0, block_size), slice(2 * block_size, None)):
         assert torch.equal(out[:, tokens], clean[:, tokens])
+
+
+@pytest.mark.parametrize("lists", ["all beside one", "one beside all", "the same", "none shared"])
+@pytest.mark.parametrize("length", [1088, 4096], ids=["odd", "even"])
+def test_rows_that_share_a_program_keep_their_own_lists(lists, length):
+    """Blocks of 64 at head_dim 128: two rows a program, which fetches once what both keep."""
+    rows = length // 64
+    mine = {
+        "all beside one": lambda row: range(row + 1) if row % 2 else (row,),
+        "one beside all": lambda row: (row,) if row % 2 else range(row + 1),
+        "the same": lambda row: (*range(0, row, 3), row),
+        "none shared": lambda row: (*range(row % 2, row, 2), row),
+    }[lists]
+    kept = [[sorted(mine(row)) for row in range(rows)]] * 4
+    selection = BlockSelection.from_lists([kept], block_size=64, q_len=length, kv_len=length, device="cuda")
+    q, k, v = random_qkv(1, length, length, 4, 2, 128)
+    out, lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend="hopper")
+    assert_accurate(out, lse, q, k, v, selection)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_rows_bits_do_not_depend_on_the_row_beside_it(dim):
+    q, k, v = random_qkv(1, 1984, 1984, 4, 2, dim)
+    mask = random_selection(1, 4, 1984, 1984, 64, density=0.3, device="cuda").to_mask()
+    whole, fewer = (
+        block_sparse_attention(
+            q[:, :n], k[:, :n], v[:, :n],
+            BlockSelection.from_mask(mask[:, :, : n // 64, : n // 64], block_size=64, q_len=n, kv_len=n),
+            return_lse=True, backend="hopper",
+        )
+        for n in (1984, 1920)
+    )  # fmt: skip
+    assert torch.equal(whole[0][:, :1920], fewer[0])
+    assert torch.equal(whole[1][:, :, :1920], fewer[1])
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_scores_that_grow_from_block_to_block_stay_exact(block_size, dim):
+    """The running maximum moves at every block, by steps on both sides of those that it may be behind by."""
+    q, k, v = random_qkv(1, 1024, 1024, 4, 2, dim)
+    rise = torch.linspace(24, 0, 1024 // block_size, device="cuda").repeat_interleave(block_size)
+    q[..., 0], k[..., 0] = dim**0.5, rise[None, :, None].to(k.dtype)
+    selection = random_selection(1, 4, 1024, 1024, block_size, density=0.6, device="cuda")
+    out, lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend="hopper")
+    assert_accurate(out, lse, q, k, v, selection)

@@ -13,7 +13,15 @@ from tests.backends.triton.offline import resources
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from stem_attention.backends.hopper import BLOCK_SIZES, HEAD_DIMS, attention, consumer, producer
+from stem_attention.backends.hopper import (
+    BLOCK_SIZES,
+    HEAD_DIMS,
+    attention,
+    consumer,
+    pair_consumer,
+    pair_producer,
+    producer,
+)
 from stem_attention.backends.hopper.attention import LAUNCHES
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
@@ -62,27 +70,32 @@ def compiled(
     softcap: float | None = None,
 ) -> Any:  # fmt: skip
     """What the host code would launch for 300 queries of 8 heads, compiled instead."""
-    kernel, results = attention.attention_kernel, []
+    results: list[Any] = []
 
     class Launcher:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **named: results.append(kernel.warmup(*args, grid=grid, **named))
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
 
-    monkeypatch.setattr(attention, "attention_kernel", Launcher())
-    batch, table = None, torch.zeros(1, 4, dtype=torch.int32) if page else None
-    q, k = torch.zeros(1, 300, 8, dim, dtype=dtype), torch.zeros(1, 300, 2, dim, dtype=dtype)
-    if ragged or page:
-        q, k, batch = q[0], k[0], PackedBatch.plan([300], [300], page_table=table, device=q.device)
-    if page:
-        k = torch.zeros(8, page, 2, dim, dtype=dtype)
-    extra = {"sinks": None if sinks is None else torch.zeros(8, dtype=sinks), "softcap": softcap}
-    v = k[..., : HEAD_DIMS[dim]].contiguous()
-    call = Call(q, k, v, Dense(block_size), 0.1, 300, batch, return_lse=lse, **extra)
-    indices = torch.zeros(1, 8, -(-300 // block_size), 3, dtype=torch.int32)
-    launches = Launches()
-    attention.attend(
-        call, Layout.of(call, block_size, launches), indices, indices[..., 0].contiguous(), block_size, 2, launches
-    )
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **named: results.append(self.kernel.warmup(*args, grid=grid, **named))
+
+    with monkeypatch.context() as patch:
+        for name in ("attention_kernel", "pair_kernel"):
+            patch.setattr(attention, name, Launcher(getattr(attention, name)))
+        batch, table = None, torch.zeros(1, 4, dtype=torch.int32) if page else None
+        q, k = torch.zeros(1, 300, 8, dim, dtype=dtype), torch.zeros(1, 300, 2, dim, dtype=dtype)
+        if ragged or page:
+            q, k, batch = q[0], k[0], PackedBatch.plan([300], [300], page_table=table, device=q.device)
+        if page:
+            k = torch.zeros(8, page, 2, dim, dtype=dtype)
+        extra = {"sinks": None if sinks is None else torch.zeros(8, dtype=sinks), "softcap": softcap}
+        v = k[..., : HEAD_DIMS[dim]].contiguous()
+        call = Call(q, k, v, Dense(block_size), 0.1, 300, batch, return_lse=lse, **extra)
+        indices = torch.zeros(1, 8, -(-300 // block_size), 3, dtype=torch.int32)
+        launches = Launches()
+        attention.attend(
+            call, Layout.of(call, block_size, launches), indices, indices[..., 0].contiguous(), block_size, 2, launches
+        )
     return results[0]
 
 
@@ -121,22 +134,35 @@ def windows(found: list[tuple[str, str]], access: str, place: str) -> list[str]:
     return [" ".join(text for _, text in found[i - 1 : i + 3]) for i in spots]
 
 
-def assert_ordered(ptx: str, consumers: int) -> None:
-    """Tickets and the state of Triton's workers are read and written only where a barrier has ordered them."""
-    found = marks(ptx)
-    reads = windows(found, r"ld\.shared", place_of(consumer, "ticket_s.index(slot).load("))
+def assert_ordered(ptx: str, shape: tuple[int, int]) -> None:
+    """Tickets, plans and the state of Triton's workers are read and written only where a barrier has ordered them."""
+    found, pairs = marks(ptx), LAUNCHES[shape].rows == 2
+    consumers = LAUNCHES[shape].rows * shape[0] // 64
+    consume, produce = (pair_consumer, pair_producer) if pairs else (consumer, producer)
+    reads = windows(found, r"ld\.shared", place_of(consume, "ticket_s.index(slot).load("))
     read = r"mbarrier\.try_wait.*; ld\.shared.*; bar\.sync\s+(\d+), 128; mbarrier\.arrive\.shared.*"
     groups = [match[1] for text in reads if (match := re.fullmatch(read, text))]
     assert len(reads) == len(groups) == len(set(groups)) == consumers, reads
-    writes = windows(found, r"st\.shared", place_of(producer, "ticket_s.index(slot).store("))
+    writes = windows(found, r"st\.shared", place_of(produce, "ticket_s.index(slot).store("))
     assert len(writes) == 1
     assert re.fullmatch(r"mbarrier\.try_wait.*; st\.shared.*; bar\.warp\.sync\s+-1; mbarrier\.arrive\.shared.*", writes[0])
 
-    (state,) = windows(found, r"ld\.shared\.[bu]8\b", "kernel.py")
+    if pairs:
+        # One load reads both words of a plan.
+        told = windows(found, r"ld\.shared\.v2", place_of(pair_consumer, "plan_s.index(plan * 2).load("))
+        assert len(told) >= consumers
+        assert all(re.fullmatch(read, text) for text in told), told
+        for word, orders in (("2 * plan", r"mbarrier\.try_wait.*; st\."), ("2 * plan + 1", r".*; mbarrier\.arrive\.shared")):
+            written = windows(found, r"st\.shared", place_of(pair_producer, f"plan_s.index({word}).store("))
+            assert len(written) == 2
+            assert all(re.match(orders, text) for text in written), written
+
+    kernel = "pair_kernel.py" if pairs else "kernel.py"
+    (state,) = windows(found, r"ld\.shared\.[bu]8\b", kernel)
     match = re.match(r"barrier\.sync\s+1; ld\.shared.*?\+(\d+)\];", state)
     assert match, state
     # A byte for every warp; the four that start the workers have none.
-    start, end = windows(found, rf"st\.shared.*\[global_smem\+{int(match[1]) + 4}\]", "kernel.py")
+    start, end = windows(found, rf"st\.shared.*\[global_smem\+{int(match[1]) + 4}\]", kernel)
     assert re.match(r"\S.*; st\.shared.*?; barrier\.sync\s+1; barrier\.sync\s+1;", start)
     assert re.match(r"barrier\.sync\s+1; st\.shared.*?; barrier\.sync\s+1;", end)
 
@@ -184,7 +210,9 @@ def test_a_ticket_never_lies_where_a_barrier_was(block_size, monkeypatch):
     barriers, tickets = barriers_and_tickets(compiled(monkeypatch, block_size=block_size, ragged=True).asm["ptx"])
     choice = LAUNCHES[block_size, 128]
     # A "full" and an "empty" one for every slot, two for queries, four for tickets, two for turns where there are partners.
-    assert len(barriers) == 2 * (choice.key_slots + choice.value_slots) + 6 + (2 if block_size == 128 else 0)
+    # Pairs of rows have three rings, queries each, and 16 for plans.
+    rest = 24 if choice.rows == 2 else 6 + (2 if block_size == 128 else 0)
+    assert len(barriers) == 2 * (2 * choice.rows - 1) * (choice.key_slots + choice.value_slots) + rest
     assert tickets
     assert not any(start <= ticket < start + 8 for start in barriers for ticket in tickets)
 
@@ -192,23 +220,24 @@ def test_a_ticket_never_lies_where_a_barrier_was(block_size, monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_warps_tell_each_other_is_ordered(variant, monkeypatch):
     """racecheck reports these accesses: it does not see what orders them (docs/reliability.md)."""
-    consumers = VARIANTS[variant].get("block_size", 128) // 64
-    assert_ordered(compiled(monkeypatch, **VARIANTS[variant]).asm["ptx"], consumers)
+    shape = VARIANTS[variant].get("block_size", 128), VARIANTS[variant].get("dim", 128)
+    assert_ordered(compiled(monkeypatch, **VARIANTS[variant]).asm["ptx"], shape)
 
 
 @pytest.mark.parametrize("missing", ["bar.sync", "bar.warp.sync", "barrier.sync", "mbarrier.try_wait", "mbarrier.arrive"])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_a_missing_barrier_is_noticed(block_size, missing, monkeypatch):
     ptx = compiled(monkeypatch, block_size=block_size, ragged=True).asm["ptx"]
-    assert_ordered(ptx, block_size // 64)
+    assert_ordered(ptx, (block_size, 128))
     without = re.sub(rf"^.*\b{re.escape(missing)}\b.*\n", "", ptx, flags=re.MULTILINE)
     with pytest.raises(AssertionError):
-        assert_ordered(without, block_size // 64)
+        assert_ordered(without, (block_size, 128))
 
 
 @pytest.mark.parametrize("shape", LAUNCHES, ids=str)
 def test_the_programs_of_a_multiprocessor_share_its_registers(shape):
-    choice, warpgroups = LAUNCHES[shape], shape[0] // 64 + 1
+    choice = LAUNCHES[shape]
+    warpgroups = choice.rows * shape[0] // 64 + 1
     registers = choice.entry_registers(shape[0])
     assert registers % 8 == 0
     assert registers * 128 * warpgroups * choice.programs <= 65536

@@ -1,12 +1,16 @@
 """Every row of every head and sequence is some ticket's task, once, and the backend says what it cannot do."""
 
+from functools import reduce
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from stem_attention.backends import Request, explain_request
 from stem_attention.backends.hopper import HopperBackend, schedule
 from stem_attention.backends.hopper.attention import can_copy
-from stem_attention.backends.hopper.schedule import keys_of, place_of, task_of
+from stem_attention.backends.hopper.schedule import blocks_before, keys_of, mask_of, place_of, slot_of, task_of
 from stem_attention.backends.triton.layout import describable
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies import Dense
@@ -23,6 +27,7 @@ class Language:
     """What the schedule asks of Triton's language, on plain numbers."""
 
     constexpr = schedule.gl.constexpr
+    int32 = uint32 = torch.int64
     minimum, maximum = min, max
 
     @staticmethod
@@ -41,30 +46,29 @@ def plain(monkeypatch):
     monkeypatch.setattr(schedule, "_block_of", schedule._block_of.fn)
 
 
-def tasks(lengths, heads, block, heavy, resident, ragged):
-    """``(sequence, head, row)`` of every ticket that has a row, in order, by the kernel's own functions."""
+def tasks(lengths, heads, block, heavy, resident, ragged, each=1):
+    """``(sequence, head, row)`` of every ticket's rows, ``each`` of them or fewer, in order, by the kernel's own functions."""
     cu_q, cu_k = (Numbers([sum(x[:i]) for i in range(len(x) + 1)]) for x in zip(*lengths, strict=True))
     rows = max(-(-k // block) - (k - q) // block if q else 0 for q, k in lengths)
-    heavy = min(heavy, rows)
-    band = max(1, min(resident, rows - heavy))
+    count, heavy = -(-rows // each), -(-min(heavy, rows) // each)
+    band = max(1, min(resident, count - heavy))
     batch = (cu_q, cu_k, lengths[0][0], lengths[0][1], len(lengths), heads, rows, heavy, band)
     found = []
-    for ticket in range(len(lengths) * heads * (heavy + -(-(rows - heavy) // band) * band)):
+    for ticket in range(len(lengths) * heads * (heavy + -(-(count - heavy) // band) * band)):
         z, head, from_end = task_of.fn(ticket, batch)
-        _, row, *_ = place_of.fn(z, from_end, batch, block, ragged)
-        if row >= 0:
-            found.append((z, head, row))
+        _, row, *_ = place_of.fn(z, from_end, batch, block, ragged, each)
+        found += [(z, head, row - i) for i in range(each) if row - i >= 0]
     return found
 
 
 @pytest.mark.parametrize("resident", [1, 5, 33, 1000])
 @pytest.mark.parametrize("heavy", [0, 2, 99])
-@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize(("block", "each"), [(64, 1), (64, 2), (128, 1)])
 @pytest.mark.parametrize("lengths", [
     [(2000, 2000)], [(700, 1000)] * 3, [(1, 1)], [(300, 300), (1, 4097), (0, 900), (2500, 2500), (1300, 3011), (7, 7)],
 ], ids=["one", "even", "smallest", "ragged"])  # fmt: skip
-def test_every_row_is_done_once(lengths, block, heavy, resident, plain):
-    found = tasks(lengths, 4, block, heavy, resident, len(set(lengths)) > 1)
+def test_every_row_is_done_once(lengths, block, each, heavy, resident, plain):
+    found = tasks(lengths, 4, block, heavy, resident, len(set(lengths)) > 1, each)
     expected = {
         (z, head, row)
         for z, (q, k) in enumerate(lengths) if q
@@ -93,6 +97,88 @@ def test_a_row_reads_the_keys_of_its_list_once_and_the_diagonal_first(block_size
     if tile > block_size and entries % 2:
         assert firsts.pop(1) == firsts[0] == block * block_size
     assert sorted(firsts) == expected
+
+
+class Lanes(np.ndarray):
+    """Numbers of a warp's threads."""
+
+    type = SimpleNamespace(layout=None)
+
+
+class LaneLanguage(Language):
+    """The same on a number for every thread."""
+
+    int32 = np.int32
+    minimum, maximum = np.minimum, np.maximum
+
+    @staticmethod
+    def where(condition, a, b):
+        return np.where(condition, a, b).view(Lanes)
+
+    @staticmethod
+    def arange(start, end, layout):
+        return np.arange(start, end).view(Lanes)
+
+    @staticmethod
+    def full(shape, value, dtype, layout):
+        return np.full(shape, value, np.int64).view(Lanes)
+
+    @staticmethod
+    def load(pointer, mask=True, other=None):
+        mask, other = (np.broadcast_to(x, pointer.shape) for x in (mask, other))
+        return np.array([LISTS[at] if kept else x for at, kept, x in zip(pointer, mask, other, strict=True)]).view(Lanes)
+
+    @staticmethod
+    def reduce(lanes, axis, combine):
+        return int(reduce(lambda a, b: a | b, lanes.tolist()))
+
+
+LISTS: dict[int, int] = {}
+
+
+def merged(rows):
+    """What the producer fetches for two rows ``(entries, whole)``: ``(block, kept by the first, by the second)`` in order."""
+    left = [0 if row is None else len(row[0]) for row in rows]
+    found = []
+    while any(left):
+        blocks = []
+        for i, row in enumerate(rows):
+            listed, whole = row or ([], False)
+            last = listed[-1] if listed else -1
+            blocks.append(blocks_before.fn(left[i], np.int64(1000 * i), 0, len(listed), whole, last, None))
+        top = max(int(x.max()) for x in blocks)
+        masks = [mask_of.fn(x, top) for x in blocks]
+        left = [x - mask.bit_count() for x, mask in zip(left, masks, strict=True)]
+        found += [(top - i, masks[0] >> i & 1, masks[1] >> i & 1) for i in range(32) if (masks[0] | masks[1]) >> i & 1]
+    return found
+
+
+@pytest.mark.parametrize("rows", [
+    (([0, 5, 6, 70], False), ([0, 6, 7, 71], False)),
+    (([40], False), (list(range(42)), True)),
+    ((list(range(100)), True), (list(range(101)), True)),
+    ((list(range(0, 200, 2)), False), (list(range(1, 202, 2)), False)),
+    (None, ([0], True)),
+    (None, ([0, 3], False)),
+], ids=["few", "one-beside-all", "all", "none-shared", "first", "alone"])  # fmt: skip
+def test_two_lists_are_merged_whole_in_order_and_told_apart(rows, plain, monkeypatch):
+    monkeypatch.setattr(schedule, "gl", LaneLanguage)
+    LISTS.clear()
+    for i, row in enumerate(rows):
+        # Nothing behind a list, nor its last entry, may be followed, and of a row that keeps everything nothing at all.
+        entries = [] if row is None or row[1] else row[0][:-1]
+        LISTS.update({1000 * i + at: block for at, block in enumerate(entries)})
+    found = merged(rows)
+    kept = [set() if row is None else set(row[0]) for row in rows]
+    assert found == [(block, block in kept[0], block in kept[1]) for block in sorted(kept[0] | kept[1], reverse=True)]
+
+
+def test_a_tile_lies_in_the_ring_of_those_who_keep_it(plain):
+    numbers = torch.arange(6)
+    places = {kind: [tuple(map(int, slot_of.fn(kind == 2, n, n, kind, 2))) for n in numbers] for kind in range(3)}
+    assert places[2] == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 0), (1, 0)]
+    assert places[0] == [(slot + 2, parity) for slot, parity in places[2]]
+    assert places[1] == [(slot + 4, parity) for slot, parity in places[2]]
 
 
 def test_heavy_rows_of_all_heads_start_first(plain):
@@ -128,8 +214,8 @@ def test_other_cards_are_told_so(capability, monkeypatch):
 def test_which_kernel_runs_keys_beside_other_values(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    pairs = {(192, 128): "hopper", (192, 192): "triton", (176, 128): "triton", (256, 40): "triton", (128, 16): "triton"}
-    pairs |= {(192, 32): "torch", (136, 16): "torch", (200, 12): "torch"}
+    pairs = {(192, 128): "hopper", (192, 192): "triton", (176, 128): "triton", (256, 40): "triton", (16, 16): "triton"}
+    pairs |= {(192, 32): "torch", (128, 16): "torch", (200, 12): "torch"}
     for (head_dim, value_dim), kernel in pairs.items():
         assert explain_request(Request(torch.device("cuda"), torch.bfloat16, head_dim, 64, value_dim)).chosen == kernel
 

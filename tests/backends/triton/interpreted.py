@@ -461,10 +461,12 @@ def gradients_agree(call: Call, kept: Tensor, results: tuple[Tensor, Tensor], bo
     return found
 
 
-def kept_by(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> tuple[Call, Tensor, tuple[Tensor, Tensor]]:
+def kept_by(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, softcap: float | None = None
+) -> tuple[Call, Tensor, tuple[Tensor, Tensor]]:
     """A call over a selection, its bits and its results."""
     size = selection.block_size
-    call = Call(q, k, v, Stem(block_size=size, stride=1), q.shape[3] ** -0.5, k.shape[1], return_lse=True)
+    call = Call(q, k, v, Stem(block_size=size, stride=1), q.shape[3] ** -0.5, k.shape[1], return_lse=True, softcap=softcap)
     out, lse, kept = TritonBackend().attend_kept(call, selection)
     assert torch.equal(kept, eager_pack(selection))
     return call, kept, (out, lse)
@@ -484,6 +486,13 @@ def test_gradients_are_those_of_the_references_autograd(shape, block, dtype):
     q, k, v = make_qkv(*shape, dtype=dtype)
     selection = random_selection(shape[0], shape[3], shape[1], shape[2], block, 0.4)
     gradients_agree(*kept_by(q, k, v, selection), bound=1e-3 if dtype == torch.float16 else 2e-6)
+
+
+@pytest.mark.parametrize(("softcap", "value_dim"), [(0.5, 32), (None, 16), (3.0, 48)])
+def test_gradients_under_a_soft_cap_and_with_values_of_another_dimension(softcap, value_dim):
+    q, k, v = make_qkv(2, 40, 75, 4, 2, 32, value_dim=value_dim)
+    found = gradients_agree(*kept_by(q, k, v, random_selection(2, 4, 40, 75, 16, 0.4), softcap), bound=1e-5)
+    assert found[2].shape == v.shape
 
 
 def test_gradients_where_the_first_block_is_cut_into_chunks_and_heads_run_apart(monkeypatch):

@@ -1,12 +1,15 @@
-"""The attention kernel for Hopper in Gluon, Triton's lower-level language; selection is the Triton backend's."""
+"""Attention and keeping by mass for Hopper, in Gluon, Triton's lower-level language; the rest is the Triton backend's."""
 
 import torch
 from torch import Tensor
 
-from stem_attention.backends.triton.backend import BLOCK_SIZES, AttentionKernel, TritonBackend
+from stem_attention.backends.base import Results
+from stem_attention.backends.triton.backend import BLOCK_SIZES, AttentionKernel, Selector, TritonBackend, check_grid
 from stem_attention.backends.triton.layout import LEAST_BOX
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call
+from stem_attention.policies.base import Policy
+from stem_attention.policies.mass import Mass
 
 __all__ = ["BLOCK_SIZES", "HEAD_DIMS", "HopperBackend"]
 
@@ -22,8 +25,8 @@ class HopperBackend(TritonBackend):
 
     name = "hopper"
     caveat = "windows, addresses and strides that are no multiple of 16 bytes, and strides of 0, run portably"
-    # H200: at 8192 tokens the whole call beats cuDNN 2.19x (32/8/128), 2.09x (32/8/64), 1.62x (8/4/256); at 4096 1.28x
-    # (32/8/128), but there it keeps the host longer than the GPU.
+    # H100: at 8192 tokens the whole call beats cuDNN 3.1x (32/8/128), 2.8x (32/8/64), 2.7x (8/4/256); shorter ones gain too,
+    # but attention is little of such a prefill (docs/kernels-record.md).
     crossover = 8192
     head_dims = HEAD_DIMS
     head_dims_said = "64, 128, 192 or 256"
@@ -46,8 +49,24 @@ class HopperBackend(TritonBackend):
             call = call.with_packed(*packed(call, Launches()))
         return super().fused(call)
 
+    def selector(self, policy: Policy) -> Selector | None:
+        """Return the fast selection for a policy: by mass with the Hopper kernel, else as the Triton backend."""
+        if type(policy) is not Mass:
+            return super().selector(policy)
+        from stem_attention.backends.hopper.mass import select_by_mass
+
+        return select_by_mass
+
     def kernel(self, call: Call) -> AttentionKernel:
         """Return the Hopper kernel's launch, or the portable one's for windows and where the copy engine will not do."""
         from stem_attention.backends.hopper.attention import attend, can_copy
 
         return attend if call.window is None and can_copy(call) else super().kernel(call)
+
+    def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the gradient's kernels; that of keys and values is Hopper's own where the copy engine will do."""
+        from stem_attention.backends.hopper.backward import start_chunks
+        from stem_attention.backends.triton.backward import backward
+
+        check_grid(call)
+        return backward(call, kept, results, d_results, Launches(), start_chunks)

@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stem_attention.backends.hopper.kernel import attention_kernel
+from stem_attention.backends.hopper.pair_kernel import pair_kernel
 from stem_attention.backends.triton.attention import in_base_two, lse_strides, positive_scale
 from stem_attention.backends.triton.layout import LEAST_BOX, Layout, describable
 from stem_attention.backends.triton.program import Launches
@@ -27,21 +28,22 @@ class Launch:
     value_slots: int
     programs: int = 1  # that share a multiprocessor
     queries_in_registers: bool = False  # moved there from shared memory once per task
+    rows: int = 1  # that a task has; of two, what both keep is fetched once, and each has rings of its own for the rest
 
     def entry_registers(self, block_size: int) -> int:
         """Registers of a thread at entry, so that ``programs`` fit."""
         # A warpgroup for every 64 rows, and one of which a warp copies.
-        return 65536 // (128 * (block_size // 64 + 1) * self.programs) // 8 * 8
+        return 65536 // (128 * (self.rows * block_size // 64 + 1) * self.programs) // 8 * 8
 
 
-# By block size and dimension of keys, measured on an H200; keys of 192 on an H100.
+# By block size and dimension of keys, measured on an H200; keys of 192 and tasks of two rows on an H100.
 LAUNCHES = {
     (128, 64): Launch(tile=128, key_slots=4, value_slots=4),
     (128, 128): Launch(tile=128, key_slots=2, value_slots=2),
     (128, 192): Launch(tile=128, key_slots=2, value_slots=2),
     (128, 256): Launch(tile=64, key_slots=2, value_slots=2),
     (64, 64): Launch(tile=64, key_slots=4, value_slots=4, programs=3, queries_in_registers=True),
-    (64, 128): Launch(tile=128, key_slots=1, value_slots=2, programs=2, queries_in_registers=True),
+    (64, 128): Launch(tile=64, key_slots=2, value_slots=2, queries_in_registers=True, rows=2),
     (64, 192): Launch(tile=64, key_slots=2, value_slots=2, programs=2, queries_in_registers=True),
     (64, 256): Launch(tile=64, key_slots=3, value_slots=3),
 }
@@ -67,26 +69,31 @@ def attend(
     q4, k4, v4, o4 = (x[None] if x.dim() == 3 else x for x in (q, call.k, call.v, out))
     batch, heads, dim, rows, page = layout.batch, layout.heads, layout.value_dim, layout.rows, layout.page
     choice, rest = LAUNCHES[block_size, layout.dim], layout.dim - dim
-    heavy = min(heavy, rows)
+    tasks, heavy = (-(-n // choice.rows) for n in (rows, min(heavy, rows)))
     # Heads of a group read the same keys: as many rows of each as run at once.
     resident = multiprocessors(q.device) * choice.programs
-    band = max(1, min(resident // layout.group, rows - heavy))
-    tickets = batch * heads * (heavy + -(-(rows - heavy) // band) * band)
+    band = max(1, min(resident // layout.group, tasks - heavy))
+    tickets = batch * heads * (heavy + -(-(tasks - heavy) // band) * band)
     # The copy engine fetches a tile in boxes that lie in one page and in one block.
     box = next(box for box in (128, 64, LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
     queue = _queue(q.device)
     launches.keep(queue)
     columns = dim if box == choice.tile else 64
     options = {} if choice.programs == 1 else {"maxnreg": choice.entry_registers(block_size)}
+    kernel, shape = attention_kernel, {
+        "WGS": block_size // 64, "BN": choice.tile, "KS": choice.key_slots, "VS": choice.value_slots,
+        "QREG": choice.queries_in_registers, "REST": rest,
+    }  # fmt: skip
+    if choice.rows == 2:
+        kernel, shape = pair_kernel, {"SLOTS": choice.key_slots}
     launches.start(
-        attention_kernel, (min(tickets, resident),),
+        kernel, (min(tickets, resident),),
         _tiles(q4, 64, rest or dim), _tiles(k4, box, rest or columns), _tiles(v4, box, columns), _tiles(o4, 64, dim), out, lse,
         call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3],
         *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band,
         indices.shape[3], tickets, layout.group, *in_base_two(scale, call.softcap),
-        WGS=block_size // 64, BN=choice.tile, D=dim, KS=choice.key_slots, VS=choice.value_slots, PAGE=page,
-        RAGGED=layout.packed, LSE=call.return_lse, BOX=box, QREG=choice.queries_in_registers,
-        REST=rest, num_warps=4, **options,
+        D=dim, PAGE=page, RAGGED=layout.packed, LSE=call.return_lse, BOX=box, **shape,
+        num_warps=4, **options,
     )  # fmt: skip
     return out, lse
 

@@ -12,8 +12,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from stem_attention.backends.hopper.gluon_api import async_store, pinned
+from stem_attention.backends.hopper.gluon_api import async_store, pinned, rescaled
 from stem_attention.backends.hopper.schedule import open_task, steps_of
+
+# Weights are relative to a maximum that may be this old, in base 2: they stay far below what 16 bits hold, and as exact.
+SLACK: gl.constexpr = gl.constexpr(8.0)
 
 
 @gluon.jit
@@ -28,9 +31,13 @@ def _products(q, s, blank, shared, REST: gl.constexpr):
 
 
 @gluon.jit
-def _weights(scores, scale, m, HELD: gl.constexpr):
-    """Weights of a tile, the running maximum (in base 2), what older weights shrink by, and the tile's sums per thread."""
-    new_m = gl.maximum(m, gl.max(scores, 1) * scale)
+def _weights(scores, scale, m, HELD: gl.constexpr, LAZY: gl.constexpr = False):
+    """Weights of a tile, the running maximum (in base 2), what older weights shrink by, and the tile's sums per thread.
+
+    Where ``LAZY``, the maximum stays until it is behind by ``SLACK``: results then seldom have to shrink.
+    """
+    new_m = gl.max(scores, 1) * scale
+    new_m = gl.where(new_m > m + SLACK, new_m, m) if LAZY else gl.maximum(m, new_m)
     p = gl.exp2(scores * scale - new_m[:, None])
     # A thread holds two of every eight columns: eight sums a row need no exchange between threads.
     sums = gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
@@ -57,11 +64,11 @@ def _masked(scores, first, w: gl.constexpr, BN: gl.constexpr, layout: gl.constex
 
 
 @gluon.jit
-def _clear_tail(t, v_s, v_full, present, BN: gl.constexpr, D: gl.constexpr, VS: gl.constexpr):
-    """Zeros behind a tile's last value, where a neighbour's lie: a zero weight times NaN would be NaN."""
+def _clear_tail(s, parity, v_s, v_full, present, BN: gl.constexpr):
+    """Zeros behind the last value of the tile in slot ``s``, where a neighbour's lie: a zero weight times NaN would be NaN."""
     if present < BN:
-        tile = v_s.index(t % VS)
-        mbarrier.wait(v_full.index(t % VS), (t // VS) & 1)
+        tile = v_s.index(s)
+        mbarrier.wait(v_full.index(s), parity)
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         step: gl.constexpr = 32
         for i in gl.static_range(BN // step):
@@ -86,6 +93,46 @@ def _store_rows(staging, out, stride_s, stride_h, z, head, q_first, first, q_len
 
 
 @gluon.jit
+def _write(acc, total, m, sink, read, staging, o_tiles, results, z, head, position, start, q_first, kv_len, D: gl.constexpr,
+           RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
+    """Results of the 64 rows from ``position`` on, when their last weighted values are there, of which ``read`` is told.
+
+    They leave through the queries' shared memory, which this task needs no more.
+    """
+    out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h, sinks = results
+    out_rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
+    row_layout: gl.constexpr = m.type.layout
+    row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
+    if sinks is not None:
+        row_total += gl.exp2(sink - m)
+    positions = position + gl.arange(0, 64, layout=row_layout)
+    if LSE:
+        rows = (q_first + positions - start).to(gl.int64)
+        lse_base = lse + head.to(gl.int64) * lse_stride_h
+        if not RAGGED:
+            lse_base += z.to(gl.int64) * lse_stride_b
+        gl.store(lse_base + rows, (m + gl.log2(row_total)) * 0.6931471805599453,
+                 mask=(positions >= start) & (positions < kv_len))  # fmt: skip
+    inverse = gl.convert_layout(1.0 / row_total, out_rows)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(read, count=1)
+    dtype: gl.constexpr = staging.dtype
+    staging.store((acc * inverse[:, None]).to(dtype))
+    first = position - start
+    # The copy engine drops rows behind a tensor's end. Rows before its beginning are an error to it.
+    whole = first >= 0
+    if RAGGED:
+        whole = whole & (first + 64 <= kv_len - start)
+    if whole:
+        fence_async_shared()
+        o_z = 0 if RAGGED else z
+        async_store(o_tiles, [o_z, q_first + first, head, 0], staging._reinterpret(dtype, [1, 64, 1, D], o_tiles.layout))
+        tma.store_wait(0)
+    else:
+        _store_rows(staging, out, o_stride_s, o_stride_h, z, head, q_first, first, kv_len - start, D, RAGGED)
+
+
+@gluon.jit
 def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
           BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr,
           REST: gl.constexpr):  # fmt: skip
@@ -98,6 +145,8 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     scale, steepness = scales
     scores_layout: gl.constexpr = blank.type.layout
     out_layout: gl.constexpr = acc.type.layout
+    # With one consumer of 64 columns there is little beside softmax: what it need not do counts.
+    LAZY: gl.constexpr = WGS == 1 and D == 64
     before = (t - 1) % VS
     s = t % KS
     mbarrier.wait(k_full.index(s), (t // KS) & 1)
@@ -114,15 +163,16 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     scores = _bounded(scores, steepness)
     if SUB > 0:
         scores = _masked(scores, SUB * BN, w, BN, scores_layout)
-    p, m, shrink, sums = _weights(scores, scale, m, p.dtype)
+    p, m, shrink, sums = _weights(scores, scale, m, p.dtype, LAZY)
     total = _grown(total, shrink, sums)
     if SUB == 0:
         total = pinned(total)
     elif RAGGED:
-        _clear_tail(t, v_s, v_full, present, BN, D, VS)
+        _clear_tail(t % VS, (t // VS) & 1, v_s, v_full, present, BN)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(before), count=1)
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))
+    acc = rescaled(acc, shrink[:, None]) if LAZY else acc * shrink[:, None]
     return p, m, total, acc
 
 
@@ -136,13 +186,12 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
     scale, steepness = scales
     q_s, _, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns, q_rest, _ = shared
     _, counts, width, tickets, _ = lists
-    out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h, sinks = results
+    _, _, _, _, _, _, sinks = results
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
     ticket_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = q_s.dtype
     # Weights wait for their values; those of two blocks would take registers that are not there.
@@ -188,7 +237,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             if BN > B:
                 present = gl.where(present < B, diagonal + present, BN)
             if RAGGED:
-                _clear_tail(t, v_s, v_full, present, BN, D, VS)
+                _clear_tail(t % VS, (t // VS) & 1, v_s, v_full, present, BN)
             t += 1
             for sub in gl.static_range(1, SUB):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present - sub * BN,
@@ -203,37 +252,8 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             weights = gl.convert_layout(p.to(dtype), p_layout)
             mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
             acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
-            row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
-            if sinks is not None:
-                row_total += gl.exp2(sink - m)
-            positions = block * B + w * 64 + gl.arange(0, 64, layout=row_layout)
-            if LSE:
-                rows = (q_first + positions - start).to(gl.int64)
-                lse_base = lse + head.to(gl.int64) * lse_stride_h
-                if not RAGGED:
-                    lse_base += z.to(gl.int64) * lse_stride_b
-                gl.store(lse_base + rows, (m + gl.log2(row_total)) * 0.6931471805599453,
-                         mask=(positions >= start) & (positions < kv_len))  # fmt: skip
-            inverse = gl.convert_layout(1.0 / row_total, out_rows)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_empty.index(before), count=1)
-            # Results leave through the queries' shared memory, which this task needs no more.
-            staging = q_s.index(w)
-            staging.store((acc * inverse[:, None]).to(dtype))
-            first = block * B - start + w * 64
-            # The copy engine drops rows behind a tensor's end. Rows before its beginning are an error to it.
-            whole = first >= 0
-            if RAGGED:
-                whole = whole & (first + 64 <= kv_len - start)
-            if whole:
-                fence_async_shared()
-                o_z = 0 if RAGGED else z
-                async_store(
-                    o_tiles, [o_z, q_first + first, head, 0], staging._reinterpret(dtype, [1, 64, 1, D], o_tiles.layout)
-                )
-                tma.store_wait(0)
-            else:
-                _store_rows(staging, out, o_stride_s, o_stride_h, z, head, q_first, first, kv_len - start, D, RAGGED)
+            _write(acc, total, m, sink, v_empty.index(before), q_s.index(w), o_tiles, results, z, head, block * B + w * 64,
+                   start, q_first, kv_len, D, RAGGED, LSE)  # fmt: skip
             mbarrier.arrive(q_bars.index(1), count=1)
         slot = served % 2
         mbarrier.wait(ticket_bars.index(slot), (served // 2) & 1)

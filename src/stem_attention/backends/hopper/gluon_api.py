@@ -5,7 +5,7 @@ Everything else in this folder takes these from here, so that a new Triton is a 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # Triton 3.8 gave the copies shorter names, and 3.9 drops the long name of the store.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -37,3 +37,58 @@ def pinned(x):
         is_pure=False,
         pack=2,
     )
+
+
+@gluon.jit
+def barriers(number: gl.constexpr, count: gl.constexpr):
+    """Make room for barriers that complete a phase after ``count`` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
+
+
+def _in_place(numbers: int) -> tuple[str, str]:
+    """PTX that multiplies numbers of a thread in place by as many others, unless those of the whole warp are 1.
+
+    A thread's numbers lie in two rows, two of each in turn: it has to look at the factors of the first and the third.
+    """
+    lines = [
+        "{ .reg .pred same;",
+        f"setp.eq.f32 same, ${2 * numbers}, 0f3F800000;",
+        f"setp.eq.and.f32 same, ${2 * numbers + 2}, 0f3F800000, same;",
+        "vote.sync.all.pred same, same, 0xffffffff;",
+        "@same bra.uni DONE;",
+        *(f"mul.f32 ${i}, ${i}, ${2 * numbers + i};" for i in range(numbers)),
+        "DONE: }",
+    ]
+    return "\n".join(lines), ",".join(["=f"] * numbers + [str(i) for i in range(numbers)] + ["f"] * numbers)
+
+
+_SCALED: gl.constexpr = gl.constexpr(_in_place(32)[0])
+_SCALED_REGISTERS: gl.constexpr = gl.constexpr(_in_place(32)[1])
+
+
+@gluon.jit
+def rescaled(acc, shrink):
+    """``acc * shrink``, of the layout of products: a warp whose rows all shrink by 1 skips the multiplications."""
+    return gl.inline_asm_elementwise(_SCALED, _SCALED_REGISTERS, [acc, shrink], dtype=gl.float32, is_pure=True, pack=32)
+
+
+@gluon.jit
+def lowest_bit(mask):
+    """The place of a mask's lowest bit; of 0 there is none."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 turned; brev.b32 turned, $1; bfind.shiftamt.u32 $0, turned; }",
+        "=r,r",
+        [mask],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def bits_set(mask):
+    """How many bits of a mask are set."""
+    return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [mask], dtype=gl.int32, is_pure=True, pack=1)

@@ -14,15 +14,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from stem_attention.backends.hopper.consumer import first_consumer, second_consumer
+from stem_attention.backends.hopper.gluon_api import barriers
 from stem_attention.backends.hopper.producer import producer
-
-
-@gluon.jit
-def _barriers(number: gl.constexpr, count: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(bars.index(i), count=count)
-    return bars
 
 
 # Lengths differ from call to call: no kernel of its own for one that is 1 or a multiple of 16.
@@ -47,10 +40,10 @@ def attention_kernel(
     k_rest = gl.allocate_shared_memory(dtype, [KS, BN, REST], tile_layout) if REST else k_s
     v_s = gl.allocate_shared_memory(dtype, [VS, BN, D], tile_layout)
     ticket_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    k_full = _barriers(KS, 1)
-    v_full = _barriers(VS, 1)
-    k_empty = _barriers(KS, WGS)
-    v_empty = _barriers(VS, WGS)
+    k_full = barriers(KS, 1)
+    v_full = barriers(VS, 1)
+    k_empty = barriers(KS, WGS)
+    v_empty = barriers(VS, WGS)
     q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_bars.index(0), count=1)
     mbarrier.init(q_bars.index(1), count=WGS)
@@ -60,7 +53,7 @@ def attention_kernel(
         mbarrier.init(ticket_bars.index(2 + i), count=WGS)
     # A barrier that nothing waits for must not be there: Triton sees its memory unused and puts the atomic's ticket there,
     # which PTX forbids without mbarrier.inval. The ticket was lost now and then, and with it a row.
-    turns = _barriers(2, 1) if WGS == 2 else q_bars
+    turns = barriers(2, 1) if WGS == 2 else q_bars
     fence_async_shared()
 
     tiles = (q_tiles, k_tiles, v_tiles, o_tiles)

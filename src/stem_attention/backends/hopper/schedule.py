@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def task_of(ticket, batch):
-    """``(sequence, head, rows from the sequence's end)`` of the ``ticket``-th task.
+    """``(sequence, head, tasks from the sequence's end)`` of the ``ticket``-th task.
 
     Dense tail rows are many times longer than the others: those of all heads go first. The others go in bands of
     neighbouring rows, head by head, so that programs running together read the same keys; a sequence's first rows, which
@@ -26,8 +26,11 @@ def task_of(ticket, batch):
 
 
 @gluon.jit
-def place_of(z, from_end, batch, B: gl.constexpr, RAGGED: gl.constexpr):
-    """``(block, row, first position, query's first token, key's first token, kv_len)``; the row is negative where none is."""
+def place_of(z, from_end, batch, B: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.constexpr = 1):
+    """``(block, row, first position, query's first token, key's first token, kv_len)``; the row is negative where none is.
+
+    Of a task of two rows it is the later one's; the first row of an odd number is alone.
+    """
     cu_q, cu_k, q_len, kv_len, _, _, rows, _, _ = batch
     q_first = 0
     k_first = 0
@@ -37,18 +40,18 @@ def place_of(z, from_end, batch, B: gl.constexpr, RAGGED: gl.constexpr):
         k_first = gl.load(cu_k + z)
         kv_len = gl.load(cu_k + z + 1) - k_first
     start = kv_len - q_len
-    block = (kv_len - 1) // B - from_end
+    block = (kv_len - 1) // B - from_end * ROWS
     row = block - start // B
-    if (q_len <= 0) | (from_end >= rows):
+    if (q_len <= 0) | (from_end * ROWS >= rows):
         row = -1
     return block, row, start, q_first, k_first, kv_len
 
 
 @gluon.jit
-def open_task(ticket, batch, B: gl.constexpr, RAGGED: gl.constexpr):
+def open_task(ticket, batch, B: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.constexpr = 1):
     """``(sequence, head)`` of the ``ticket``-th task, and its :func:`place_of`."""
     z, head, from_end = task_of(ticket, batch)
-    block, row, start, q_first, k_first, kv_len = place_of(z, from_end, batch, B, RAGGED)
+    block, row, start, q_first, k_first, kv_len = place_of(z, from_end, batch, B, RAGGED, ROWS)
     return z, head, block, row, start, q_first, k_first, kv_len
 
 
@@ -71,6 +74,13 @@ def _block_of(entry, indices, offset, entries, whole, block):
 
 
 @gluon.jit
+def list_of(z, head, block, row, batch, counts, width, B: gl.constexpr):
+    """``(list's offset, entries, whole)`` of a row, as :func:`steps_of` has them; no entries where there is no such row."""
+    offset, entries, whole, _ = steps_of(z, head, block, gl.maximum(row, 0), batch, counts, width, B, B)
+    return offset, gl.where(row >= 0, entries, 0), whole
+
+
+@gluon.jit
 def keys_of(i, indices, offset, entries, whole, block, B: gl.constexpr, BN: gl.constexpr):
     """First key of a row's ``i``-th step, and of the second block where a step takes two. The diagonal block goes first.
 
@@ -85,3 +95,36 @@ def keys_of(i, indices, offset, entries, whole, block, B: gl.constexpr, BN: gl.c
         first = _block_of(entries - 1 - i // SUB, indices, offset, entries, whole, block) * B + i % SUB * BN
         second = 0
     return first, second
+
+
+@gluon.jit
+def blocks_before(left, indices, offset, entries, whole, block, layout: gl.constexpr):
+    """The blocks that the last 32 of a list's first ``left`` entries name, the latest first; -1 where there are no more."""
+    entry = left - 1 - gl.arange(0, 32, layout=layout)
+    return gl.where(entry >= 0, _block_of(gl.maximum(entry, 0), indices, offset, entries, whole, block), -1)
+
+
+@gluon.jit
+def _either(a, b):
+    return a | b
+
+
+@gluon.jit
+def mask_of(blocks, top):
+    """Bit ``i`` where ``top - i`` is among the blocks."""
+    behind = top - blocks
+    inside = (blocks >= 0) & (behind >= 0) & (behind < 32)
+    one = gl.full(blocks.shape, 1, gl.int32, blocks.type.layout)
+    return gl.reduce(gl.where(inside, one << gl.where(inside, behind, 0), 0), 0, _either)
+
+
+@gluon.jit
+def slot_of(shared, before, own, w, SLOTS: gl.constexpr):
+    """``(slot, parity)`` of a tile: the next of the ring that both rows of a pair read, or of row ``w``'s own.
+
+    ``before`` tiles of the former came before it, and ``own`` of the latter.
+    """
+    before = before.to(gl.uint32)
+    own = own.to(gl.uint32)
+    slot = gl.where(shared, before % SLOTS, SLOTS + w * SLOTS + own % SLOTS)
+    return slot.to(gl.int32), (gl.where(shared, before // SLOTS, own // SLOTS) & 1).to(gl.int32)

@@ -55,6 +55,6 @@ class ReferenceBackend(Backend):
             return super().backward(call, kept, results, d_results)
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
-            again = attend(q, k, v, unpack(kept, call.grid), call.scale, call.sinks)
+            again = attend(q, k, v, unpack(kept, call.grid), call.scale, call.sinks, call.softcap)
         d_q, d_k, d_v = torch.autograd.grad(again, (q, k, v), d_results)
         return d_q, d_k, d_v

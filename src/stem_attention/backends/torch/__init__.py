@@ -30,4 +30,4 @@ class TorchBackend(Backend):
             return super().backward(call, kept, results, d_results)
         (out, lse), (d_out, d_lse) = results, d_results
         delta = row_sums(out, d_out, d_lse)
-        return gradients(call.q, call.k, call.v, unpack(kept, call.grid), lse, d_out, delta, call.scale)
+        return gradients(call.q, call.k, call.v, unpack(kept, call.grid), lse, d_out, delta, call.scale, call.softcap)

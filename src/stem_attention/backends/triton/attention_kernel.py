@@ -128,8 +128,9 @@ def attention_kernel(
         scores = tl.dot(q_tile, k_tile.T)
         if steepness is not None:
             scores = tanh(scores * steepness)
-        if window is not None:
-            scores = tl.where(positions[:, None] - (position + tl.arange(0, BN)) < window, scores, -float("inf"))
+        if window is not None:  # noqa: SIM102  the first is decided when the kernel is compiled
+            if block * B + B - position > window:
+                scores = tl.where(positions[:, None] - (position + tl.arange(0, BN)) < window, scores, -float("inf"))
         if PEEL:
             pass
         elif entry == count - 1:

@@ -28,7 +28,7 @@ OLDEST_TRITON = (3, 6)
 
 _MOST_SEQUENCES = 65535  # of the second and third dimension of a grid
 _MOST_PROGRAMS = 1024
-_NARROW, _NARROW_BESIDE = 32, 128  # values of so few numbers, beside keys of more than so many
+_NARROW = 32  # values of so few numbers
 
 Selector: TypeAlias = Callable[[Call, Layout, int, bool, Launches], tuple[Tensor, Tensor]]
 """Takes a call, its layout, the prompt length under which sequences keep everything, whether rows that keep everything go
@@ -89,8 +89,8 @@ class TritonBackend(Backend):
         if value_dim not in HEAD_DIMS:
             return f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
         # Triton 3.6 gave wrong rows of others on an H100 (docs/kernels-record.md).
-        fits = head_dim <= _NARROW_BESIDE or value_dim > _NARROW
-        return None if fits else f"value_dim must be above {_NARROW} where head_dim is above {_NARROW_BESIDE}, not {value_dim}"
+        fits = value_dim > _NARROW or value_dim == head_dim
+        return None if fits else f"value_dim must be head_dim, {head_dim}, or above {_NARROW}, not {value_dim}"
 
     def card_obstacle(self, device: torch.device) -> str | None:
         """Say why a GPU will not do; None when it will: cards since Ampere, or with ROCm."""
@@ -129,13 +129,13 @@ class TritonBackend(Backend):
         selector, size, launches = self.selector(call.policy), call.policy.block_size, Launches()
         if selector is None:
             return super().select(call)
-        _check_grid(call)
+        check_grid(call)
         indices, counts = selector(call, Layout.of(call, size, launches), 0, False, launches)
         return BlockSelection(indices, counts, size, call.q.shape[1], call.k.shape[1])
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Run the attention kernel."""
-        _check_grid(call)
+        check_grid(call)
         # Kernels read lists one after the other: those of an expanded or sliced selection do not lie so.
         indices, counts, size = selection.indices.contiguous(), selection.counts.contiguous(), selection.block_size
         launches = Launches()
@@ -158,7 +158,7 @@ class TritonBackend(Backend):
         program = programs.get(form)
         if program is not None:
             return program.run(call)
-        _check_grid(call)
+        check_grid(call)
         selector = self.selector(call.policy)
         assert selector is not None  # or this would not be the runner
         parts, size, attend = pieces(call), call.policy.block_size, self.kernel(call)
@@ -185,7 +185,7 @@ class TritonBackend(Backend):
 
     def attend_kept(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor, Tensor]:
         """Run the attention kernel, and turn the lists into bits on the device."""
-        _check_grid(call)
+        check_grid(call)
         indices, counts, size = selection.indices.contiguous(), selection.counts.contiguous(), selection.block_size
         launches = Launches()
         layout = Layout.of(call, size, launches)
@@ -197,7 +197,7 @@ class TritonBackend(Backend):
         parts = pieces(call)
         if self.runner(call) != self.fused or (call.batch is not None and len(parts) > 1):
             return super().forward_kept(call)
-        _check_grid(call)
+        check_grid(call)
         size, limit, selector = call.policy.block_size, self.dense_limit(call.dense_below), self.selector(call.policy)
         assert selector is not None  # or another method would be the runner
         out, lse = call.empty_results()
@@ -229,11 +229,12 @@ class TritonBackend(Backend):
         """Run the gradient's kernels, a packed batch in one launch of each."""
         from stem_attention.backends.triton.backward import backward
 
-        _check_grid(call)
+        check_grid(call)
         return backward(call, kept, results, d_results, Launches())
 
 
-def _check_grid(call: Call) -> None:
+def check_grid(call: Call) -> None:
+    """Refuse more sequences than a launch takes."""
     sequences = call.q.shape[0] if call.batch is None else call.batch.sequences
     if sequences > _MOST_SEQUENCES:
         raise UnsupportedError(f"a GPU's grid takes {_MOST_SEQUENCES} sequences, not {sequences}; split the batch")

@@ -79,7 +79,7 @@ class Launches:
                 elif isinstance(x, Tensor):
                     template[at] = _Pointer(*place)
                 else:
-                    template[at] = _Tile(tile_at(x, 0), place[0])  # a program outlives the tensors that it was recorded with
+                    template[at] = _Tile(tile_at(x, 0), *place)  # a program outlives the tensors that it was recorded with
             steps.append(_Step(template, *starter(compiled, (*grid, 1, 1)[:3], stream)))
         return Program(steps, end, self._kept, lse.new_empty(0))
 
@@ -92,6 +92,7 @@ class _Pointer(NamedTuple):
 class _Tile(NamedTuple):
     descriptor: Any
     role: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class _Step:
             if isinstance(value, _Pointer):
                 args.append(addresses[value.role] + value.offset)
             elif isinstance(value, _Tile):
-                args += next(encoders)(tile_at(value.descriptor, addresses[value.role]))
+                args += next(encoders)(tile_at(value.descriptor, addresses[value.role] + value.offset))
             elif is_tile(value):
                 args += next(encoders)(value)
             else:

@@ -13,7 +13,7 @@ from stem_attention.api import block_sparse_attention, select_blocks, stem_atten
 from stem_attention.backends import Request, get_backend
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.transformers.dense import OURS, HostCall, Output, autocast, host_attention, needs_eager
-from stem_attention.integrations.transformers.settings import LayerCall, Now, settings_now
+from stem_attention.integrations.transformers.settings import LayerCall, Now, goes_backward, settings_now
 from stem_attention.policies import Policy
 from stem_attention.selection import BlockSelection
 
@@ -26,7 +26,7 @@ WINDOW = "sliding window"
 # Tokens of a block under a window: of narrow ones less lies in blocks that the window cuts (gpt-oss 128, Gemma 3 1024; H100).
 _NARROW, _NARROW_BLOCK, _WIDE_BLOCK = 1024, 64, 128
 
-# What layers in training ran with last.
+# What layers that may be computed again ran with last.
 _LAST: WeakKeyDictionary[torch.nn.Module, tuple[Policy, int | None, int]] = WeakKeyDictionary()
 
 
@@ -107,23 +107,23 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
     if not needed and extra.get("dropout", 0.0) > 0:
         return "dropout"
     # In training the same for passes without a gradient: reentrant checkpointing computes a layer twice.
-    form = (
-        gradients.obstacle(call.query, call.value, extra.get("softcap"), call.window)
-        if needed or call.module.training
-        else None
-    )
-    return form and f"no gradient of {form}"
+    if call.window is not None and (needed or call.module.training):
+        return "no gradient of windows"
+    return None
 
 
 def _check_recomputed(module: torch.nn.Module, now: Now) -> None:
-    """Refuse to compute a checkpointed layer again under other settings than those of its forward pass."""
-    if torch.compiler.is_compiling() or not module.training:
+    """Refuse to compute a checkpointed layer again under other settings than those of its forward pass.
+
+    A block of ``use_policy`` may have been left by then, or not reach the thread in which torch does it on a GPU.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     settings = now.policy, now.dense_below, now.dense_layers
-    if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+    if not goes_backward():
         _LAST[module] = settings
     elif _LAST.get(module, settings) != settings:
-        said = "use_policy had been left when torch computed a checkpointed layer again"
+        said = "use_policy did not reach a checkpointed layer that torch computed again"
         raise UnsupportedError(f"{said}; store the policy in the model with set_policy")
 
 

@@ -1,0 +1,147 @@
+"""The producer of the Hopper kernel for pairs of rows: one warp that merges two lists and has their tiles fetched."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from stem_attention.backends.hopper.gluon_api import async_load, bits_set, lowest_bit
+from stem_attention.backends.hopper.schedule import blocks_before, list_of, mask_of, open_task, slot_of
+
+
+@gluon.jit
+def _copy(tiles, ring, full, empty, slot, parity, z, head, position, k_first, kv_len, pages, D: gl.constexpr,
+          PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr):  # fmt: skip
+    """The tile of 64 keys or values from ``position`` on, into a slot."""
+    page_table, table_stride, page_count = pages
+    mbarrier.wait(empty.index(slot), parity ^ 1)
+    mbarrier.expect(full.index(slot), 64 * D * 2)
+    for part in gl.static_range(64 // BOX):
+        at = position + part * BOX
+        if PAGE:
+            # A block's later boxes may begin after the last key, where the table may end.
+            page = gl.load(page_table + z.to(gl.int64) * table_stride + at // PAGE, mask=at < kv_len, other=0)
+            outer = gl.minimum(gl.maximum(page, 0), page_count - 1)
+            inner = at % PAGE
+        elif RAGGED:
+            outer = 0
+            inner = k_first + at
+        else:
+            outer = z
+            inner = at
+        if BOX == 64:
+            tile = ring.index(slot)._reinterpret(ring.dtype, [1, 64, 1, D], tiles.layout)
+            async_load(tiles, [outer, inner, head, 0], full.index(slot), tile)
+        else:
+            # Shared memory holds 64 rows of 64 columns after one another.
+            parts = ring.index(slot)._reinterpret(ring.dtype, [D // 64 * (64 // BOX), 1, BOX, 1, 64], tiles.layout)
+            for column in gl.static_range(D // 64):
+                async_load(tiles, [outer, inner, head, column * 64], full.index(slot), parts.index(column * (64 // BOX) + part))
+
+
+@gluon.jit
+def _copy_queries(w: gl.constexpr, q_tiles, q_s, q_bars, n, z, first, head, D: gl.constexpr):
+    mbarrier.wait(q_bars.index(2 + w), (n & 1) ^ 1)
+    mbarrier.expect(q_bars.index(w), 64 * D * 2)
+    async_load(q_tiles, [z, first, head, 0], q_bars.index(w),
+               q_s.index(w)._reinterpret(q_s.dtype, [1, 64, 1, D], q_tiles.layout))  # fmt: skip
+
+
+@gluon.jit
+def _publish(w: gl.constexpr, mine, both, plans, plan_s, plan_bars, PLANS: gl.constexpr):
+    """Tell row ``w`` which of the next 32 blocks it keeps and shares; of blocks that it does not keep it never hears."""
+    if mine != 0:
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        plan = w * PLANS + plans % PLANS
+        mbarrier.wait(plan_bars.index(2 * PLANS + plan), ((plans // PLANS) & 1) ^ 1)
+        plan_s.index(2 * plan).store(gl.full([1], mine, gl.int32, layout))
+        plan_s.index(2 * plan + 1).store(gl.full([1], both, gl.int32, layout))
+        mbarrier.arrive(plan_bars.index(plan), count=1)
+        plans += 1
+    return plans
+
+
+@gluon.jit
+def pair_producer(tiles, shared, batch, lists, pages, queue, D: gl.constexpr, SLOTS: gl.constexpr, PLANS: gl.constexpr,
+                  PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr):  # fmt: skip
+    """Fill the rings for one task after another; consumers learn of a task through two slots of tickets.
+
+    Nothing waits in a circle. Tiles are fetched in the order of both lists together, values one tile behind keys, and plans are
+    told before their tiles. A consumer takes its tiles in that order and holds at most two tiles' values and one tile's keys,
+    so with two slots a ring what the producer waits for never waits for what it has yet to fetch or tell.
+    """
+    q_tiles, k_tiles, v_tiles, _ = tiles
+    q_s, k_s, v_s, ticket_s, plan_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, plan_bars = shared
+    indices, counts, width, tickets, group = lists
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    both_read = 0
+    own0 = 0
+    own1 = 0
+    plans0 = 0
+    plans1 = 0
+    n0 = 0
+    n1 = 0
+    served = 0
+    ticket = gl.program_id(0)
+    while ticket < tickets:
+        z, head, block, row, start, q_first, k_first, kv_len = open_task(ticket, batch, 64, RAGGED, 2)
+        if row >= 0:
+            kv_head = head // group
+            offset1, left1, whole1 = list_of(z, head, block, row, batch, counts, width, 64)
+            offset0, left0, whole0 = list_of(z, head, block - 1, row - 1, batch, counts, width, 64)
+            entries1 = left1
+            entries0 = left0
+            q_z = 0 if RAGGED else z
+            first = q_first + block * 64 - start
+            _copy_queries(1, q_tiles, q_s, q_bars, n1, q_z, first, head, D)
+            n1 += 1
+            if row > 0:
+                _copy_queries(0, q_tiles, q_s, q_bars, n0, q_z, first - 64, head, D)
+                n0 += 1
+            before = -1
+            before_slot = 0
+            before_parity = 0
+            while left0 + left1 > 0:
+                blocks0 = blocks_before(left0, indices, offset0, entries0, whole0, block - 1, lane)
+                blocks1 = blocks_before(left1, indices, offset1, entries1, whole1, block, lane)
+                top = gl.maximum(gl.max(blocks0, 0), gl.max(blocks1, 0))
+                mask0 = mask_of(blocks0, top)
+                mask1 = mask_of(blocks1, top)
+                left0 -= bits_set(mask0)
+                left1 -= bits_set(mask1)
+                both = mask0 & mask1
+                plans0 = _publish(0, mask0, both, plans0, plan_s, plan_bars, PLANS)
+                plans1 = _publish(1, mask1, both, plans1, plan_s, plan_bars, PLANS)
+                either = mask0 | mask1
+                while either != 0:
+                    bit = either & -either
+                    at = (top - lowest_bit(either)) * 64
+                    either = either & (either - 1)
+                    common = (both & bit) != 0
+                    second = (mask1 & bit) != 0
+                    w = second.to(gl.int32)
+                    slot, parity = slot_of(common, both_read, gl.where(second, own1, own0), w, SLOTS)
+                    both_read += common.to(gl.int32)
+                    if not common:
+                        own0 += 1 - w
+                        own1 += w
+                    _copy(k_tiles, k_s, k_full, k_empty, slot, parity, z, kv_head, at, k_first, kv_len, pages, D, PAGE,
+                          RAGGED, BOX)  # fmt: skip
+                    if before >= 0:
+                        _copy(v_tiles, v_s, v_full, v_empty, before_slot, before_parity, z, kv_head, before, k_first, kv_len,
+                              pages, D, PAGE, RAGGED, BOX)  # fmt: skip
+                    before = at
+                    before_slot = slot
+                    before_parity = parity
+            _copy(v_tiles, v_s, v_full, v_empty, before_slot, before_parity, z, kv_head, before, k_first, kv_len, pages, D,
+                  PAGE, RAGGED, BOX)  # fmt: skip
+        taken = gl.atomic_add(queue, 1)
+        if taken == tickets - 1:  # as many are taken as there are: nobody asks again, and the next launch finds a new queue
+            gl.store(queue, 0)
+        ticket = taken + gl.num_programs(0)
+        slot = served % 2
+        mbarrier.wait(ticket_bars.index(2 + slot), ((served // 2) & 1) ^ 1)
+        ticket_s.index(slot).store(gl.full([1], ticket, gl.int32, lane))
+        mbarrier.arrive(ticket_bars.index(slot), count=1)
+        served += 1
