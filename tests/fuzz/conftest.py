@@ -37,7 +37,7 @@ def space_of(rig: Rig, part: int, soaking: bool) -> Space:
     hopper = rig.backend == "hopper"
     dims = tuple(HOPPER_DIMS) if hopper else (128, 80, 64, 256, 96, 16, 40, 192)
     dim = dims[part // 2 % len(dims)]
-    others = (HOPPER_DIMS[dim],) if hopper else (None, 16, 128)
+    others = (HOPPER_DIMS[dim],) if hopper else (None, None, 128)
     return Space(
         head_dims=(dim,),
         value_dims=others,

@@ -214,7 +214,8 @@ def test_other_cards_are_told_so(capability, monkeypatch):
 def test_which_kernel_runs_keys_beside_other_values(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    pairs = {(192, 128): "hopper", (192, 192): "triton", (176, 128): "triton", (256, 16): "triton", (200, 12): "torch"}
+    pairs = {(192, 128): "hopper", (192, 192): "triton", (176, 128): "triton", (256, 40): "triton", (16, 16): "triton"}
+    pairs |= {(192, 32): "torch", (128, 16): "torch", (200, 12): "torch"}
     for (head_dim, value_dim), kernel in pairs.items():
         assert explain_request(Request(torch.device("cuda"), torch.bfloat16, head_dim, 64, value_dim)).chosen == kernel
 

@@ -59,12 +59,13 @@ def test_launches_on_real_memory_find_what_was_compiled_on_meta_tensors(monkeypa
 
 
 def test_other_forms_are_compiled_for_the_backend_that_runs_them():
-    forms = [CALLS, replace(CALLS, sinks=True), replace(CALLS, softcap=True), replace(CALLS, value_dim=16)]
+    forms = [CALLS, replace(CALLS, sinks=True), replace(CALLS, softcap=True), replace(CALLS, value_dim=40)]
     mla = replace(CALLS, head_dim=192, value_dim=128)
     made: list[Compilation] = []
     assert [precompile("sm90", calls, POLICY, made.append) for calls in (*forms, mla)] == ["triton"] * 4 + ["hopper"]
     attention = [kernel for kernel in made if kernel.kernel == "attention_kernel"]
     assert [kernel.cached for kernel in attention] == [False] * 5
+    assert precompile("sm90", mla, Mass(), made.append) == "hopper"
     with pytest.raises(ValueError, match="value_dim"):
         precompile("sm90", replace(CALLS, value_dim=20), POLICY, made.append)
 

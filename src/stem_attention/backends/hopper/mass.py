@@ -41,7 +41,8 @@ def choose(dim: int, keys: int) -> Launch:
 
 def select_by_mass(call: Call, layout: Layout, dense_below: int, implicit: bool, launches: Launches) -> tuple[Tensor, Tensor]:
     """Choose the blocks that :class:`Mass` keeps; see :data:`stem_attention.backends.triton.backend.Selector`."""
-    keeper = keep if takes(call.policy) else portable.keep
+    is_power_of_two = layout.dim & (layout.dim - 1) == 0  # as the sides of a tile are
+    keeper = keep if is_power_of_two and takes(call.policy) else portable.keep
     return portable.select_by_mass(call, layout, dense_below, implicit, launches, keeper)
 
 

@@ -1,7 +1,6 @@
 """Launch of the portable attention kernel."""
 
 import math
-from dataclasses import replace
 
 import torch
 import triton
@@ -44,9 +43,6 @@ def attend(
     tma = choice.tma and has_tma(card) and all(describable(x) for x in (k4, v4)) and (page == 0 or page % choice.tile == 0)
     if choice.tma and not tma:
         choice = attention_launch(card, larger, block_size, descriptors=False)
-    if card == "sm90" and padded > 128 and padded_value < 64:
-        # Triton 3.6 miscompiles such products of four warps where it does not pipeline their loop (docs/kernels-record.md).
-        choice = replace(choice, warps=8)
     k_tiles, v_tiles = (
         TensorDescriptor(x, list(x.shape), list(x.stride()), [1, choice.tile, 1, width]) if tma else None
         for x, width in ((k4, padded), (v4, padded_value))

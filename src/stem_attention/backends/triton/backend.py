@@ -28,6 +28,7 @@ OLDEST_TRITON = (3, 6)
 
 _MOST_SEQUENCES = 65535  # of the second and third dimension of a grid
 _MOST_PROGRAMS = 1024
+_NARROW = 32  # values of so few numbers
 
 Selector: TypeAlias = Callable[[Call, Layout, int, bool, Launches], tuple[Tensor, Tensor]]
 """Takes a call, its layout, the prompt length under which sequences keep everything, whether rows that keep everything go
@@ -85,7 +86,11 @@ class TritonBackend(Backend):
 
     def value_obstacle(self, head_dim: int, value_dim: int) -> str | None:
         """Say why values of a dimension will not do beside such keys; None when they will."""
-        return None if value_dim in HEAD_DIMS else f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
+        if value_dim not in HEAD_DIMS:
+            return f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
+        # Triton 3.6 gave wrong rows of others on an H100 (docs/kernels-record.md).
+        fits = value_dim > _NARROW or value_dim == head_dim
+        return None if fits else f"value_dim must be head_dim, {head_dim}, or above {_NARROW}, not {value_dim}"
 
     def card_obstacle(self, device: torch.device) -> str | None:
         """Say why a GPU will not do; None when it will: cards since Ampere, or with ROCm."""
