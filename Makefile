@@ -135,7 +135,8 @@ PYTEST ?= $(BIN)/pytest
 test-versions: ## The tests of the matrix of versions, in whatever environment PYTEST is of
 	OMP_NUM_THREADS=1 $(PYTEST) -q -m 'not gpu and not model and not newer_host' -k 'not mixtral' tests/policies tests/test_api.py \
 	    tests/test_selection.py tests/test_varlen.py tests/test_bad_input.py tests/backends/test_attention.py \
-	    tests/backends/test_registry.py tests/models tests/integrations/test_transformers_equals_sdpa.py \
+	    tests/backends/test_registry.py tests/cli/test_compile_command.py tests/cli/test_errors.py tests/cli/test_terminal.py \
+	    tests/models tests/integrations/test_transformers_equals_sdpa.py \
 	    tests/integrations/test_transformers_settings.py tests/integrations/test_transformers_sparse.py
 
 release-check: $(FOR_TEST) $(TOOLS) ## Build wheel and source archive, check them with twine, and walk a stranger's path

@@ -32,9 +32,14 @@ class Choice(Enum):
         return str(self.value)
 
 
-DtypeName = Choice(
-    "DtypeName", {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"}
-)
+class DtypeName(Choice):
+    """Names of dtypes."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
 
 
 _Choice = TypeVar("_Choice", bound=Enum)
