@@ -31,7 +31,7 @@ def test_two_ranks_give_what_one_process_gives(script, arguments, says, request)
     environment = {
         **os.environ,
         **gpus,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "NCCL_NVLS_ENABLE": "0",
     }  # NVLink multicast is not everywhere
