@@ -37,6 +37,7 @@ parser.add_argument("--steps", type=int, help="windows to train on, one a step")
 parser.add_argument("--windows", type=int, help="windows to judge by")
 parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
 parser.add_argument("--rank", type=int, default=16, help="rank of the adapters")
+parser.add_argument("--seed", type=int, default=0, help="draws the adapters and the order of the windows")
 parser.add_argument("--checkpoint", action="store_true", help="compute activations again instead of keeping them")
 parser.add_argument("--json", type=Path, help="file for the numbers")
 quick = "tiny sizes, on unless there is a GPU"
@@ -56,7 +57,7 @@ WAYS = ("dense", "sparse")
 
 def fresh():
     """The model as it was before any training, and the weights that will change."""
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     model = copy.deepcopy(untrained)
     for weight in model.parameters():
         weight.requires_grad_(False)
@@ -85,16 +86,19 @@ def loss_of(model, ids):
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def perplexity(model, way, windows):
-    """What the model gives unseen windows, attending this way."""
-    attend(model, way)
+def judged(model, windows):
+    """Losses of unseen windows, each read both ways."""
+    losses = {}
     model.eval()
     with torch.no_grad():
-        return math.exp(statistics.mean(loss_of(model, ids).item() for ids in windows))
+        for way in WAYS:
+            attend(model, way)
+            losses[way] = [loss_of(model, ids).item() for ids in windows]
+    return losses
 
 
 def train(way, windows, unseen):
-    """One run: its losses, what it cost, and the perplexities of what came out."""
+    """One run: its losses, what it cost, and the losses of what came out on unseen windows."""
     model, weights = fresh()
     attend(model, way)
     model.train()
@@ -115,7 +119,7 @@ def train(way, windows, unseen):
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     cost = {"seconds_a_step": statistics.median(seconds[len(seconds) // 5 :]), "peak_gib": peak}
-    return {"losses": losses, **cost, "perplexity": {each: perplexity(model, each, unseen) for each in WAYS}}
+    return {"losses": losses, **cost, "unseen": judged(model, unseen)}
 
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -130,12 +134,13 @@ def window(start):
     return torch.tensor([tokenized.window(start, args.tokens)], device=device)
 
 
-draw = torch.Generator().manual_seed(0)
+draw = torch.Generator().manual_seed(args.seed)
 seen = [window(start) for start in torch.randint(0, border - args.tokens, (args.steps,), generator=draw).tolist()]
 unseen = [window(border + (last - border) * i // max(1, args.windows - 1)) for i in range(args.windows)]
 
-found = {"before": {"perplexity": {way: perplexity(untrained, way, unseen) for way in WAYS}}}
+found = {"before": {"unseen": judged(untrained, unseen)}}
 densities = []
+attend(untrained, "sparse")
 with torch.no_grad(), use_policy(observer=lambda call: densities.append(call.density)):
     loss_of(untrained, unseen[0])
 for way in WAYS:
@@ -144,10 +149,17 @@ for way in WAYS:
 print(
     f"{args.steps} steps of {args.tokens} tokens of {text.name}; sparse keeps {statistics.mean(densities):.1%} of the blocks\n"
 )
+
+
+def perplexities(run):
+    """Of unseen windows, by how they are read."""
+    return [math.exp(statistics.mean(run["unseen"][way])) for way in WAYS]
+
+
 columns = ("trained", "last losses", "s a step", "GiB at most", "perplexity dense", "sparse")
 print(" | ".join(columns))
 for way, run in found.items():
-    losses, read = run.get("losses", []), [f"{run['perplexity'][each]:.3f}" for each in WAYS]
+    losses, read = run.get("losses", []), [f"{value:.3f}" for value in perplexities(run)]
     mean = f"{statistics.mean(losses[-10:]):.3f}" if losses else "-"
     took = f"{run['seconds_a_step']:.2f}" if losses else "-"
     peak = f"{run['peak_gib']:.1f}" if run.get("peak_gib") else "-"
@@ -164,7 +176,7 @@ if args.json is not None:
 
 figure = Figure(figsize=(7, 3.5), layout="constrained")
 axes = figure.subplots()
-for way, colour in zip(WAYS, ("#555555", "#1f77b4"), strict=True):
+for way, colour in zip(WAYS, ("#7d8590", "#1f6feb"), strict=True):
     axes.plot(range(1, args.steps + 1), found[way]["losses"], color=colour, linewidth=1.2, label=way)
 axes.set(xlabel="step", ylabel="loss", title=f"{args.tokens} tokens a step")
 axes.legend(frameon=False)

@@ -41,7 +41,8 @@ def attention_with_sinks_and_a_cap(q, k, v):
     extra = {"sinks": q[0, 0, :, 0].contiguous(), "softcap": 2.0}
     sparse, short = (sa.stem_attention(q, k, v, policy=SPARSE, dense_below=limit, **extra) for limit in (0, 1000))
     selection = sa.select_blocks(q, k, v, policy=SPARSE, softcap=2.0)
-    return sparse + 1, short, *sa.block_sparse_attention(q, k, v, selection, return_lse=True, **extra)
+    windowed = sa.block_sparse_attention(q, k, v, selection, window=70, **extra)
+    return sparse + 1, short, windowed + 1, *sa.block_sparse_attention(q, k, v, selection, return_lse=True, **extra)
 
 
 def two_steps(q, k, v, policy=SPARSE):
@@ -142,7 +143,8 @@ def test_opcheck_of_forward_and_attend(layout, sinks, cap, return_lse):
     for policy, dense_below in product((SPARSE, EXTRA, FACTORS), (0, None)):
         torch.library.opcheck(ops.forward, (q, k, v, sinks, policy.to_json(), 0.25, cap, 130, dense_below, return_lse, "auto"))
     selection = random_selection(2, 4, 100, 130, 16)
-    torch.library.opcheck(ops.attend, (q, k, v, sinks, selection.indices, selection.counts, 16, 0.25, cap, return_lse, "auto"))
+    lists = selection.indices, selection.counts, 16
+    torch.library.opcheck(ops.attend, (q, k, v, sinks, *lists, 0.25, cap, 20, return_lse, "auto"))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

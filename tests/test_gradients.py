@@ -110,20 +110,53 @@ def test_sinks_have_a_gradient_and_change_the_others(backend, packed):
     assert found[3].abs().min() > 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", ["stem_attention", "stem_attention_varlen", "block_sparse_attention"])
-def test_forms_without_a_gradient_are_refused(call):
-    q, k, v = make_qkv(1, 40, 40, 2, 1, 16)
-    starts = torch.tensor([0, 40], dtype=torch.int32)
-    for values, options, form in ((v, {"softcap": 5.0}, "soft-capped"), (v[..., :8], {}, "another dimension")):
-        inputs = leaves(q, k, values)
-        rest = {
-            "stem_attention": (inputs, ()),
-            "stem_attention_varlen": ([x[0] for x in inputs], (starts, starts, 40, 40)),
-            "block_sparse_attention": (inputs, (random_selection(1, 2, 40, 40, 16),)),
-        }[call]
-        sparse = {} if call == "block_sparse_attention" else {"dense_below": 0}
-        with pytest.raises(sa.UnsupportedError, match=f"{form}.*detach"):
-            getattr(sa, call)(*rest[0], *rest[1], **options, **sparse)
+@pytest.mark.parametrize(("softcap", "value_dim"), [(0.5, 16), (None, 8), (3.0, 24)])
+def test_soft_caps_and_values_of_another_dimension(softcap, value_dim, call, backend):
+    q, k, v = make_qkv(1, 90, 130, 4, 2, 16, dtype=torch.float64, value_dim=value_dim)
+    sinks = torch.tensor([-1.0, 0.0, 2.0, 5.0])
+    selection = sa.select_blocks(q, k, v, policy=SPARSE, softcap=softcap)
+    inputs = leaves(q, k, v, sinks)
+    options = {"softcap": softcap, "sinks": inputs[3], "return_lse": True, "backend": backend}
+    if call == "block_sparse_attention":
+        results = sa.block_sparse_attention(*inputs[:3], selection, **options)
+    elif call == "stem_attention":
+        results = sa.stem_attention(*inputs[:3], policy=SPARSE, dense_below=0, **options)
+    else:
+        starts = (torch.tensor([0, n], dtype=torch.int32) for n in (90, 130))
+        rows = [x[0] for x in inputs[:3]]
+        results = [x[None] for x in sa.stem_attention_varlen(*rows, *starts, 90, 130, policy=SPARSE, dense_below=0, **options)]
+    plain = leaves(*(x.double() for x in inputs))
+    judge = exact_attention(*plain[:3], token_mask(selection), sinks=plain[3], softcap=softcap)
+    assert max(errors(gradients(results, inputs), gradients(judge, plain))) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_under_a_soft_cap(backend):
+    inputs = leaves(*make_qkv(1, 20, 33, 4, 2, 8, dtype=torch.float64, value_dim=5))
+    selection = random_selection(1, 4, 20, 33, 4)
+
+    def function(*qkv):
+        return sa.block_sparse_attention(*qkv, selection, softcap=0.7, backend=backend)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+def test_frozen_sinks_cost_nothing():
+    inputs, sinks = leaves(*make_qkv(1, 90, 90, 4, 2, 16)), torch.randn(4)
+    out = sa.stem_attention(*inputs, sinks=sinks, policy=SPARSE, dense_below=0)
+    with torch.profiler.profile() as profile:
+        out.sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "stem_attention::backward" in names
+    assert "aten::exp" not in names  # of a sink's weight; those of keys are made in place
+
+
+def test_windows_are_refused():
+    inputs = leaves(*make_qkv(1, 40, 40, 2, 1, 16))
+    with pytest.raises(sa.UnsupportedError, match="windows.*detach"):
+        sa.block_sparse_attention(*inputs, random_selection(1, 2, 40, 40, 16), window=7)
 
 
 @pytest.mark.parametrize("policy", [SPARSE, MASS])
@@ -279,17 +312,18 @@ def test_checkpointing_and_autocast_change_no_bit(reentrant):
 @pytest.mark.parametrize("sinks", [None, torch.randn(4)], ids=["plain", "sinks"])
 @pytest.mark.parametrize("name", ["forward_kept", "attend_kept", "forward_varlen_kept"])
 def test_opcheck(name, sinks):
-    q, k, v = structured_qkv(2, 100, 130, 4, 2, 16)
+    q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, value_dim=8)
     selection = random_selection(2, 4, 100, 130, 16)
     starts = [0, 40, 100], [0, 40, 130]
     arguments = {
-        "forward_kept": (q, k, v, sinks, SPARSE.to_json(), 0.25, 130, 0, "auto"),
-        "attend_kept": (q, k, v, sinks, selection.indices, selection.counts, 16, 0.25, "auto"),
-        "forward_varlen_kept": (q[0], k[0], v[0], sinks, *starts, [40, 130], SPARSE.to_json(), 0.25, 0, "auto"),
+        "forward_kept": (q, k, v, sinks, SPARSE.to_json(), 0.25, 5.0, 130, 0, "auto"),
+        "attend_kept": (q, k, v, sinks, selection.indices, selection.counts, 16, 0.25, 5.0, "auto"),
+        "forward_varlen_kept": (q[0], k[0], v[0], sinks, *starts, [40, 130], SPARSE.to_json(), 0.25, 5.0, 0, "auto"),
     }[name]
     operators, tests = torch.ops.stem_attention, ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(operators, name), arguments, test_utils=tests)
     out, lse, kept = getattr(operators, name)(*arguments)
     starts = arguments[4:6] if name == "forward_varlen_kept" else (None, None)
-    rest = (out, lse, *arguments[:4], out, lse, kept, 16, 0.25, *starts, "auto")
-    torch.library.opcheck(operators.backward, rest, test_utils=tests)
+    for of_sinks in {False, sinks is not None}:
+        rest = (out, lse, *arguments[:4], out, lse, kept, of_sinks, 16, 0.25, 5.0, *starts, "auto")
+        torch.library.opcheck(operators.backward, rest, test_utils=tests)

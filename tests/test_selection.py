@@ -148,6 +148,19 @@ def test_what_is_no_selection_is_refused_with_the_way_out(build, value, name, ex
     assert way_out in str(error.value)
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(19, 19), (11, 19), (1, 17), (16, 16), (0, 9), (0, 0)])
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 6, 8, 9, 18, 19, 400])
+def test_of_a_window_just_the_blocks_are_kept_that_it_touches(window, q_len, kv_len):
+    selection = BlockSelection.of_window(window, block_size=SIZE, q_len=q_len, kv_len=kv_len, batch=2, q_heads=3)
+    selection.validate()
+    touched = [
+        {key // SIZE for query in range(row * SIZE, (row + 1) * SIZE) for key in range(max(0, query - window + 1), query + 1)}
+        for row in range(selection.first_row, selection.grid.end_row)
+    ]
+    for head in selection.to_mask().flatten(0, 1):
+        assert [set(row.nonzero().flatten().tolist()) for row in head] == touched
+
+
 def test_everything_is_made_on_the_tensors_own_device():
     """A default device elsewhere must not reach inside."""
     expected = good()

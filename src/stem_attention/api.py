@@ -66,8 +66,8 @@ def stem_attention(
 
     Raises:
         ValueError: An argument is wrong; the message names it, what was expected, what came and the way out.
-        UnsupportedError: The backend cannot run this, or a derivative is asked for that there is none of: a second one, one in
-            forward mode, one through soft caps or values of another dimension.
+        UnsupportedError: The backend cannot run this, or a derivative is asked for that there is none of: a second one, or one
+            in forward mode.
 
     Warns:
         UserWarning: The shapes suggest ``(batch, heads, length, dim)``. Said once.
@@ -86,8 +86,7 @@ def stem_attention(
         elif call.plain and not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
     if gradients.needed(q, k, v, sinks):
-        gradients.check_forms(q, v, softcap)
-        out, lse = gradients.forward(q, k, v, sinks, known, scale, length, limit, name)
+        out, lse = gradients.forward(q, k, v, sinks, known, scale, softcap, length, limit, name)
     else:
         out, lse = ops.forward(q, k, v, sinks, ops.travel(known), scale, softcap, length, limit, return_lse, name)
     return (out, lse) if return_lse else out
@@ -161,8 +160,7 @@ def stem_attention_varlen(
         if page_table is not None:
             way = "pass packed keys and values, or call under torch.no_grad()"
             raise UnsupportedError(f"page_table: there is no gradient through a paged cache; {way}")
-        gradients.check_forms(q, v, softcap)
-        out, lse = gradients.forward_varlen(q, k, v, sinks, starts, key_starts, lengths, known, scale, limit, name)
+        out, lse = gradients.forward_varlen(q, k, v, sinks, starts, key_starts, lengths, known, scale, softcap, limit, name)
     else:
         tables = starts, key_starts, page_table, lengths
         out, lse = ops.forward_varlen(q, k, v, sinks, *tables, ops.travel(known), scale, softcap, limit, return_lse, name)
@@ -185,21 +183,29 @@ def select_blocks(
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: Literal[True], backend: str = ...,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., sinks: Tensor | None = ..., return_lse: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, softcap: float | None = None,
-    sinks: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, window: int | None = None, scale: float | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute exact causal attention over the blocks of ``selection``, whichever policy made it, with exact gradients for it.
 
-    Args, returns and errors are those of :func:`stem_attention`; ``selection`` must have been made for these shapes.
+    Other arguments, returns and errors are those of :func:`stem_attention`.
+
+    Args:
+        q: As there.
+        k: As there.
+        v: As there.
+        selection: Made for these shapes.
+        window: Keys that a query sees at most, its own and those right before it, of the blocks that are kept: what
+            transformers calls ``sliding_window``. :meth:`BlockSelection.of_window` keeps just the blocks that it touches.
     """
     checks.check_qkv(q, k, v)
     checks.check_batch(q, k)
@@ -207,12 +213,13 @@ def block_sparse_attention(
     checks.check_flag("return_lse", return_lse)
     scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
     sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
+    window = checks.check_window(window)
     lists = selection.indices, selection.counts, selection.block_size
     if gradients.needed(q, k, v, sinks):
-        gradients.check_forms(q, v, softcap)
-        out, lse = gradients.attend(q, k, v, sinks, *lists, scale, name)
+        gradients.check_window(window)
+        out, lse = gradients.attend(q, k, v, sinks, *lists, scale, softcap, name)
     else:
-        out, lse = ops.attend(q, k, v, sinks, *lists, scale, softcap, return_lse, name)
+        out, lse = ops.attend(q, k, v, sinks, *lists, scale, softcap, window, return_lse, name)
     return (out, lse) if return_lse else out
 
 

@@ -122,6 +122,7 @@ class Call:
         kept: int64 ``(1,)``, to which the block pairs that a policy keeps are added, of all heads; None: they are not counted.
         sinks: ``(q_heads,)``, a logit of each head that takes part in its softmax and has no value; or None.
         softcap: Bound of the scaled scores ``s``, which become ``softcap * tanh(s / softcap)``; or None.
+        window: Keys that a query sees at most, its own and those right before it; or None.
         k_scale: What the keys of an fp8 cache are multiplied by, fp32, one number or ``(kv_heads,)``; None for other keys.
         v_scale: The same for values; both are given or none.
     """
@@ -140,13 +141,14 @@ class Call:
     kept: Tensor | None = None
     sinks: Tensor | None = None
     softcap: float | None = None
+    window: int | None = None
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Tell whether it asks for nothing but scaled scores, as torch's own attention computes them."""
-        return self.sinks is None and self.softcap is None
+        return self.sinks is None and self.softcap is None and self.window is None
 
     @property
     def paged(self) -> bool:

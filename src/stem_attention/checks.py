@@ -95,6 +95,15 @@ def check_softcap(softcap: float | None) -> float | None:
     return float(softcap)
 
 
+def check_window(window: int | None) -> int | None:
+    """Return how many keys a query sees; None for all."""
+    if window is not None and (not is_int(window) or window < 1):
+        raise bad_argument(
+            "window", "an integer >= 1 or None", repr(window), "count the query's own key; leave it out for none"
+        )
+    return window
+
+
 def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
     """Check the sinks of a call whose queries are ``(..., q_heads, head_dim)``; an UnsupportedError in forward mode."""
     if sinks is None:

@@ -7,6 +7,7 @@ weights of kept keys, O the output, L the log-sum-exp and z the logit of a sink,
     dS = P ∘ (dO Vᵀ - Δ)
     dQ = scale · dS K,   dK = scale · dSᵀ Q,   dV = Pᵀ dO,   dz = -sum(exp(z - L) Δ)
 
+Under a soft cap c a scaled score s became c · tanh(s / c), and dS is multiplied by 1 - tanh²(s / c) besides.
 Between the passes lie q, k, v, O, L and a bit for each pair of blocks; P is worked out again, block by block.
 """
 
@@ -31,45 +32,39 @@ def needed(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def obstacle(q: Tensor, v: Tensor, softcap: float | None) -> str | None:
-    """Say which form of attention has no gradient here, or None."""
-    if softcap is not None:
-        return "soft-capped scores"
-    return "values of another dimension than keys" if v.shape[-1] != q.shape[-1] else None
-
-
-def check_forms(q: Tensor, v: Tensor, softcap: float | None) -> None:
-    """Refuse a form without a gradient."""
-    if (form := obstacle(q, v, softcap)) is not None:
+def check_window(window: int | None) -> None:
+    """Refuse a sliding window, which has no gradient here."""
+    if window is not None:
         ways = "detach q, k, v and sinks, call under torch.no_grad(), or train with the model's own attention"
-        raise UnsupportedError(f"Stem has no gradient of {form}; {ways}")
+        raise UnsupportedError(f"Stem has no gradient of windows; {ways}")
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: Policy, scale: float, prompt_len: int,
-    dense_below: int | None, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: Policy, scale: float, softcap: float | None,
+    prompt_len: int, dense_below: int | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run as the operator of that name; the results have gradients."""
-    rest = (ops.travel(policy), scale, prompt_len, dense_below, backend)
-    return _attention(q, k, v, sinks, "forward_kept", rest, policy.block_size, scale, None, None, backend)
+    rest = (ops.travel(policy), scale, softcap, prompt_len, dense_below, backend)
+    return _attention(q, k, v, sinks, "forward_kept", rest, policy.block_size, scale, softcap, None, None, backend)
 
 
 def forward_varlen(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
-    prompt_lens: Sequence[int], policy: Policy, scale: float, dense_below: int | None, backend: str,
+    prompt_lens: Sequence[int], policy: Policy, scale: float, softcap: float | None, dense_below: int | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run as the operator of that name; the results have gradients."""
-    rest = (q_starts, k_starts, prompt_lens, ops.travel(policy), scale, dense_below, backend)
-    return _attention(q, k, v, sinks, "forward_varlen_kept", rest, policy.block_size, scale, q_starts, k_starts, backend)
+    rest = (q_starts, k_starts, prompt_lens, ops.travel(policy), scale, softcap, dense_below, backend)
+    size, starts = policy.block_size, (q_starts, k_starts)
+    return _attention(q, k, v, sinks, "forward_varlen_kept", rest, size, scale, softcap, *starts, backend)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
-    backend: str,
+    softcap: float | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run as the operator of that name; the results have gradients."""
-    rest = (indices, counts, block_size, scale, backend)
-    return _attention(q, k, v, sinks, "attend_kept", rest, block_size, scale, None, None, backend)
+    rest = (indices, counts, block_size, scale, softcap, backend)
+    return _attention(q, k, v, sinks, "attend_kept", rest, block_size, scale, softcap, None, None, backend)
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -90,7 +85,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, operator: str, arguments: tuple[Any, ...], block_size: int,
-        scale: float, q_starts: Sequence[int] | None, k_starts: Sequence[int] | None, backend: str,
+        scale: float, softcap: float | None, q_starts: Sequence[int] | None, k_starts: Sequence[int] | None, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         out, lse, kept = _OPERATORS[operator](q, k, v, sinks, *arguments)
         return out, lse, kept
@@ -107,8 +102,9 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors  # checkpointing lets them be asked for once
         # Under create_graph=True the gradient may be differentiated again.
         run = _Gradient.apply if needed(d_out, d_lse, *saved) else _OPERATORS["backward"]
-        *d_qkv, d_sinks = run(d_out, d_lse, *saved, *ctx.rest)
-        return *d_qkv, None if saved[3] is None else d_sinks, *[None] * 7
+        wanted = ctx.needs_input_grad[3]
+        *d_qkv, d_sinks = run(d_out, d_lse, *saved, wanted, *ctx.rest)
+        return *d_qkv, d_sinks if wanted else None, *[None] * 8
 
 
 class _Gradient(torch.autograd.Function):
@@ -131,45 +127,49 @@ class _Gradient(torch.autograd.Function):
 
 
 def _forward_kept(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, prompt_len: int, dense_below: int | None,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, softcap: float | None,
+    prompt_len: int, dense_below: int | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    known = ops.arrived(policy)
-    return backends.run_kept(Call(q, k, v, known, scale, prompt_len, None, dense_below, True, backend, sinks=sinks))
+    extra: dict[str, Any] = {"sinks": sinks, "softcap": softcap}
+    return backends.run_kept(Call(q, k, v, ops.arrived(policy), scale, prompt_len, None, dense_below, True, backend, **extra))
 
 
 def _forward_varlen_kept(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
-    prompt_lens: Sequence[int], policy: str, scale: float, dense_below: int | None, backend: str,
+    prompt_lens: Sequence[int], policy: str, scale: float, softcap: float | None, dense_below: int | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, None, q.device)
-    return backends.run_kept(Call(q, k, v, ops.arrived(policy), scale, 0, batch, dense_below, True, backend, sinks=sinks))
+    extra: dict[str, Any] = {"sinks": sinks, "softcap": softcap}
+    return backends.run_kept(Call(q, k, v, ops.arrived(policy), scale, 0, batch, dense_below, True, backend, **extra))
 
 
 def _attend_kept(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
-    backend: str,
+    softcap: float | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     selection = ops.arrived_selection(q, k, indices, counts, block_size)
-    call = Call(q, k, v, ops.any_policy(block_size), scale, k.shape[1], return_lse=True, backend=backend, sinks=sinks)
+    extra: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "return_lse": True, "backend": backend}
+    call = Call(q, k, v, ops.any_policy(block_size), scale, k.shape[1], **extra)
     return backends.attend_kept(call, selection)
 
 
 def _backward(
     d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, kept: Tensor,
-    block_size: int, scale: float, q_starts: Sequence[int] | None, k_starts: Sequence[int] | None, backend: str,
+    of_sinks: bool, block_size: int, scale: float, softcap: float | None, q_starts: Sequence[int] | None,
+    k_starts: Sequence[int] | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch = None
     if q_starts is not None and k_starts is not None:
         prompt_lens = [high - low for low, high in pairwise(k_starts)]
         batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, None, q.device)
-    call = Call(q, k, v, ops.any_policy(block_size), scale, k.shape[1], batch, return_lse=True, backend=backend, sinks=sinks)
+    extra: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "return_lse": True, "backend": backend}
+    call = Call(q, k, v, ops.any_policy(block_size), scale, k.shape[1], batch, **extra)
     d_q, d_k, d_v = backends.backward(call, kept, (out, lse), (d_out, d_lse))
-    return d_q, d_k, d_v, _of_sinks(sinks, out, lse, d_out, d_lse)
+    return d_q, d_k, d_v, _of_sinks(sinks if of_sinks else None, out, lse, d_out, d_lse)
 
 
 def _of_sinks(sinks: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Tensor:
-    """Return the gradient of sinks, ``(q_heads,)``; without any, nothing of it."""
+    """Return the gradient of sinks, ``(q_heads,)``; nothing of it where it is not wanted."""
     if sinks is None:
         return out.new_empty(0)
     delta = row_sums(out, d_out, d_lse)
@@ -177,25 +177,25 @@ def _of_sinks(sinks: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_l
     return -(weights * delta).sum(-1).view(-1, len(sinks)).sum(0).to(sinks.dtype)
 
 
-def _results(q: Tensor, batch: int, rows: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+def _results(q: Tensor, v: Tensor, batch: int, rows: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     heads = q.shape[-2]
     lse = q.new_empty((heads, q.shape[0]) if q.dim() == 3 else (q.shape[0], heads, q.shape[1]), dtype=torch.float32)
     kept = q.new_empty((batch, heads, rows, block_count(blocks, WORD)), dtype=torch.int32)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse, kept
+    return torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device), lse, kept
 
 
 def _fake_forward_kept(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = BlockGrid.of(q, k, ops.arrived(policy).block_size)
-    return _results(q, q.shape[0], grid.key_blocks - grid.first_row, grid.key_blocks)
+    return _results(q, v, q.shape[0], grid.key_blocks - grid.first_row, grid.key_blocks)
 
 
 def _fake_attend_kept(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = BlockGrid.of(q, k, block_size)
-    return _results(q, q.shape[0], grid.key_blocks - grid.first_row, grid.key_blocks)
+    return _results(q, v, q.shape[0], grid.key_blocks - grid.first_row, grid.key_blocks)
 
 
 def _fake_forward_varlen_kept(
@@ -204,13 +204,14 @@ def _fake_forward_varlen_kept(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     size = ops.arrived(policy).block_size
     most_q, most_k = (max(b - a for a, b in pairwise(starts)) for starts in (q_starts, k_starts))
-    return _results(q, len(prompt_lens), most_rows(most_q, size), block_count(most_k, size))
+    return _results(q, v, len(prompt_lens), most_rows(most_q, size), block_count(most_k, size))
 
 
 def _fake_backward(
-    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = q, k, v, q.new_empty(0) if sinks is None else sinks
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, kept: Tensor,
+    of_sinks: bool, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    given = q, k, v, q.new_empty(0) if sinks is None or not of_sinks else sinks
     d_q, d_k, d_v, d_sinks = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given)
     return d_q, d_k, d_v, d_sinks
 

@@ -83,11 +83,12 @@ def _select(
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
-    softcap: float | None, return_lse: bool, backend: str,
+    softcap: float | None, window: int | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     selection = arrived_selection(q, k, indices, counts, block_size)
+    given: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "window": window}
     known = any_policy(block_size)
-    call = Call(q, k, v, known, scale, k.shape[1], return_lse=return_lse, backend=backend, sinks=sinks, softcap=softcap)
+    call = Call(q, k, v, known, scale, k.shape[1], return_lse=return_lse, backend=backend, **given)
     return backends.attend(call, selection)
 
 

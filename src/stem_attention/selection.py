@@ -43,13 +43,7 @@ class BlockSelection:
     kv_len: int
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 1), ("q_len", 0), ("kv_len", 0)):
-            value = getattr(self, name)
-            if not (is_int(value) or isinstance(value, torch.SymInt)) or value < least:
-                fix = "pass the tokens per block, the length of q and the length of k"
-                raise bad_argument(name, f"an integer >= {least}", repr(value), fix)
-        if self.q_len > self.kv_len:
-            raise bad_argument("q_len", f"at most kv_len={self.kv_len}", self.q_len, "queries are the last q_len keys")
+        _check_lengths(self.block_size, self.q_len, self.kv_len)
         if not isinstance(self.indices, Tensor) or self.indices.dtype != torch.int32 or self.indices.dim() != 4:
             fix = "convert it, or use from_mask / from_lists"
             raise bad_argument("indices", "an int32 tensor (batch, q_heads, rows, width)", describe(self.indices), fix)
@@ -132,6 +126,30 @@ class BlockSelection:
         selection = cls(indices, counts, block_size, q_len, kv_len)
         selection.validate()
         return selection
+
+    @classmethod
+    def of_window(
+        cls, window: int, *, block_size: int, q_len: int, kv_len: int, batch: int = 1, q_heads: int = 1,
+        device: torch.device | str | None = None,
+    ) -> "BlockSelection":  # fmt: skip
+        """Build the blocks that queries touch of whom each sees its own key and the ``window - 1`` before it.
+
+        Blocks at the window's edge hold keys that are outside of it: pass the window to :func:`block_sparse_attention` too.
+        """
+        for name, value in (("window", window), ("batch", batch), ("q_heads", q_heads)):
+            if not is_int(value) or value < 1:
+                raise bad_argument(name, "an integer >= 1", repr(value), "a window counts the query's own key")
+        _check_lengths(block_size, q_len, kv_len)
+        place = None if device is None else check_device(device)
+        grid = BlockGrid(q_len, kv_len, block_size)
+        rows = torch.arange(grid.first_row, grid.end_row, device=place)
+        first = (rows * block_size - window + 1).clamp(min=0) // block_size
+        width = min(grid.key_blocks, (window + block_size - 2) // block_size + 1)
+        ids = first[:, None] + torch.arange(width, device=place)
+        ids = torch.where(ids <= rows[:, None], ids, PAD).to(torch.int32)
+        counts = (rows - first + 1).to(torch.int32)
+        shape = (batch, q_heads, grid.rows)
+        return cls(ids.expand(*shape, width), counts.expand(shape), block_size, q_len, kv_len)
 
     def to_block_mask(self) -> "BlockMask":
         """Return the selection as a mask of torch's FlexAttention, for ``(batch, q_heads, length, dim)`` tensors.
@@ -263,6 +281,15 @@ class BlockSelection:
         ):
             if bool(problem.any()):
                 raise bad_argument("selection", message, "something else", "build it with from_mask or from_lists")
+
+
+def _check_lengths(block_size: int, q_len: int, kv_len: int) -> None:
+    for name, value, least in (("block_size", block_size, 1), ("q_len", q_len, 0), ("kv_len", kv_len, 0)):
+        if not (is_int(value) or isinstance(value, torch.SymInt)) or value < least:
+            fix = "pass the tokens per block, the length of q and the length of k"
+            raise bad_argument(name, f"an integer >= {least}", repr(value), fix)
+    if q_len > kv_len:
+        raise bad_argument("q_len", f"at most kv_len={kv_len}", q_len, "queries are the last q_len keys")
 
 
 def check_device(device: torch.device | str) -> torch.device:

@@ -11,6 +11,7 @@ from stem_attention.backends.dense import dense_attention
 from stem_attention.policies.patterns import keep_everything
 from stem_attention.testing import (
     LAYOUTS,
+    assert_accurate,
     error_against_sdpa,
     exact_attention,
     make_qkv,
@@ -160,6 +161,26 @@ def test_values_of_another_dimension_than_keys(dim, value_dim, backend):
         causal = torch.ones(70, 101, dtype=torch.bool).tril(31)
         short, _ = (stem_attention(q, k, v, policy=policy, return_lse=lse, backend=backend) for lse in (False, True))
         assert worst_row_error(short, masked_sdpa(q, k, v, causal, dim**-0.5)) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 18, 33, 100, 101, 5000])
+def test_a_window_is_exact_to_the_token(window, backend):
+    """Over the blocks that it touches, and over those that happen to be kept, with the other forms."""
+    q, k, v = structured_qkv(2, 70, 101, 4, 2, 16, dtype=torch.float64)
+    keys = torch.arange(101)
+    seen = (keys <= keys[31:, None]) & (keys > keys[31:, None] - window)
+    band = BlockSelection.of_window(window, block_size=16, q_len=70, kv_len=101, batch=2, q_heads=4)
+    out, lse = block_sparse_attention(q, k, v, band, window=window, return_lse=True, backend=backend)
+    assert worst_row_error(out, masked_sdpa(q, k, v, seen, 0.25)) < 1e-12
+    assert_accurate(out, lse, q, k, v, band, window=window)
+    some = random_selection(2, 4, 70, 101, 16)
+    extra = {"sinks": torch.tensor([0.5, -math.inf, 9.0, -3.0], dtype=torch.float64), "softcap": 3.0}
+    for given in ({}, extra):
+        out, lse = block_sparse_attention(q, k, v, some, window=window, return_lse=True, backend=backend, **given)
+        assert_accurate(out, lse, q, k, v, some, window=window, **given)
+    if window >= 101:
+        assert torch.equal(out, block_sparse_attention(q, k, v, some, backend=backend, **extra))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -39,6 +39,7 @@ def test_another_process_finds_everything_compiled(tmp_path, monkeypatch, capsys
         (["--arch", "sm75"], 1, "--arch: expected sm80, sm90, ..., got 'sm75'"),
         (["--dtype", "float32"], 1, "--dtype: expected bfloat16 or float16, got 'float32'"),
         (["--head-dim", "20"], 1, "--head-dim: expected a multiple of 8 between 16 and 256, got 20"),
+        (["--value-dim", "20"], 1, "--value-dim: expected one that a kernel takes, got 20"),
         (["--policy", "mass:block_size=32"], 1, "--policy: block_size: expected 64 or 128, got 32"),
         (["--kv-heads", "3"], 1, "--kv-heads: expected a divisor of --heads 4, got 3"),
         (["--page-size", "0"], 2, "--page-size: "),

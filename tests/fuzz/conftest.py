@@ -15,6 +15,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.rigs import BACKENDS, INTERPRETED, Rig
 
+from stem_attention.backends.hopper import HEAD_DIMS as HOPPER_DIMS
+
 from .strategies import Problem, Space, problems
 
 # The soak of a backend is cut into parts, so that processes share it: pytest -n 10 --dist loadgroup. On a GPU each shape of
@@ -32,10 +34,13 @@ def space_of(rig: Rig, part: int, soaking: bool) -> Space:
     """What a part's problems are drawn from."""
     if rig.device == "cpu":
         return TINY if INTERPRETED else Space(work=1 << (19 if soaking else 18))
-    dims = (64, 128, 256) if rig.backend == "hopper" else (128, 80, 64, 256, 96, 16, 40, 192)
+    hopper = rig.backend == "hopper"
+    dims = tuple(HOPPER_DIMS) if hopper else (128, 80, 64, 256, 96, 16, 40, 192)
+    dim = dims[part // 2 % len(dims)]
+    others = (HOPPER_DIMS[dim],) if hopper else (None, 16, 128)
     return Space(
-        head_dims=(dims[part // 2 % len(dims)],),
-        value_dims=(None,) if rig.backend == "hopper" else (None, None, 128),
+        head_dims=(dim,),
+        value_dims=others,
         groups=((4, 1, 7, 16, 8)[part % 5],),
         block_sizes=(64,) if part % 2 else (128,),
         dtypes=("float16",) if part % 3 == 2 else ("bfloat16",),

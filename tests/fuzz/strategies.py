@@ -78,6 +78,8 @@ class Problem:
     policy: Policy
     with_sinks: bool
     softcap: float | None
+    window: int | None
+    """Of attention over random lists."""
 
     @property
     def heads(self) -> int:
@@ -133,6 +135,7 @@ def problems(draw: st.DrawFn, space: Space, packed: bool = False) -> Problem:
         policy=draw(policies(space, block, kv_heads * group)),
         with_sinks=draw(st.sampled_from((False, False, True))),
         softcap=draw(st.sampled_from((None, None, 30.0, 2.0))),
+        window=draw(st.sampled_from((None, None, None, 1, block, 3 * block + 5, 700))),
     )
 
 

@@ -19,7 +19,7 @@ def attention_over_any_lists(problem, rig):
     q, k, v = problem.qkv(rig.device)
     shape = len(problem.lengths), problem.heads, *problem.lengths[0], problem.policy.block_size
     selection = random_selection(*shape, problem.density, rig.device, problem.seed)
-    extra = problem.extra(rig.device)
+    extra = {**problem.extra(rig.device), "window": problem.window}
     with undisturbed(q, k, v, selection.indices, selection.counts, poisoned=problem.poisoned):
         result = block_sparse_attention(q, k, v, selection, return_lse=problem.return_lse, backend=rig.backend, **extra)
     out, lse = result if problem.return_lse else (result, None)

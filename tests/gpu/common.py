@@ -33,10 +33,10 @@ def free_memory() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
-def random_qkv(batch, q_len, kv_len, q_heads, kv_heads, dim, seed=0, dtype=torch.bfloat16):
+def random_qkv(batch, q_len, kv_len, q_heads, kv_heads, dim, seed=0, dtype=torch.bfloat16, value_dim=None):
     """Normal numbers drawn on the device, for sizes at which ``testing.make_qkv`` would take too long."""
     draw = torch.Generator("cuda").manual_seed(seed)
-    shapes = ((batch, q_len, q_heads, dim), *[(batch, kv_len, kv_heads, dim)] * 2)
+    shapes = ((batch, q_len, q_heads, dim), *((batch, kv_len, kv_heads, width) for width in (dim, value_dim or dim)))
     return tuple(torch.randn(shape, generator=draw, device="cuda", dtype=dtype) for shape in shapes)
 
 

@@ -9,6 +9,7 @@ import torch
 from tests.fuzz.judge import assert_selected
 
 from stem_attention import (
+    BlockSelection,
     Mass,
     Stem,
     block_sparse_attention,
@@ -18,6 +19,7 @@ from stem_attention import (
     stem_attention_varlen,
 )
 from stem_attention.backends import backend_of
+from stem_attention.backends.hopper import HEAD_DIMS
 from stem_attention.call import Call
 from stem_attention.testing import assert_accurate, make_qkv, pack, random_selection, structured_qkv
 
@@ -96,11 +98,27 @@ def test_programs_of_other_forms_are_others(backend):
     assert len(backend_of(Call(q, k, v, policy, 0.1, backend=backend))._programs) - before == 7
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(192, 128), (64, 128), (128, 64), (72, 256), (128, 16)])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_windows_are_exact_to_the_token(block_size, dim, backend):
+    extra = {"sinks": torch.tensor(SINKS, device="cuda"), "softcap": 5.0}
+    for q_len, kv_len, window in ((1500, 1800, 1), (1, 700, 64), (2500, 2500, 65), (64, 4097, 1000), (2000, 2000, 1024)):
+        q, k, v = structured_qkv(1, q_len, kv_len, 4, 2, dim, torch.bfloat16, "cuda")
+        sizes = {"block_size": block_size, "q_len": q_len, "kv_len": kv_len}
+        band = BlockSelection.of_window(window, **sizes, q_heads=4, device="cuda")
+        for selection in (band, random_selection(1, 4, q_len, kv_len, block_size, device="cuda")):
+            for given in ({}, extra):
+                options = {"window": window, **given}
+                result = block_sparse_attention(q, k, v, selection, return_lse=True, backend=backend, **options)
+                assert_accurate(*result, q, k, v, selection, **options)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(192, 128), (64, 128), (128, 64), (72, 256), (128, 16), (192, 16), (256, 32)])
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_values_of_another_dimension(block_size, dim, value_dim):
     asked = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": dim, "value_dim": value_dim}
-    assert explain(**asked).chosen == "triton"
+    hopper = torch.cuda.get_device_capability() == (9, 0) and HEAD_DIMS.get(dim) == value_dim
+    assert explain(**asked).chosen == ("hopper" if hopper else "triton")
     for policy in (Mass(block_size=block_size), Stem(block_size=block_size)):
         q, k, v = structured_qkv(1, 1500, 1800, 4, 2, dim, torch.bfloat16, "cuda", value_dim=value_dim)
         selection = select_blocks(q, k, v, policy=policy)

@@ -56,6 +56,32 @@ def test_every_head_dim_block_size_and_dtype(block_size, dim, dtype, backend):
     assert_right(q, k, v, random_selection(1, 4, 700, 900, block_size, device="cuda"), backend)
 
 
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize(("dim", "value_dim", "softcap"), [(128, 128, 2.0), (256, 256, 5.0), (192, 128, None), (64, 128, 2.0)])
+def test_soft_caps_and_values_of_another_dimension(dim, value_dim, softcap, block_size):
+    """Errors against fp64 are at most twice those of plain attention in bf16."""
+    inputs = leaves(*make_qkv(1, 700, 900, 4, 2, dim, torch.bfloat16, "cuda", value_dim=value_dim))
+    sinks = torch.randn(4, device="cuda").requires_grad_()
+    selection = random_selection(1, 4, 700, 900, block_size, device="cuda")
+    out = sa.block_sparse_attention(*inputs, selection, sinks=sinks, softcap=softcap)
+    ours = gradients([out], (*inputs, sinks))
+    again = gradients([sa.block_sparse_attention(*inputs, selection, sinks=sinks, softcap=softcap)], (*inputs, sinks))
+    assert equal(ours, again)
+    mask, peers = token_mask(selection), leaves(*inputs)
+    q, k, v = (x.transpose(1, 2) for x in (peers[0], *(x.repeat_interleave(2, 2) for x in peers[1:])))
+    scores = q @ k.mT * dim**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    column = sinks.detach().to(scores.dtype)[None, :, None, None].expand(1, 4, 700, 1)
+    weights = torch.cat([scores.masked_fill(~mask, -torch.inf), column], -1).softmax(-1)[..., :-1]
+    theirs = gradients([(weights @ v).transpose(1, 2)], peers)
+    doubles = leaves(*(x.double() for x in (*inputs, sinks)))
+    exact = gradients(exact_attention(*doubles[:3], mask, sinks=doubles[3], softcap=softcap)[:1], doubles)
+    for mine, its, judge in zip(ours, theirs, exact, strict=False):
+        assert relative_error(mine, judge) <= 2 * relative_error(its, judge)
+    assert relative_error(ours[3], exact[3]) < 1e-2
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", [(1, 1), (7, 1), (6, 2), (8, 8)])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 400), (129, 129), (511, 777), (1009, 1009)])
@@ -105,6 +131,26 @@ def test_a_packed_batch_has_the_gradients_of_its_sequences(rule, backend):
         loss = (sa.stem_attention(*alone, **options)[0] * weights[q0:q1]).sum()
         for x, y in zip((found[0][q0:q1], found[1][k0:k1], found[2][k0:k1]), torch.autograd.grad(loss, alone), strict=True):
             assert relative_error(x, y[0]) < 1e-2  # other tiles, other roundings
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_what_a_neighbour_holds_reaches_no_gradient(dim, block_size, backend):
+    parts = [
+        random_qkv(1, q_len, kv_len, 4, 2, dim, seed=i) for i, (q_len, kv_len) in enumerate([(70, 300), (333, 500), (9, 90)])
+    ]
+    options = {"policy": sa.Mass(block_size=block_size), "dense_below": 0, "backend": backend}
+
+    def run(middle):
+        packed = pack([parts[0], middle, parts[2]])
+        inputs = [packed[name].requires_grad_() for name in "qkv"]
+        out = sa.stem_attention_varlen(**packed, **options)
+        weights = torch.randn(out.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        found = torch.autograd.grad((out * weights).sum(), inputs)
+        return [x[rows] for x, low, high in zip(found, (70, 300, 300), (403, 800, 800), strict=True)
+                for rows in (slice(None, low), slice(high, None))]  # fmt: skip
+
+    assert equal(run([torch.full_like(x, torch.nan) for x in parts[1]]), run(parts[1]))
 
 
 def test_a_hundred_runs_give_the_same_bits(rule, backend):

@@ -7,6 +7,7 @@ import torch
 from tests.fuzz.poison import new_memory_is_nan
 
 from stem_attention import BlockSelection, block_sparse_attention, explain
+from stem_attention.backends.hopper import BLOCK_SIZES, HEAD_DIMS
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies import Dense
 from stem_attention.testing import assert_accurate, pack, random_selection
@@ -15,7 +16,7 @@ from .common import LENGTHS, on_gpu, random_qkv
 
 pytestmark = on_gpu
 
-SHAPES = [(64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256)]
+SHAPES = [(size, dim) for size in BLOCK_SIZES for dim in HEAD_DIMS]
 MANY = [*LENGTHS, (64, 1000)]
 
 
@@ -47,7 +48,7 @@ def test_no_row_of_a_packed_batch_is_lost(block_size, dim, page):
     from stem_attention.backends.triton.program import Launches
 
     for seed in range(20):
-        single = [random_qkv(1, a, b, 4, 2, dim, seed=seed * 10 + i) for i, (a, b) in enumerate(MANY)]
+        single = [random_qkv(1, a, b, 4, 2, dim, seed * 10 + i, value_dim=HEAD_DIMS[dim]) for i, (a, b) in enumerate(MANY)]
         packed = pack(single, page)
         tensors = (packed[name] for name in "qkv")
         batch = PackedBatch.plan(*zip(*MANY, strict=True), page_table=packed["page_table"], device=torch.device("cuda"))
@@ -66,7 +67,7 @@ def test_no_row_of_a_packed_batch_is_lost(block_size, dim, page):
 
 @pytest.mark.parametrize(("block_size", "dim"), SHAPES)
 def test_a_hundred_runs_of_many_tasks_give_the_same_right_bits(block_size, dim):
-    q, k, v = random_qkv(2, 3700, 4000, 16, 4, dim)  # starts at 300, inside a block
+    q, k, v = random_qkv(2, 3700, 4000, 16, 4, dim, value_dim=HEAD_DIMS[dim])  # starts at 300, inside a block
     selection = random_selection(2, 16, 3700, 4000, block_size, density=0.1, device="cuda")
     with new_memory_is_nan():
         first = block_sparse_attention(q, k, v, selection, return_lse=True, backend="hopper")
@@ -81,7 +82,7 @@ def test_a_hundred_runs_of_many_tasks_give_the_same_right_bits(block_size, dim):
 
 @pytest.mark.parametrize(("block_size", "dim"), SHAPES)
 def test_lists_of_odd_and_even_length_read_no_block_beside_theirs(block_size, dim):
-    q, k, v = random_qkv(1, 2048, 2048, 2, 1, dim)
+    q, k, v = random_qkv(1, 2048, 2048, 2, 1, dim, value_dim=HEAD_DIMS[dim])
     rows = range(2048 // block_size)
     kept = [[sorted({0, row, *range(2, row, 1 + head)} - ({1} if row > 1 else set())) for row in rows] for head in range(2)]
     assert {len(row) % 2 for row in kept[0]} == {0, 1}

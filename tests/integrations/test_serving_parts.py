@@ -1,7 +1,9 @@
 """The parts of the servers' plug-ins that need no server: settings, rows and counters."""
 
 import json
+import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from stem_attention import Mass, Stem, UnsupportedError, select_blocks
 from stem_attention.backends import run
 from stem_attention.call import Call
+from stem_attention.integrations.serving import report
 from stem_attention.integrations.serving.counters import Counters
 from stem_attention.integrations.serving.rows import Row, SparseRows
 from stem_attention.integrations.serving.settings import ENVIRONMENT, Settings, read_settings
@@ -172,3 +175,35 @@ def test_counters_are_plain_json_and_start_again():
     }  # fmt: skip
     count.reset()
     assert count == Counters()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counters and metrics that have told nothing yet."""
+    monkeypatch.setattr(report, "COUNTERS", Counters())
+    monkeypatch.setattr(report, "_last", [-60.0])
+    monkeypatch.setattr(report, "_told", {"causal_blocks": 0, "kept_blocks": 0})
+    return report.COUNTERS
+
+
+def test_counters_are_reported_once_a_minute_and_not_before_blocks_were_read(counted, monkeypatch, caplog):
+    now = [1000.0]
+    monkeypatch.delenv(report.SHARED_METRICS, raising=False)
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    with caplog.at_level("INFO"):
+        for blocks, seconds, lines in ((0, 0, 0), (8, 0, 1), (8, 59, 1), (8, 60, 2), (8, 61, 2)):
+            counted.causal_blocks, now[0] = blocks, 1000.0 + seconds
+            report.report_now_and_then(logging.getLogger())
+            assert len(caplog.messages) == lines
+
+
+def test_metrics_grow_by_what_is_new_also_after_a_reset(counted, monkeypatch, tmp_path):
+    monkeypatch.setenv(report.SHARED_METRICS, str(tmp_path))
+    grown = {"causal_blocks": [], "kept_blocks": []}
+    metrics = {name: SimpleNamespace(inc=seen.append) for name, seen in grown.items()}
+    monkeypatch.setattr(report, "_metrics", lambda: metrics)
+    for causal, kept in ((10, 4), (10, 4), (25, 6), (3, 1)):  # the last after a reset
+        counted.reset()
+        counted.causal_blocks, counted._known = causal, kept
+        report.report(logging.getLogger())
+    assert grown == {"causal_blocks": [10, 0, 15, 3], "kept_blocks": [4, 0, 2, 1]}

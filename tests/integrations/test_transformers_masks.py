@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from stem_attention import UnsupportedError
-from stem_attention.integrations.transformers import dense, mask
+from stem_attention.integrations.transformers import attention, dense, mask
 from stem_attention.integrations.transformers.mask import CausalMask, stem_mask
 
 from . import tiny
@@ -106,21 +106,42 @@ def test_a_mask_that_a_host_wrote_into_or_cut_short_is_read_as_it_is():
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
-@pytest.mark.parametrize("whole_mask", [True, False], ids=["one mask", "pieces"])
-def test_windows_are_dense_however_long(models, whole_mask, padded, monkeypatch):
-    """Beyond a size masks are not built whole; a low limit shows it on a short prompt."""
-    if not whole_mask:
+@pytest.mark.parametrize("way", ["one mask", "pieces", "kernel"])
+def test_windows_are_exact_however_long(models, way, padded, monkeypatch):
+    """Beyond a size masks are not built whole; a low limit shows it on a short prompt. Short prompts run as the host would."""
+    ran = []
+    attend = attention.block_sparse_attention
+    monkeypatch.setattr(attention, "block_sparse_attention", lambda *a, **b: ran.append(b.get("window")) or attend(*a, **b))
+    if way != "one mask":
         monkeypatch.setattr(mask, "WHOLE_MASK_ENTRIES", 0)
         monkeypatch.setattr(dense, "_MIN_WINDOW_ROWS", 50)
     pattern = left_padding([320, 230 if padded else 320], 320)
     caches = [transformers.DynamicCache(config=model.config) for model in models]
-    names = {"full_attention": "prefill", "sliding_attention": "sliding window"}
+    full = "short prompt" if way == "pieces" else "prefill"
+    names = {"full_attention": full, "sliding_attention": "sliding window"}
     reasons = {layer: names[kind] for layer, kind in enumerate(models[0].config.layer_types)}
     for start, end in ((0, 200), (200, 320)):
         inputs = {"input_ids": tokens(2)[:, start:end], "attention_mask": pattern[:, :end]}
-        out, calls = observed(models[0], past_key_values=caches[0], **inputs)
+        below = {"dense_below": 1000 if way == "pieces" else 0}
+        out, calls = observed(models[0], past_key_values=caches[0], **below, **inputs)
         same(out, logits(models[1], past_key_values=caches[1], **inputs), pattern[:, start:end])
         assert {call.layer: call.reason for call in calls} == reasons
+        assert not any(call.sparse for call in calls if call.reason == "sliding window")
+    assert {x is not None for x in ran} == {"one mask": {False}, "pieces": set(), "kernel": {False, True}}[way]
+
+
+@pytest.mark.parametrize("config", [
+    transformers.GptOssConfig(**SMALL, **tiny.MIXED, num_local_experts=4, num_experts_per_tok=2),
+    transformers.Gemma2Config(**SMALL, **tiny.MIXED, query_pre_attn_scalar=16),
+], ids=["sinks", "cap"])  # fmt: skip
+def test_windows_with_sinks_and_caps_are_those_of_eager_attention(config, monkeypatch):
+    monkeypatch.setattr(mask, "WHOLE_MASK_ENTRIES", 0)
+    model, inputs = build(config), {"input_ids": tokens()}
+    found, calls = observed(model, **inputs)
+    assert {call.reason for call in calls} == {"prefill", "sliding window"}
+    monkeypatch.setattr(attention, "block_sparse_attention", None)
+    model.set_attn_implementation("eager")
+    same(found, logits(model, **inputs))
 
 
 @pytest.mark.parametrize("cache", ["static", None], ids=["static", "dynamic"])
@@ -178,9 +199,9 @@ def test_torch_compile_runs_a_window_that_hides_nothing_sparse():
 @pytest.mark.parametrize(("name", "lengths"), [("qwen3", [90, 90]), ("gemma3", [90, 60])], ids=["plain", "padded"])
 def test_a_compiled_model_takes_masks_that_generate_has_built(name, lengths):
     answers = []
-    for attention in ("sdpa", "stem"):
+    for implementation in ("sdpa", "stem"):
         torch.compiler.reset()
-        model = build(MODELS[name], attention)
+        model = build(MODELS[name], implementation)
         model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
         inputs = {"inputs": tokens(2, 90), "attention_mask": left_padding(lengths, 90), "cache_implementation": "static"}
         with hosts.use_policy(KEEP_ALL, dense_below=0):

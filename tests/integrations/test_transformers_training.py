@@ -91,6 +91,24 @@ def test_a_block_that_does_not_reach_a_checkpointed_layer_is_refused_and_never_a
     assert "set_policy" in errors[0]
 
 
+def test_a_layer_of_a_model_in_eval_that_is_computed_again_is_refused_too():
+    model = small_llama().requires_grad_(False)
+    first = model.model.layers[0].self_attn
+
+    def layer(x):
+        places = torch.arange(LENGTH)[None]
+        return first(hidden_states=x, position_embeddings=model.model.rotary_emb(x, places), attention_mask=None)[0]
+
+    hidden = torch.randn(1, LENGTH, model.config.hidden_size).requires_grad_()
+    with hosts.use_policy(SPARSE, dense_below=0):
+        out = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False)
+    with pytest.raises(UnsupportedError, match="set_policy"):
+        out.sum().backward()
+    out = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False)
+    with hosts.use_policy(observer=lambda call: None):
+        out.sum().backward()  # the same settings
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_block_that_is_left_before_a_checkpointed_backward_pass_is_refused(reentrant):
     model = small_llama().train()
@@ -103,19 +121,23 @@ def test_a_block_that_is_left_before_a_checkpointed_backward_pass_is_refused(ree
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("gemma2", {"sliding_window": 4096}), ("deepseek_v3", MLA)])
-def test_forms_without_a_gradient_train_in_the_hosts_attention_however_they_are_checkpointed(kind, changes):
-    found = []
-    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+def test_soft_caps_and_values_of_another_dimension_train_however_they_are_checkpointed(kind, changes):
+    def run(policy, attention="stem", checkpointing=None):
         model = toy(kind, **changes).train()
-        model.set_attn_implementation("stem")
-        hosts.set_policy(model, SPARSE, dense_below=0)
+        model.set_attn_implementation(attention)
+        if attention == "stem":
+            hosts.set_policy(model, policy, dense_below=0)
         model.enable_input_require_grads()
         if checkpointing is not None:
             model.gradient_checkpointing_enable(checkpointing)
         model(input_ids=tokens(1, LENGTH), use_cache=False).logits.square().mean().backward()
-        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+        return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+    assert relative_error(run(KEEP_ALL), run(None, "eager")) < 1e-4
+    sparse = run(SPARSE)
+    assert relative_error(sparse, run(KEEP_ALL)) > 1e-4
+    assert torch.equal(run(SPARSE, checkpointing={"use_reentrant": False}), sparse)
+    assert torch.equal(run(SPARSE, checkpointing={"use_reentrant": True}), sparse)
 
 
 def test_padded_rows_train_as_if_they_came_alone():

@@ -70,7 +70,7 @@ ENTRIES = {
         sa.block_sparse_attention, {"q": Q, "k": K, "v": V, "selection": SELECTION},
         {
             **QKV, "selection": (None, MASK, "dense", dataclasses.replace(SELECTION, kv_len=51)), "scale": NOT_A_NUMBER,
-            "softcap": NOT_A_CAP, **SINKS, "return_lse": NOT_A_FLAG, "backend": NOT_A_BACKEND,
+            "softcap": NOT_A_CAP, **SINKS, "window": (*NOT_A_COUNT, 0), "return_lse": NOT_A_FLAG, "backend": NOT_A_BACKEND,
         },
     ),
     "stem_attention_varlen": Entry(
@@ -110,6 +110,10 @@ ENTRIES = {
                       [[[[0.0], [1]]]], [[[[0], [True]]]], [[[[0], [2**40]]]], {0: [[[0]]]}),
             "device": NOT_A_DEVICE[1:],
         },
+    ),
+    "BlockSelection.of_window": Entry(
+        sa.BlockSelection.of_window, {"window": 20, "block_size": 16, "q_len": 40, "kv_len": 50},
+        {**LENGTHS, **dict.fromkeys(("window", "batch", "q_heads"), (*NOT_A_COUNT, 0, None)), "device": NOT_A_DEVICE[1:]},
     ),
     "parse_spec": Entry(
         policies.parse_spec, {"text": "mass"}, {"text": (None, 3, "", "magic", "mass:share", "mass@2", "a.json")}

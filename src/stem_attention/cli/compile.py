@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import torch
+import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -28,6 +29,11 @@ def precompile(
     heads: options.HeadCount = None,
     kv_heads: options.KvHeads = None,
     head_dim: options.HeadDim = None,
+    value_dim: Annotated[
+        int | None, options.option("Dimension of a value.", shown="that of a head", min=1, rich_help_panel=options.HEADS)
+    ] = None,
+    sinks: Annotated[bool, typer.Option("--sinks", help="Compile for attention sinks.")] = False,
+    softcap: Annotated[bool, typer.Option("--softcap", help="Compile for soft-capped scores.")] = False,
     dtype: Annotated[
         options.DtypeName, options.option("bfloat16 or float16.", "NAME", parser=options.one_of(options.DtypeName))
     ] = _BFLOAT16,
@@ -52,11 +58,12 @@ def precompile(
         if not torch.cuda.is_available() or torch.version.hip is not None:
             raise UserError("--arch: native needs an NVIDIA GPU, and there is none; name an architecture, as in --arch sm90")
         arch = "sm{}{}".format(*torch.cuda.get_device_capability())
-    calls = Calls(lengths, **vars(sizes), dtype=getattr(torch, dtype.value), page_size=page_size)
+    form: dict[str, Any] = {"value_dim": value_dim, "sinks": sinks, "softcap": softcap}
+    calls = Calls(lengths, **vars(sizes), dtype=getattr(torch, dtype.value), page_size=page_size, **form)
     made: list[Compilation] = []
     with (
         ticking(progress_console(), f"kernels for {arch}", None) as tick,
-        blaming("--policy: ", arch="--arch", head_dim="--head-dim"),
+        blaming("--policy: ", arch="--arch", head_dim="--head-dim", value_dim="--value-dim"),
     ):
 
         def add(kernel: Compilation) -> None:

@@ -111,18 +111,18 @@ def error_against_sdpa(
 
 def assert_accurate(
     out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float | None = None,
-    *, sinks: Tensor | None = None, softcap: float | None = None,
+    *, sinks: Tensor | None = None, softcap: float | None = None, window: int | None = None,
 ) -> None:  # fmt: skip
     """Assert that a result is attention over a selection, about as exact as torch's own attention.
 
     ``out`` and ``lse`` (or None) are what a backend returned, in the shapes of :func:`exact_attention`, whose arguments the
-    others are. The error of the worst row, against fp64, may be four times that of torch's attention in the same precision,
-    and two units in the last place more; of fp64 inputs it may be 1e-11. The log-sum-exp is right to 2e-5 of ``1 + |lse|``. An
-    AssertionError says what is off, and by how much.
+    others are; ``window`` is that of :func:`block_sparse_attention`. The error of the worst row, against fp64, may be four
+    times that of torch's attention in the same precision, and two units in the last place more; of fp64 inputs it may be 1e-11.
+    The log-sum-exp is right to 2e-5 of ``1 + |lse|``. An AssertionError says what is off, and by how much.
     """
     assert (out.shape, out.dtype) == ((*q.shape[:3], v.shape[3]), q.dtype), f"out is {out.dtype} {tuple(out.shape)}"
     assert out.isfinite().all(), f"{int((~out.isfinite()).sum())} of {out.numel()} numbers of out are not finite"
-    mask = token_mask(selection)
+    mask = token_mask(selection, window)
     exact, exact_lse = exact_attention(q, k, v, mask, scale, sinks=sinks, softcap=softcap)
     if q.dtype == torch.float64:
         ours, bound = worst_row_error(out, exact), _FP64

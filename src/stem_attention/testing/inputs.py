@@ -92,14 +92,18 @@ def random_selection(
     return BlockSelection.from_mask(mask.to(device), block_size=block_size, q_len=q_len, kv_len=kv_len)
 
 
-def token_mask(selection: BlockSelection) -> Tensor:
-    """Return bool ``(batch, q_heads, q_len, kv_len)``, True where a query attends to a key: causal, and of a kept block."""
+def token_mask(selection: BlockSelection, window: int | None = None) -> Tensor:
+    """Return bool ``(batch, q_heads, q_len, kv_len)``, True where a query attends to a key.
+
+    The key is not later, of a kept block, and among the last ``window`` if that is given.
+    """
     grid = selection.grid
     keys = torch.arange(grid.kv_len, device=selection.indices.device)
     queries = keys[grid.start :]
     rows = queries // grid.block_size - grid.first_row
     kept = selection.to_mask()[:, :, rows][..., keys // selection.block_size]
-    return kept & (keys <= queries[:, None])
+    kept = kept & (keys <= queries[:, None])
+    return kept if window is None else kept & (keys > queries[:, None] - window)
 
 
 def _normal(draw: torch.Generator, *shape: int) -> Tensor:

@@ -191,7 +191,8 @@ def test_heavy_rows_of_all_heads_start_first(plain):
     ({"device": torch.device("cpu")}, "needs a GPU"),
     ({"dtype": torch.float32}, "bfloat16 and float16"),
     ({"head_dim": 96}, "head_dim must be"),
-    ({"value_dim": 64}, "value_dim must be head_dim"),
+    ({"value_dim": 64}, "value_dim must be 128"),
+    ({"head_dim": 192}, "value_dim must be 128"),
     ({"block_size": 32}, "block_size must be"),
 ])  # fmt: skip
 def test_the_backend_says_what_it_cannot_do(changed, reason, monkeypatch):
@@ -199,6 +200,7 @@ def test_the_backend_says_what_it_cannot_do(changed, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     asked = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128, "block_size": 128}
     assert HopperBackend().why_not(Request(**asked)) is None
+    assert HopperBackend().why_not(Request(**{**asked, "head_dim": 192, "value_dim": 128})) is None
     assert reason in HopperBackend().why_not(Request(**{**asked, **changed}))
 
 
@@ -209,12 +211,12 @@ def test_other_cards_are_told_so(capability, monkeypatch):
     assert "9.0" in HopperBackend().why_not(Request(torch.device("cuda"), torch.bfloat16, 128, 128))
 
 
-def test_wide_keys_beside_other_values_run_on_neither_kernel(monkeypatch):
+def test_which_kernel_runs_keys_beside_other_values(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    asked = {head_dim: Request(torch.device("cuda"), torch.bfloat16, head_dim, 64, 128) for head_dim in (192, 200)}
-    assert [explain_request(request).chosen for request in asked.values()] == ["triton", "torch"]
-    assert "head_dim must be at most 192" in explain_request(asked[200]).reasons["triton"]
+    pairs = {(192, 128): "hopper", (192, 192): "triton", (176, 128): "triton", (256, 16): "triton", (200, 12): "torch"}
+    for (head_dim, value_dim), kernel in pairs.items():
+        assert explain_request(Request(torch.device("cuda"), torch.bfloat16, head_dim, 64, value_dim)).chosen == kernel
 
 
 def takes(q, k, v, page_table=None):

@@ -297,6 +297,30 @@ def test_attention_with_a_soft_cap(dtype, scale):
     torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 16, 17, 31, 64, 500])
+@pytest.mark.parametrize("page", [None, 0, 16])
+def test_attention_under_a_window(page, window):
+    """A rectangular batch (None), a packed one (0), one in pages; over the blocks that the window touches and others."""
+    q, k, v = make_qkv(1, 50, 101, 4, 2, 16, torch.float32)
+    band = BlockSelection.of_window(window, block_size=16, q_len=50, kv_len=101, q_heads=4)
+    for selection in (band, random_selection(1, 4, 50, 101, 16)):
+        expected, norms = REFERENCE.attend(Call(q, k, v, SMALL, 0.25, 101, return_lse=True, window=window), selection)
+        lists = selection.indices.contiguous(), selection.counts.contiguous(), 16
+        if page is None:
+            out, lse = attend(q, k, v, *lists, window=window)
+        else:
+            packed, table = (q[0], k[0], v[0]), None
+            if page:
+                (keys, table), (values, _) = (to_pages(x[0], [101], page) for x in (k, v))
+                packed = q[0], keys, values
+            batch = PackedBatch.plan([50], [101], page_table=table, device=q.device)
+            # Wherever 50 queries begin, they touch at most five blocks: here four.
+            padded = [torch.nn.functional.pad(x, (0, 0) * (x.dim() == 4) + (0, 1)) for x in lists[:2]]
+            out, lse = (x[None] for x in attend(*packed, *padded, 16, batch=batch, window=window))
+        assert worst_row_error(out, expected) < 1e-5
+        torch.testing.assert_close(lse, norms, rtol=1e-5, atol=1e-5)
+
+
 def test_without_lse_none_is_written():
     q, k, v = make_qkv(1, 50, 83, 2, 1, 16)
     selection = random_selection(1, 2, 50, 83, 16)
@@ -437,10 +461,12 @@ def gradients_agree(call: Call, kept: Tensor, results: tuple[Tensor, Tensor], bo
     return found
 
 
-def kept_by(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> tuple[Call, Tensor, tuple[Tensor, Tensor]]:
+def kept_by(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, softcap: float | None = None
+) -> tuple[Call, Tensor, tuple[Tensor, Tensor]]:
     """A call over a selection, its bits and its results."""
     size = selection.block_size
-    call = Call(q, k, v, Stem(block_size=size, stride=1), q.shape[3] ** -0.5, k.shape[1], return_lse=True)
+    call = Call(q, k, v, Stem(block_size=size, stride=1), q.shape[3] ** -0.5, k.shape[1], return_lse=True, softcap=softcap)
     out, lse, kept = TritonBackend().attend_kept(call, selection)
     assert torch.equal(kept, eager_pack(selection))
     return call, kept, (out, lse)
@@ -460,6 +486,13 @@ def test_gradients_are_those_of_the_references_autograd(shape, block, dtype):
     q, k, v = make_qkv(*shape, dtype=dtype)
     selection = random_selection(shape[0], shape[3], shape[1], shape[2], block, 0.4)
     gradients_agree(*kept_by(q, k, v, selection), bound=1e-3 if dtype == torch.float16 else 2e-6)
+
+
+@pytest.mark.parametrize(("softcap", "value_dim"), [(0.5, 32), (None, 16), (3.0, 48)])
+def test_gradients_under_a_soft_cap_and_with_values_of_another_dimension(softcap, value_dim):
+    q, k, v = make_qkv(2, 40, 75, 4, 2, 32, value_dim=value_dim)
+    found = gradients_agree(*kept_by(q, k, v, random_selection(2, 4, 40, 75, 16, 0.4), softcap), bound=1e-5)
+    assert found[2].shape == v.shape
 
 
 def test_gradients_where_the_first_block_is_cut_into_chunks_and_heads_run_apart(monkeypatch):

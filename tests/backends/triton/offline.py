@@ -117,7 +117,7 @@ def record_packing(dim: int, by_head: bool) -> Recorded:
 def record_attention(
     target: str, *, dim: int = 128, block_size: int = 128, dtype: torch.dtype = torch.bfloat16, ragged: bool = False,
     page: int = 0, lse: bool = True, launch: Launch | None = None, sinks: torch.dtype | None = None,
-    softcap: float | None = None, value_dim: int | None = None,
+    softcap: float | None = None, value_dim: int | None = None, window: int | None = None,
 ) -> Recorded:  # fmt: skip
     """The launch of attention on a card, with the choice that the library makes for it unless another is given."""
 
@@ -127,7 +127,7 @@ def record_attention(
         if launch is not None:
             patch.setattr(attention, "attention_launch", lambda *_, **__: launch)
         call = replace(_call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, page, value_dim), return_lse=lse)
-        call = replace(call, sinks=None if sinks is None else torch.empty(8, dtype=sinks), softcap=softcap)
+        call = replace(call, sinks=None if sinks is None else torch.empty(8, dtype=sinks), softcap=softcap, window=window)
         indices = torch.zeros((1, 8, -(-300 // block_size), 3), dtype=torch.int32)
         counts = indices[..., 0].contiguous()
         attention.attend(call, Layout.of(call, block_size, launches), indices, counts, block_size, 2, launches)
@@ -136,7 +136,7 @@ def record_attention(
 
 def record_backward(
     target: str, *, dim: int = 128, block_size: int = 128, dtype: torch.dtype = torch.bfloat16, ragged: bool = False,
-    launches: dict[str, BackwardLaunch] | None = None,
+    launches: dict[str, BackwardLaunch] | None = None, softcap: float | None = None, value_dim: int | None = None,
 ) -> dict[str, Recorded]:  # fmt: skip
     """The launches of a gradient on a card, by kernel; of two of one kernel the last. Other choices may be given for it."""
     started = Recorder()
@@ -144,7 +144,8 @@ def record_backward(
         patch.setattr(backward, "architecture", lambda _: target)
         if launches is not None:
             patch.setattr(backward, "backward_launch", lambda kernel, *_: launches[kernel])
-        call = _call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, 0, None)
+        call = _call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, 0, value_dim)
+        call = replace(call, softcap=softcap)
         kept = torch.zeros(kept_shape(call), dtype=torch.int32)
         out, lse = replace(call, return_lse=True).empty_results()
         indices = torch.zeros((1, 8, kept.shape[2], 3), dtype=torch.int32)
@@ -208,11 +209,14 @@ def compile_for(target: str, launch: Recorded) -> Compiled:
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and the bytes of memory that it uses in place of registers."""
+    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", dumped(cubin, "--dump-resource-usage"))}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def dumped(cubin: bytes, what: str) -> str:
+    """What NVIDIA's tool tells of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+        return subprocess.run([tool, what, file.name], capture_output=True, check=True, text=True).stdout

@@ -37,8 +37,12 @@ def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
 SPILLS = {("sm90", 256, 64): 8, ("sm90", 256, 128): 80, ("sm80", 192, 64): 24}
 # Under a soft cap, by the same: few loads and stores of a row's numbers.
 CAP_SPILLS = {("sm80", 256, 128): 8, ("sm120", 256, 128): 8, ("sm90", 256, 64): 128}
-# Of the gradient's, by the same: two words, beside 128 registers of sums.
-BACKWARD_SPILLS = {("sm90", 128, 64): 8, ("sm90", 80, 64): 8}
+# Under a window, by the same: two words.
+WINDOW_SPILLS = {("sm80", 64, 64): 8, ("sm120", 256, 128): 8}
+# Of the gradient's, by the same: two words, beside 128 registers of sums. Under a cap, and for keys of 192 over values of 128,
+# what fits was not looked for.
+BACKWARD_SPILLS = {("sm90", 128, 64): 8, ("sm90", 80, 64): 8, ("sm90", 192, 128): 112}
+CAP_BACKWARD_SPILLS = {("sm90", 128, 128): 8, ("sm90", 128, 64): 8, ("sm90", 256, 128): 168}
 # Triton 3.8's ptxas takes 64, 80 or 128 registers, so that two programs fit on a multiprocessor, and some bytes of stack for
 # it.
 CHEAP_STACK = {"choose_kernel": 16, "pool_kernel": 8, "keep_kernel": 40}
@@ -52,8 +56,11 @@ def fits(target: str, launch: Recorded) -> Compiled:
     allowed = SPILLS.get(shape, 0)
     if launch.arguments.get("steepness") is not None:
         allowed = max(allowed, CAP_SPILLS.get(shape, 0))
+    if launch.arguments.get("window") is not None:
+        allowed = max(allowed, WINDOW_SPILLS.get(shape, 0))
     if launch.kernel.fn.__name__ in ("dq_kernel", "dkv_kernel"):
-        allowed = BACKWARD_SPILLS.get((target, launch.arguments["D"], launch.arguments["B"]), 0)
+        capped = launch.arguments["steepness"] is not None
+        allowed = (CAP_BACKWARD_SPILLS if capped else BACKWARD_SPILLS).get(shape, 0)
     if target != "sm90":
         allowed = max(allowed, CHEAP_STACK.get(launch.kernel.fn.__name__, 0))
     if launch.arguments.get("COLUMNS") == LONGEST_ROW:
@@ -90,7 +97,12 @@ VARIANTS = {
     "dim-192-values-128-block-64": {"dim": 192, "value_dim": 128, "block_size": 64},
     "dim-192-values-128-block-64-page-64": {"dim": 192, "value_dim": 128, "block_size": 64, "page": 64},
     "dim-64-values-256": {"dim": 64, "value_dim": 256},
+    "dim-256-values-16-block-64-page-64": {"dim": 256, "value_dim": 16, "block_size": 64, "page": 64},
     "sinks-page-64": {"page": 64, "sinks": torch.float32},
+    "window": {"window": 1000},
+    "window-dim-256": {"dim": 256, "window": 1000},
+    "window-block-64-dim-64-sinks": {"block_size": 64, "dim": 64, "window": 128, "sinks": torch.bfloat16},
+    "window-ragged": {"ragged": True, "window": 1000},
 }
 
 
@@ -180,6 +192,9 @@ BACKWARD = {
     "ragged-block-64": {"ragged": True, "block_size": 64},
     "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
     "ragged-dim-256": {"ragged": True, "dim": 256},
+    **{f"cap-block-{size}": {"block_size": size, "softcap": 50.0} for size in (64, 128)},
+    "cap-dim-256": {"dim": 256, "softcap": 50.0},
+    "values-of-128-dim-192": {"dim": 192, "value_dim": 128},
     **{f"dim-{dim}-block-{size}": {"dim": dim, "block_size": size} for dim in (64, 128, 256) for size in (64, 128)},
 }
 KERNELS = {"delta_kernel", "pack_kernel", "rows_kernel", "columns_kernel", "dq_kernel", "dkv_kernel", "sum_kernel"}

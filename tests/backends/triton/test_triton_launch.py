@@ -10,6 +10,8 @@ from stem_attention.backends import Request
 from stem_attention.backends.triton import BLOCK_SIZES, HEAD_DIMS, TritonBackend
 from stem_attention.backends.triton.launch import architecture, attention_launch, backward_launch, has_tma, tile_launch
 
+from .offline import record_attention
+
 TABLE = json.loads(files("stem_attention.backends.triton").joinpath("launch.json").read_text())["attention"]
 CARDS = [*TABLE, "sm86", "sm89", "sm103", "sm121", "sm200", "gfx90a", "gfx1100", "unknown"]
 
@@ -80,3 +82,9 @@ def test_every_card_has_a_choice_for_selection(card, kernel):
     choice = tile_launch(kernel, card)
     assert all(n & (n - 1) == 0 for n in (choice.rows, choice.columns, choice.inner, choice.warps))
     assert (choice.inner > 0) == (kernel == "score")
+
+
+@pytest.mark.parametrize(("dim", "value_dim", "warps"), [(192, 16, 8), (256, 32, 8), (136, 16, 8), (128, 16, 4), (192, 64, 4)])
+def test_hopper_cards_compute_narrow_values_beside_wide_keys_with_eight_warps(dim, value_dim, warps):
+    """With four, Triton 3.6 gave wrong rows of packed batches (H100)."""
+    assert record_attention("sm90", dim=dim, value_dim=value_dim, block_size=64, ragged=True).options["num_warps"] == warps

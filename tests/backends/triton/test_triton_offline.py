@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from triton.runtime import driver
@@ -54,6 +56,17 @@ def test_launches_on_real_memory_find_what_was_compiled_on_meta_tensors(monkeypa
         select(real_call(POLICY), stem.select_by_score)
     assert [(kernel.kernel, kernel.cached) for kernel in found] == [(name, True) for name in names[:4]]
     assert {kernel.key for kernel in found} <= {kernel.key for kernel in made}
+
+
+def test_other_forms_are_compiled_for_the_backend_that_runs_them():
+    forms = [CALLS, replace(CALLS, sinks=True), replace(CALLS, softcap=True), replace(CALLS, value_dim=16)]
+    mla = replace(CALLS, head_dim=192, value_dim=128)
+    made: list[Compilation] = []
+    assert [precompile("sm90", calls, POLICY, made.append) for calls in (*forms, mla)] == ["triton"] * 4 + ["hopper"]
+    attention = [kernel for kernel in made if kernel.kernel == "attention_kernel"]
+    assert [kernel.cached for kernel in attention] == [False] * 5
+    with pytest.raises(ValueError, match="value_dim"):
+        precompile("sm90", replace(CALLS, value_dim=20), POLICY, made.append)
 
 
 def test_keep_by_mass_is_compiled_too():

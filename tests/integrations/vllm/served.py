@@ -41,12 +41,13 @@ def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
     return [torch.randint(0, SIZES["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
 
 
-def generate(llm: Any, asked: list[list[int]], tokens: int = 12) -> list[list[int]]:
-    """Greedy tokens, one list a prompt."""
+def generate(llm: Any, asked: list[list[int]], tokens: int = 12, lora: Any = None) -> list[list[int]]:
+    """Greedy tokens, one list a prompt, with an adapter if one is named."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], greedy, use_tqdm=False)
+    requests = [{"prompt_token_ids": prompt} for prompt in asked]
+    outputs = llm.generate(requests, greedy, use_tqdm=False, lora_request=lora)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

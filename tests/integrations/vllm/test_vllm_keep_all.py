@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +11,15 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
+from safetensors.torch import save_file
 from vllm.distributed.parallel_state import destroy_model_parallel
+from vllm.lora.request import LoRARequest
 
 from stem_attention.integrations.serving import rows as serving_rows
 from stem_attention.integrations.vllm import counters, reset_counters
 from stem_attention.integrations.vllm import host as vllm_host
 
-from .served import KEEP_ALL, generate, prompts
+from .served import KEEP_ALL, SIZES, generate, prompts
 
 LENGTHS = (700, 37, 1001, 300, 129)
 
@@ -86,12 +90,38 @@ def test_a_preempted_request_reads_its_answer_again(llama, engine):
     assert counters()["sparse_tokens"] > sum(map(len, asked)) + 500, "some prompt was read twice"
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a random adapter for the random Llama: low-rank changes of its queries and keys."""
+    generator, path = torch.Generator().manual_seed(0), tmp_path_factory.mktemp("adapter")
+    changes = {}
+    for layer in range(2):
+        for name, width in (("q_proj", 128), ("k_proj", 64)):
+            for factor, shape in (("A", (8, SIZES["hidden_size"])), ("B", (width, 8))):
+                key = f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{factor}.weight"
+                changes[key] = torch.randn(shape, generator=generator) * 0.3
+    save_file(changes, path / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj"], "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps(fields))
+    return path
+
+
 def test_a_mixture_of_experts(models, engine):
     destroy_model_parallel()  # experts have a process group too, which engines of other models have not made
     model = models("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
     expected = generate(engine(model), prompts(700, 300))
     assert generate(engine(model, KEEP_ALL, max_num_batched_tokens=222), prompts(700, 300)) == expected
     assert counters()["sparse_tokens"] > 900
+
+
+def test_low_rank_adapters(llama, engine, adapter):
+    asked, adapted = prompts(700, 300), LoRARequest("random", 1, str(adapter))
+    with_lora = {"enable_lora": True, "max_lora_rank": 8}
+    engines = engine(llama, **with_lora), engine(llama, KEEP_ALL, max_num_batched_tokens=222, **with_lora)
+    plain, host = (generate(engines[0], asked, lora=lora) for lora in (None, adapted))
+    assert generate(engines[1], asked, lora=adapted) == host != plain
+    assert counters()["sparse_tokens"] > 900
+    assert generate(engines[1], asked) == plain
 
 
 FORMS = {"sinks": torch.tensor([5.0, 8.0, -1.0, 6.0]), "logits_soft_cap": 0.5}  # what vLLM calls them

@@ -11,13 +11,23 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 from .served import generate, run_script
 
 SCRIPT = """
-import json, sys
+import json, logging, sys
 import vllm
+from stem_attention.integrations.serving.report import report
 from stem_attention.integrations.vllm import NAME, counters
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 def factors(worker):
     layers = worker.model_runner.vllm_config.compilation_config.static_forward_context
     return [layers[name].impl.policy.head_factors for name in sorted(layers)]
+
+def tell(worker):
+    report(logging.getLogger())
+
+def metrics():
+    "What the server's /metrics shows of ours."
+    samples = [sample for metric in get_prometheus_registry().collect() for sample in metric.samples]
+    return {sample.name: sample.value for sample in samples if sample.name.startswith("stem")}
 
 def main():
     given = json.load(open(sys.argv[1]))
@@ -26,7 +36,8 @@ def main():
     prompts = [{"prompt_token_ids": prompt} for prompt in given["prompts"]]
     greedy = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     tokens = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy, use_tqdm=False)]
-    asked = {"counters": llm.collective_rpc(counters), "factors": llm.collective_rpc(factors)}
+    llm.collective_rpc(tell)
+    asked = {"counters": llm.collective_rpc(counters), "factors": llm.collective_rpc(factors), "metrics": metrics()}
     print("RESULT", json.dumps({"tokens": tokens, "here": counters(), **asked}))
 
 if __name__ == "__main__":
@@ -38,6 +49,7 @@ PROMPTS = [[i * i * k % 509 for i in range(1, length)] for k, length in ((3, 900
 
 
 def test_worker_processes_give_one_process_tokens_each_with_the_factors_of_its_own_heads(llama, tmp_path, engine):
+    (tmp_path / "metrics").mkdir()
     result, log = run_script(
         SCRIPT,
         tmp_path,
@@ -46,6 +58,7 @@ def test_worker_processes_give_one_process_tokens_each_with_the_factors_of_its_o
         VLLM_WORKER_MULTIPROCESSING_METHOD="spawn",  # as on a GPU: the config is pickled, and read before plug-ins are
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
         STEM_ATTENTION_SETTINGS=json.dumps(BY_MASS),
+        PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "metrics"),
     )
     assert result["factors"] == [[[row[:2]] for row in FACTORS], [[row[2:]] for row in FACTORS]]
     expected = generate(engine(llama, BY_MASS, max_num_batched_tokens=333), PROMPTS, tokens=8)
@@ -57,5 +70,7 @@ def test_worker_processes_give_one_process_tokens_each_with_the_factors_of_its_o
     first, second = result["counters"]
     of_heads = {"kept_blocks", "density"}
     assert {name for name in first if first[name] != second[name]} == of_heads, "each counts what its own heads keep"
+    sums = {f"stem_attention_{name}_total": first[name] + second[name] for name in ("causal_blocks", "kept_blocks")}
+    assert result["metrics"] == sums, "Prometheus has the blocks of all workers"
     assert 1300 < first["sparse_tokens"] <= sum(map(len, PROMPTS))
     assert result["here"]["sparse_rows"] == 0, "workers count, the process that asks them does not"

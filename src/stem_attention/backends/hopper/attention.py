@@ -36,13 +36,15 @@ class Launch:
         return 65536 // (128 * (self.rows * block_size // 64 + 1) * self.programs) // 8 * 8
 
 
-# By block size and head dimension, measured on an H200; tasks of two rows on an H100.
+# By block size and dimension of keys, measured on an H200; keys of 192 and tasks of two rows on an H100.
 LAUNCHES = {
     (128, 64): Launch(tile=128, key_slots=4, value_slots=4),
     (128, 128): Launch(tile=128, key_slots=2, value_slots=2),
+    (128, 192): Launch(tile=128, key_slots=2, value_slots=2),
     (128, 256): Launch(tile=64, key_slots=2, value_slots=2),
     (64, 64): Launch(tile=64, key_slots=4, value_slots=4, programs=3, queries_in_registers=True),
     (64, 128): Launch(tile=64, key_slots=2, value_slots=2, queries_in_registers=True, rows=2),
+    (64, 192): Launch(tile=64, key_slots=2, value_slots=2, programs=2, queries_in_registers=True),
     (64, 256): Launch(tile=64, key_slots=3, value_slots=3),
 }
 
@@ -65,8 +67,8 @@ def attend(
     if layout.rows == 0:
         return out, lse
     q4, k4, v4, o4 = (x[None] if x.dim() == 3 else x for x in (q, call.k, call.v, out))
-    batch, heads, dim, rows, page = layout.batch, layout.heads, layout.dim, layout.rows, layout.page
-    choice = LAUNCHES[block_size, dim]
+    batch, heads, dim, rows, page = layout.batch, layout.heads, layout.value_dim, layout.rows, layout.page
+    choice, rest = LAUNCHES[block_size, layout.dim], layout.dim - dim
     tasks, heavy = (-(-n // choice.rows) for n in (rows, min(heavy, rows)))
     # Heads of a group read the same keys: as many rows of each as run at once.
     resident = multiprocessors(q.device) * choice.programs
@@ -80,13 +82,13 @@ def attend(
     options = {} if choice.programs == 1 else {"maxnreg": choice.entry_registers(block_size)}
     kernel, shape = attention_kernel, {
         "WGS": block_size // 64, "BN": choice.tile, "KS": choice.key_slots, "VS": choice.value_slots,
-        "QREG": choice.queries_in_registers,
+        "QREG": choice.queries_in_registers, "REST": rest,
     }  # fmt: skip
     if choice.rows == 2:
         kernel, shape = pair_kernel, {"SLOTS": choice.key_slots}
     launches.start(
         kernel, (min(tickets, resident),),
-        _tiles(q4, 64, dim), _tiles(k4, box, columns), _tiles(v4, box, columns), _tiles(o4, 64, dim), out, lse,
+        _tiles(q4, 64, rest or dim), _tiles(k4, box, rest or columns), _tiles(v4, box, columns), _tiles(o4, 64, dim), out, lse,
         call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3],
         *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band,
         indices.shape[3], tickets, layout.group, *in_base_two(scale, call.softcap),

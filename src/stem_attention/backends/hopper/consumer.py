@@ -20,6 +20,17 @@ SLACK: gl.constexpr = gl.constexpr(8.0)
 
 
 @gluon.jit
+def _products(q, s, blank, shared, REST: gl.constexpr):
+    """Scores of the tile in slot ``s``, issued: products of the first columns, and of the rest where there is one."""
+    _, k_s, _, _, _, _, _, _, _, _, _, _, k_rest = shared
+    first, rest = q
+    scores = warpgroup_mma(first, k_s.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
+    if REST:
+        scores = warpgroup_mma(rest, k_rest.index(s).permute((1, 0)), scores, is_async=True)
+    return scores
+
+
+@gluon.jit
 def _weights(scores, scale, m, HELD: gl.constexpr, LAZY: gl.constexpr = False):
     """Weights of a tile, the running maximum (in base 2), what older weights shrink by, and the tile's sums per thread.
 
@@ -123,13 +134,14 @@ def _write(acc, total, m, sink, read, staging, o_tiles, results, z, head, positi
 
 @gluon.jit
 def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
-          BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
+          BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr,
+          REST: gl.constexpr):  # fmt: skip
     """Scores of the ``t``-th tile beside the weighted values of the one before, then softmax while the values still run.
 
     ``SUB`` is the tile's place in the diagonal block, which is masked, or 0 for every tile of another block. ``present``
     are the sequence's keys from the tile's first on.
     """
-    _, k_s, v_s, _, k_full, v_full, k_empty, v_empty, _, _, turns = shared
+    _, _, v_s, _, k_full, v_full, k_empty, v_empty, _, _, turns, _, _ = shared
     scale, steepness = scales
     scores_layout: gl.constexpr = blank.type.layout
     out_layout: gl.constexpr = acc.type.layout
@@ -140,7 +152,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     mbarrier.wait(k_full.index(s), (t // KS) & 1)
     if WGS == 2:
         mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
-    scores = warpgroup_mma(q, k_s.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
+    scores = _products(q, s, blank, shared, REST)
     weights = gl.convert_layout(p.to(v_s.dtype), gl.DotOperandLayout(0, out_layout, 2))
     mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
     acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
@@ -167,12 +179,12 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
 @gluon.jit
 def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr,
               D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
-              QREG: gl.constexpr):  # fmt: skip
+              QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     B: gl.constexpr = 64 * WGS
     SUB: gl.constexpr = B // BN if BN < B else 1
     _, _, _, o_tiles = tiles
     scale, steepness = scales
-    q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns = shared
+    q_s, _, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns, q_rest, _ = shared
     _, counts, width, tickets, _ = lists
     _, _, _, _, _, _, sinks = results
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -194,9 +206,9 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
         if row >= 0:
             _, entries, _, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
             mbarrier.wait(q_bars.index(0), n & 1)
-            q = q_s.index(w)
+            q = (q_s.index(w), q_rest.index(w))
             if QREG:
-                q = q.load(q_layout)
+                q = (q_s.index(w).load(q_layout), q_rest.index(w).load(q_layout))
             n += 1
             acc = gl.zeros([64, D], gl.float32, out_layout)
             # A sink is a score without a value: the maximum begins with it, and its weight joins the sum at the end.
@@ -214,7 +226,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             mbarrier.wait(k_full.index(s), (t // KS) & 1)
             if WGS == 2:
                 mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
-            scores = warpgroup_mma(q, k_s.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
+            scores = _products(q, s, blank, shared, REST)
             if WGS == 2:
                 mbarrier.arrive(turns.index(1 - w), count=1)
             scores = warpgroup_mma_wait(0, deps=[scores])
@@ -229,11 +241,11 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             t += 1
             for sub in gl.static_range(1, SUB):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present - sub * BN,
-                                         w, sub, WGS, BN, D, KS, VS, RAGGED)  # fmt: skip
+                                         w, sub, WGS, BN, D, KS, VS, RAGGED, REST)  # fmt: skip
                 t += 1
             for _ in range(SUB, steps):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present,
-                                         w, 0, WGS, BN, D, KS, VS, RAGGED)  # fmt: skip
+                                         w, 0, WGS, BN, D, KS, VS, RAGGED, REST)  # fmt: skip
                 t += 1
 
             before = (t - 1) % VS
@@ -253,14 +265,14 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
 @gluon.jit
 def first_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
                    KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
-                   QREG: gl.constexpr):  # fmt: skip
+                   QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Rows 0 to 63 of every block."""
-    _consumer(0, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)
+    _consumer(0, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)
 
 
 @gluon.jit
 def second_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
                     KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
-                    QREG: gl.constexpr):  # fmt: skip
+                    QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Rows 64 to 127."""
-    _consumer(1, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG)
+    _consumer(1, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)

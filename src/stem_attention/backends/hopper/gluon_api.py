@@ -5,7 +5,7 @@ Everything else in this folder takes these from here, so that a new Triton is a 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # Triton 3.8 gave the copies shorter names, and 3.9 drops the long name of the store.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -83,3 +83,12 @@ def lowest_bit(mask):
 def bits_set(mask):
     """How many bits of a mask are set."""
     return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [mask], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def barriers(number: gl.constexpr, count: gl.constexpr):
+    """Make room for barriers that complete a phase after ``count`` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(bars.index(i), count=count)
+    return bars

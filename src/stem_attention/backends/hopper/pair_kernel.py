@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from stem_attention.backends.hopper.kernel import _barriers
+from stem_attention.backends.hopper.gluon_api import barriers
 from stem_attention.backends.hopper.pair_consumer import first_of_pair, second_of_pair
 from stem_attention.backends.hopper.pair_producer import pair_producer
 
@@ -51,13 +51,13 @@ def pair_kernel(
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ticket_s = gl.allocate_shared_memory(gl.int32, [2, 1], word)
     plan_s = gl.allocate_shared_memory(gl.int32, [4 * PLANS, 1], word)
-    k_full = _barriers(3 * SLOTS, 1)
-    v_full = _barriers(3 * SLOTS, 1)
+    k_full = barriers(3 * SLOTS, 1)
+    v_full = barriers(3 * SLOTS, 1)
     k_empty = _empty_barriers(SLOTS)
     v_empty = _empty_barriers(SLOTS)
     # Of two rows each: "full" and "empty".
-    q_bars = _barriers(4, 1)
-    plan_bars = _barriers(4 * PLANS, 1)
+    q_bars = barriers(4, 1)
+    plan_bars = barriers(4 * PLANS, 1)
     ticket_bars = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(ticket_bars.index(i), count=1 if i < 2 else 2)

@@ -11,14 +11,17 @@ from stem_attention.backends.hopper.schedule import keys_of, open_task, steps_of
 
 
 @gluon.jit
-def _copy_rows(tiles, ring, full, empty, t, z, head, position, second, k_first, kv_len, pages, SLOTS: gl.constexpr,
+def _copy_rows(tiles, ring, rest, full, empty, t, z, head, position, second, k_first, kv_len, pages, SLOTS: gl.constexpr,
                B: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-               BOX: gl.constexpr):  # fmt: skip
-    """The ``t``-th tile of a ring of keys or values: those from ``position`` on, and of two blocks the other at ``second``."""
+               BOX: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """The ``t``-th tile of a ring of keys or values: those from ``position`` on, and of two blocks the other at ``second``.
+
+    Columns behind the first ``D``, ``REST`` of them, go to a ring of their own.
+    """
     page_table, table_stride, page_count = pages
     s = t % SLOTS
     mbarrier.wait(empty.index(s), ((t // SLOTS) & 1) ^ 1)
-    mbarrier.expect(full.index(s), BN * D * 2)
+    mbarrier.expect(full.index(s), BN * (D + REST) * 2)
     for part in gl.static_range(BN // BOX):
         at = position + part * BOX
         if part * BOX >= B:
@@ -34,7 +37,7 @@ def _copy_rows(tiles, ring, full, empty, t, z, head, position, second, k_first, 
         else:
             outer = z
             inner = at
-        if BOX == BN:
+        if BOX == BN and REST == 0:
             slot = ring.index(s)._reinterpret(ring.dtype, [1, BN, 1, D], tiles.layout)
             async_load(tiles, [outer, inner, head, 0], full.index(s), slot)
         else:
@@ -42,17 +45,21 @@ def _copy_rows(tiles, ring, full, empty, t, z, head, position, second, k_first, 
             parts = ring.index(s)._reinterpret(ring.dtype, [D // 64 * (BN // BOX), 1, BOX, 1, 64], tiles.layout)
             for column in gl.static_range(D // 64):
                 async_load(tiles, [outer, inner, head, column * 64], full.index(s), parts.index(column * (BN // BOX) + part))
+        if REST:
+            parts = rest.index(s)._reinterpret(ring.dtype, [BN // BOX, 1, BOX, 1, REST], tiles.layout)
+            async_load(tiles, [outer, inner, head, D], full.index(s), parts.index(part))
 
 
 @gluon.jit
 def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-             KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr):  # fmt: skip
+             KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr,
+             REST: gl.constexpr):  # fmt: skip
     """Fill the rings for one task after another; consumers learn of a task through two slots of tickets."""
     B: gl.constexpr = 64 * WGS
     # Copies in the order in which slots become free: a step's keys are done with before the values of the step before.
     KEYS_AHEAD: gl.constexpr = KS >= VS
     q_tiles, k_tiles, v_tiles, _ = tiles
-    q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, _ = shared
+    q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, _, q_rest, k_rest = shared
     indices, counts, width, tickets, group = lists
     ticket_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     t = 0
@@ -65,31 +72,39 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
             kv_head = head // group
             offset, entries, whole, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
             mbarrier.wait(q_bars.index(1), (n & 1) ^ 1)
-            mbarrier.expect(q_bars.index(0), B * D * 2)
+            mbarrier.expect(q_bars.index(0), B * (D + REST) * 2)
             q_z = 0 if RAGGED else z
             for w in gl.static_range(WGS):
-                async_load(q_tiles, [q_z, q_first + block * B - start + w * 64, head, 0], q_bars.index(0),
-                           q_s.index(w)._reinterpret(q_s.dtype, [1, 64, 1, D], q_tiles.layout))  # fmt: skip
+                first = q_first + block * B - start + w * 64
+                if REST:
+                    parts = q_s.index(w)._reinterpret(q_s.dtype, [D // 64, 1, 64, 1, 64], q_tiles.layout)
+                    for column in gl.static_range(D // 64):
+                        async_load(q_tiles, [q_z, first, head, column * 64], q_bars.index(0), parts.index(column))
+                    rest = q_rest.index(w)._reinterpret(q_s.dtype, [1, 64, 1, REST], q_tiles.layout)
+                    async_load(q_tiles, [q_z, first, head, D], q_bars.index(0), rest)
+                else:
+                    async_load(q_tiles, [q_z, first, head, 0], q_bars.index(0),
+                               q_s.index(w)._reinterpret(q_s.dtype, [1, 64, 1, D], q_tiles.layout))  # fmt: skip
             n += 1
             # From the list's end: the diagonal block goes first.
             before = 0
             second_before = 0
             for i in range(steps):
                 position, second = keys_of(i, indices, offset, entries, whole, block, B, BN)
-                _copy_rows(k_tiles, k_s, k_full, k_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
-                           KS, B, BN, D, PAGE, RAGGED, BOX)  # fmt: skip
+                _copy_rows(k_tiles, k_s, k_rest, k_full, k_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
+                           KS, B, BN, D, PAGE, RAGGED, BOX, REST)  # fmt: skip
                 if not KEYS_AHEAD:
-                    _copy_rows(v_tiles, v_s, v_full, v_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
-                               VS, B, BN, D, PAGE, RAGGED, BOX)  # fmt: skip
+                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
+                               VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                 elif i > 0:
-                    _copy_rows(v_tiles, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len, pages,
-                               VS, B, BN, D, PAGE, RAGGED, BOX)  # fmt: skip
+                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len,
+                               pages, VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                 before = position
                 second_before = second
                 t += 1
             if KEYS_AHEAD:
-                _copy_rows(v_tiles, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len, pages,
-                           VS, B, BN, D, PAGE, RAGGED, BOX)  # fmt: skip
+                _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len, pages,
+                           VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
         taken = gl.atomic_add(queue, 1)
         if taken == tickets - 1:  # as many are taken as there are: nobody asks again, and the next launch finds a new queue
             gl.store(queue, 0)

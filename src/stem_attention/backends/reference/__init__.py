@@ -46,7 +46,7 @@ class ReferenceBackend(Backend):
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Take a masked softmax, one query block at a time."""
-        out, lse = attend(call.q, call.k, call.v, selection, call.scale, call.sinks, call.softcap)
+        out, lse = attend(call.q, call.k, call.v, selection, call.scale, call.sinks, call.softcap, call.window)
         return out, lse if call.return_lse else lse.new_empty(0)
 
     def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +55,6 @@ class ReferenceBackend(Backend):
             return super().backward(call, kept, results, d_results)
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
-            again = attend(q, k, v, unpack(kept, call.grid), call.scale, call.sinks)
+            again = attend(q, k, v, unpack(kept, call.grid), call.scale, call.sinks, call.softcap)
         d_q, d_k, d_v = torch.autograd.grad(again, (q, k, v), d_results)
         return d_q, d_k, d_v

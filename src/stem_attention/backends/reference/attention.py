@@ -1,6 +1,7 @@
 """Section 6, as written: softmax over { j <= i, block(j) kept for block(i) } of scale * q.k, times v.
 
 A soft cap c bounds the scores: c * tanh(scale * q.k / c). A sink is one more score of every row, whose weight meets no value.
+Under a window w just keys j > i - w are seen.
 """
 
 import torch
@@ -18,6 +19,7 @@ def attend(
     scale: float,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``; fp64 inputs are computed in fp64, all others in fp32."""
     dtype = accumulator_dtype(q)
@@ -38,6 +40,8 @@ def attend(
                 if softcap is not None:
                     scores = softcap * (scores / softcap).tanh()
                 scores = scores.masked_fill(kept > rows[:, None], -torch.inf)
+                if window is not None:
+                    scores = scores.masked_fill(kept <= rows[:, None] - window, -torch.inf)
                 if sinks is not None:
                     scores = torch.cat([scores, sinks[h].to(dtype).expand(len(rows), 1)], 1)
                 out[b, rows - start, h] = (scores.softmax(-1)[:, : len(kept)] @ vh[kept]).to(q.dtype)

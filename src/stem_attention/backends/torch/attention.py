@@ -48,6 +48,7 @@ def attend(
     return_lse: bool,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``, ``lse`` empty unless asked for; fp64 inputs are computed in fp64, all others in fp32."""
     (batch, q_len, heads, _), kv_heads = q.shape, k.shape[2]
@@ -62,13 +63,13 @@ def attend(
         lists = selection.indices[b, own].flatten(0, 1)[order[b, g]]
         tensors = q[b : b + 1, :, own], k[b : b + 1, :, g : g + 1], v[b : b + 1, :, g : g + 1], out[b, :, own]
         mine = lse[b, own] if return_lse else None, None if sinks is None else sinks[own]
-        _attend_group(*tensors, *mine, order[b, g], lists, lengths[b][g], selection.grid, scale, softcap)
+        _attend_group(*tensors, *mine, order[b, g], lists, lengths[b][g], selection.grid, scale, softcap, window)
     return out, lse
 
 
 def _attend_group(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None, order: Tensor, lists: Tensor,
-    counts: list[int], grid: BlockGrid, scale: float, softcap: float | None,
+    counts: list[int], grid: BlockGrid, scale: float, softcap: float | None, window: int | None,
 ) -> None:  # fmt: skip
     """Fill ``out (q_len, heads, dim)`` and ``lse (heads, q_len)`` for the query heads of one kv head of a sequence.
 
@@ -83,6 +84,8 @@ def _attend_group(
     results = queries.new_empty((*queries.shape[:2], values.shape[2]))
     norms = None if lse is None and sinks is None else queries.new_empty(queries.shape[:2])
     future = torch.ones((size, size), dtype=torch.bool, device=q.device).triu(1)
+    inside_block = torch.arange(size, device=q.device)
+    apart = inside_block[:, None, None] - inside_block  # [query, 1, key]
     scratch = _Scratch(keys)
 
     def attend_unit(unit: tuple[slice, int]) -> None:
@@ -97,6 +100,10 @@ def _attend_group(
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         scores[..., -size:].masked_fill_(future, -torch.inf)
+        if window is not None:
+            of_rows = ids.view(len(rows), count)
+            distances = (of_rows[:, -1:] - of_rows)[:, None, :, None] * size + apart  # [row, query, block, key]
+            scores.view(distances.shape).masked_fill_(distances >= window, -torch.inf)
         peak = None if norms is None else scores.amax(-1)
         weights = torch.softmax(scores, -1, out=scores)
         results.index_copy_(0, rows, weights @ kept_v)

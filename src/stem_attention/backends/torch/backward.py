@@ -11,8 +11,9 @@ from stem_attention.selection import BlockSelection
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, lse: Tensor, d_out: Tensor, delta: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, lse: Tensor, d_out: Tensor, delta: Tensor, scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v; fp64 inputs are computed in fp64, all others in fp32.
 
     Memory grows with the kept pairs of one unit of query blocks, never with the square of the length.
@@ -20,12 +21,13 @@ def gradients(
     Args:
         q: ``(batch, q_len, q_heads, dim)``.
         k: ``(batch, kv_len, kv_heads, dim)``.
-        v: ``(batch, kv_len, kv_heads, dim)``.
+        v: ``(batch, kv_len, kv_heads, value_dim)``.
         selection: The kept blocks.
-        lse: ``(batch, q_heads, q_len)``; weights are ``exp(scale * q.k - lse)``, whatever else it counts.
+        lse: ``(batch, q_heads, q_len)``; weights are ``exp(scores - lse)``, whatever else it counts.
         d_out: The gradient of the output, like it.
         delta: ``(batch, q_heads, q_len)``, of :func:`row_sums`.
         scale: Softmax scale.
+        softcap: Bound of the scaled scores, or None.
     """
     heads, kv_heads, dtype = q.shape[2], k.shape[2], accumulator_dtype(q)
     grid, size = selection.grid, selection.block_size
@@ -49,10 +51,16 @@ def gradients(
         for unit, count in query_units(lengths[b][g], size, keys.shape[2] + values.shape[2]):
             rows, ids = order[b, g, unit], lists[unit, :count].flatten()
             kept_k, kept_v = (x[ids].view(len(rows), count * size, -1) for x in (keys, values))
-            scores = (queries[rows] @ kept_k.mT).mul_(scale).sub_(norms[rows])
+            scores, bend = (queries[rows] @ kept_k.mT).mul_(scale), None
+            if softcap is not None:
+                bounded = scores.div_(softcap).tanh_()
+                scores, bend = bounded * softcap, bounded.square_().neg_().add_(1)
+            scores = scores.sub_(norms[rows])
             scores[..., -size:].masked_fill_(future, -torch.inf)  # the last block that a row keeps is its own
             weights = scores.exp_()
             d_scores = (d_results[rows] @ kept_v.mT).sub_(deltas[rows]).mul_(weights)
+            if bend is not None:
+                d_scores.mul_(bend)
             d_queries.index_copy_(0, rows, (d_scores @ kept_k).mul_(scale))
             _add(d_keys, ids, (d_scores.mT @ queries[rows]).mul_(scale))
             _add(d_values, ids, weights.mT @ d_results[rows])

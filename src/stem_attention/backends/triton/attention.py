@@ -1,6 +1,7 @@
 """Launch of the portable attention kernel."""
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -43,6 +44,9 @@ def attend(
     tma = choice.tma and has_tma(card) and all(describable(x) for x in (k4, v4)) and (page == 0 or page % choice.tile == 0)
     if choice.tma and not tma:
         choice = attention_launch(card, larger, block_size, descriptors=False)
+    if card == "sm90" and padded > 128 and padded_value < 64:
+        # Triton 3.6 miscompiles such products of four warps where it does not pipeline their loop (docs/kernels-record.md).
+        choice = replace(choice, warps=8)
     k_tiles, v_tiles = (
         TensorDescriptor(x, list(x.shape), list(x.stride()), [1, choice.tile, 1, width]) if tma else None
         for x, width in ((k4, padded), (v4, padded_value))
@@ -52,7 +56,7 @@ def attend(
         q4, k4, v4, k_tiles, v_tiles, o4, lse, call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table,
         *q4.stride()[:3], *k4.stride()[:3], *v4.stride()[:3], *o4.stride()[:3], *lse_strides(call, lse), layout.table_stride,
         k4.shape[0], layout.q_len, layout.kv_len, heads, rows, min(heavy, rows), indices.shape[3],
-        *in_base_two(scale, call.softcap),
+        *in_base_two(scale, call.softcap), call.window,
         G=layout.group, B=block_size, BN=choice.tile, D=dim, BD=padded, DV=value_dim, BDV=padded_value, PAGE=page,
         RAGGED=layout.packed, TMA=tma, LSE=call.return_lse, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

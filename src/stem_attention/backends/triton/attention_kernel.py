@@ -59,17 +59,18 @@ def _softmax_step(scores, scale, m, total, acc):
 
 
 @triton.jit(
-    do_not_specialize=["lse_stride_b", "lse_stride_h", "table_stride", "pages", "q_len", "kv_len", "rows", "heavy", "width"]
-)
+    do_not_specialize=["lse_stride_b", "lse_stride_h", "table_stride", "pages", "q_len", "kv_len", "rows", "heavy", "width",
+                       "window"]
+)  # fmt: skip
 def attention_kernel(
     q, k, v, k_tiles, v_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     o_stride_b, o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, pages,
-    q_len, kv_len, heads, rows, heavy, width, scale, steepness,
+    q_len, kv_len, heads, rows, heavy, width, scale, steepness, window,
     G: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """``sinks`` are ``(heads,)`` or None, ``scale`` and ``steepness`` those of :func:`attention.in_base_two`."""
+    """``sinks`` are ``(heads,)`` or None, ``window`` may be None, ``scale`` and ``steepness`` are as ``in_base_two`` says."""
     pid, z = tl.program_id(0), tl.program_id(1)
     # Dense tail rows are many times longer than the others: those of all heads start first. The rest go head by head, so
     # that programs running together read the same keys and values. Rows count from each sequence's end.
@@ -105,7 +106,8 @@ def attention_kernel(
     ids = indices + at * width
     whole = count > block  # such a row keeps everything: its list is 0, 1, 2, ... and need not be there
     count = block + 1 if whole else tl.minimum(count, width)
-    m = tl.full([B], -float("inf"), tl.float32)
+    # Of the first tiles of a window a row may see no key: its maximum is then the least one, and not minus infinity.
+    m = tl.full([B], -float("inf") if window is None else -1e30, tl.float32)
     total = tl.zeros([B], tl.float32)
     acc = tl.zeros([B, BDV], tl.float32)
     SUB: tl.constexpr = B // BN
@@ -126,6 +128,9 @@ def attention_kernel(
         scores = tl.dot(q_tile, k_tile.T)
         if steepness is not None:
             scores = tanh(scores * steepness)
+        if window is not None:  # noqa: SIM102  the first is decided when the kernel is compiled
+            if block * B + B - position > window:
+                scores = tl.where(positions[:, None] - (position + tl.arange(0, BN)) < window, scores, -float("inf"))
         if PEEL:
             pass
         elif entry == count - 1:
@@ -147,6 +152,8 @@ def attention_kernel(
             if steepness is not None:
                 scores = tanh(scores * steepness)
             scores = tl.where(positions[:, None] >= position + tl.arange(0, BN), scores, -float("inf"))
+            if window is not None:
+                scores = tl.where(positions[:, None] - (position + tl.arange(0, BN)) < window, scores, -float("inf"))
             p, m, total, acc = _softmax_step(scores, scale, m, total, acc)
             v_tile = _gathered_tile(v, v_stride_b, v_stride_s, v_stride_h, z, kv_head, k_first, position, kv_len, page_table,
                                     table_stride, pages, BN, DV, BDV, PAGE, RAGGED)  # fmt: skip

@@ -28,7 +28,6 @@ OLDEST_TRITON = (3, 6)
 
 _MOST_SEQUENCES = 65535  # of the second and third dimension of a grid
 _MOST_PROGRAMS = 1024
-_WIDEST_KEYS = 192  # beside values of another dimension
 
 Selector: TypeAlias = Callable[[Call, Layout, int, bool, Launches], tuple[Tensor, Tensor]]
 """Takes a call, its layout, the prompt length under which sequences keep everything, whether rows that keep everything go
@@ -77,18 +76,16 @@ class TritonBackend(Backend):
             return obstacle
         if request.head_dim not in self.head_dims:
             return f"head_dim must be {self.head_dims_said}, not {request.head_dim}"
-        if request.value_dim is not None and (obstacle := self.value_obstacle(request.head_dim, request.value_dim)) is not None:
+        value_dim = request.head_dim if request.value_dim is None else request.value_dim
+        if (obstacle := self.value_obstacle(request.head_dim, value_dim)) is not None:
             return obstacle
         if request.block_size not in BLOCK_SIZES:
             return f"block_size must be 64 or 128, not {request.block_size}"
         return None
 
     def value_obstacle(self, head_dim: int, value_dim: int) -> str | None:
-        """Say why values of another dimension than keys will not do; None when they will."""
-        if value_dim not in HEAD_DIMS:
-            return f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
-        # On an H100 keys of 256 with values of 16 gave wrong rows in blocks of 64 (Triton 3.6).
-        return None if head_dim <= _WIDEST_KEYS else f"head_dim must be at most {_WIDEST_KEYS} where values have another"
+        """Say why values of a dimension will not do beside such keys; None when they will."""
+        return None if value_dim in HEAD_DIMS else f"value_dim must be {TritonBackend.head_dims_said}, not {value_dim}"
 
     def card_obstacle(self, device: torch.device) -> str | None:
         """Say why a GPU will not do; None when it will: cards since Ampere, or with ROCm."""
@@ -127,13 +124,13 @@ class TritonBackend(Backend):
         selector, size, launches = self.selector(call.policy), call.policy.block_size, Launches()
         if selector is None:
             return super().select(call)
-        _check_grid(call)
+        check_grid(call)
         indices, counts = selector(call, Layout.of(call, size, launches), 0, False, launches)
         return BlockSelection(indices, counts, size, call.q.shape[1], call.k.shape[1])
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Run the attention kernel."""
-        _check_grid(call)
+        check_grid(call)
         # Kernels read lists one after the other: those of an expanded or sliced selection do not lie so.
         indices, counts, size = selection.indices.contiguous(), selection.counts.contiguous(), selection.block_size
         launches = Launches()
@@ -156,7 +153,7 @@ class TritonBackend(Backend):
         program = programs.get(form)
         if program is not None:
             return program.run(call)
-        _check_grid(call)
+        check_grid(call)
         selector = self.selector(call.policy)
         assert selector is not None  # or this would not be the runner
         parts, size, attend = pieces(call), call.policy.block_size, self.kernel(call)
@@ -183,7 +180,7 @@ class TritonBackend(Backend):
 
     def attend_kept(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor, Tensor]:
         """Run the attention kernel, and turn the lists into bits on the device."""
-        _check_grid(call)
+        check_grid(call)
         indices, counts, size = selection.indices.contiguous(), selection.counts.contiguous(), selection.block_size
         launches = Launches()
         layout = Layout.of(call, size, launches)
@@ -195,7 +192,7 @@ class TritonBackend(Backend):
         parts = pieces(call)
         if self.runner(call) != self.fused or (call.batch is not None and len(parts) > 1):
             return super().forward_kept(call)
-        _check_grid(call)
+        check_grid(call)
         size, limit, selector = call.policy.block_size, self.dense_limit(call.dense_below), self.selector(call.policy)
         assert selector is not None  # or another method would be the runner
         out, lse = call.empty_results()
@@ -227,11 +224,12 @@ class TritonBackend(Backend):
         """Run the gradient's kernels, a packed batch in one launch of each."""
         from stem_attention.backends.triton.backward import backward
 
-        _check_grid(call)
+        check_grid(call)
         return backward(call, kept, results, d_results, Launches())
 
 
-def _check_grid(call: Call) -> None:
+def check_grid(call: Call) -> None:
+    """Refuse more sequences than a launch takes."""
     sequences = call.q.shape[0] if call.batch is None else call.batch.sequences
     if sequences > _MOST_SEQUENCES:
         raise UnsupportedError(f"a GPU's grid takes {_MOST_SEQUENCES} sequences, not {sequences}; split the batch")

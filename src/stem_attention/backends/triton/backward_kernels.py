@@ -2,8 +2,9 @@
 
 No program adds to what another one writes, so every run gives the same bits. ``dq_kernel`` has one program per query block and
 head. ``dkv_kernel`` has one per chunk of a key block's list, for all query heads that share it: a key block that most rows
-keep, such as the first, is several chunks, whose sums ``sum_kernel`` adds in their order. Weights are ``exp(scale * q.k -
-lse)``, in base 2, so that they hold whatever else the log-sum-exp counts.
+keep, such as the first, is several chunks, whose sums ``sum_kernel`` adds in their order. Weights are ``exp(scores - lse)``, in
+base 2, so that they hold whatever else the log-sum-exp counts. ``factor`` and ``steepness`` are those of
+:func:`attention.in_base_two`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from stem_attention.backends.triton.geometry import key_span, query_span
+from stem_attention.backends.triton.softcap import tanh
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -50,7 +52,7 @@ def dq_kernel(
     q, k, v, k_tiles, v_tiles, d_out, lse, delta, d_q, lists, starts, cu_q, cu_k,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     do_stride_b, do_stride_s, do_stride_h, dq_stride_b, dq_stride_s, dq_stride_h, lse_stride_b, lse_stride_h, delta_stride_b,
-    delta_stride_h, q_len, kv_len, heads, rows, heavy, scale,
+    delta_stride_h, q_len, kv_len, heads, rows, heavy, scale, factor, steepness,
     G: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -96,10 +98,16 @@ def dq_kernel(
         else:
             k_tile = _tile(keys, k_stride_s, k_first + columns, columns < kv_len, D, BD)  # [BN, BD]
             v_tile = _tile(values, v_stride_s, k_first + columns, columns < kv_len, DV, BDV)
-        scores = tl.dot(q_tile, k_tile.T) * (scale * LOG2E) - norm[:, None]  # [BM, BN]
+        scores = tl.dot(q_tile, k_tile.T)  # [BM, BN]
+        if steepness is not None:
+            bounded = tanh(scores * steepness)
+            scores = bounded
+        scores = scores * factor - norm[:, None]
         if kept == block:
             scores = tl.where(positions[:, None] >= columns[None, :], scores, -float("inf"))
         weights = tl.math.exp2(scores)
+        if steepness is not None:
+            weights *= 1.0 - bounded * bounded
         d_scores = weights * (tl.dot(do_tile, v_tile.T) - shift[:, None])
         gradient = tl.dot(d_scores.to(k_tile.dtype), k_tile, gradient)
     dims = tl.arange(0, BD)
@@ -114,6 +122,7 @@ def dkv_kernel(
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     do_stride_b, do_stride_s, do_stride_h, dk_stride_b, dk_stride_s, dk_stride_h, dv_stride_b, dv_stride_s, dv_stride_h,
     lse_stride_b, lse_stride_h, delta_stride_b, delta_stride_h, q_len, kv_len, kv_heads, rows, blocks, columns, scale,
+    factor, steepness,
     G: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -156,11 +165,18 @@ def dkv_kernel(
             do_tile = _tile(d_out + outer * do_stride_b + wide * do_stride_h, do_stride_s, tokens, there, DV, BDV)
         norm = tl.load(lse + outer * lse_stride_b + wide * lse_stride_h + tokens, mask=there, other=float("inf")) * LOG2E
         shift = tl.load(delta + outer * delta_stride_b + wide * delta_stride_h + tokens, mask=there, other=0.0)
-        scores = tl.dot(k_tile, q_tile.T) * (scale * LOG2E) - norm[None, :]  # [BK, BM]
+        scores = tl.dot(k_tile, q_tile.T)  # [BK, BM]
+        if steepness is not None:
+            bounded = tanh(scores * steepness)
+            scores = bounded
+        scores = scores * factor - norm[None, :]
         if row == block:
             scores = tl.where(positions[None, :] >= places[:, None], scores, -float("inf"))
         weights = tl.math.exp2(scores)
-        sum_v = tl.dot(weights.to(do_tile.dtype), do_tile, sum_v)
+        held = weights.to(do_tile.dtype)
+        if steepness is not None:
+            weights *= 1.0 - bounded * bounded
+        sum_v = tl.dot(held, do_tile, sum_v)
         d_scores = weights * (tl.dot(v_tile, do_tile.T) - shift[None, :])
         sum_k = tl.dot(d_scores.to(q_tile.dtype), q_tile, sum_k)
         entry = following

@@ -92,85 +92,99 @@ def pool_kernel(
 
 
 @triton.jit
-def _pools(source, n, seen, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr):
-    """Rows ``n`` of means or variances."""
+def _pools(source, n0, seen, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Rows ``n0`` to ``n0 + BN`` of means or variances; from ``seen`` on the last one before, which nobody looks at."""
+    rows = tl.minimum(n0 + tl.arange(0, BN), seen - 1)
     dims = tl.arange(0, BD)
-    at = source + n[:, None] * D + dims
-    if EDGE:
-        return tl.load(at, mask=(n < seen)[:, None] & (dims < D)[None, :], other=0.0)
-    elif D < BD:
+    at = source + rows[:, None] * D + dims
+    if D < BD:
         return tl.load(at, mask=(dims < D)[None, :], other=0.0)
     else:
         return tl.load(at)
 
 
 @triton.jit
-def _logits(
-    queries, squares, k_means, k_variances, n, seen, last, kv_len, scale, spread, cap,
-    KP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """Base-2 logits of query pools against key pools ``n``, up to the weight of a full pool; SPREAD: above the means'.
-
-    Away from the EDGE all pools are full and lie in every query's past.
-    """
-    keys = _pools(k_means, n, seen, D, BD, EDGE)
-    logits = tl.dot(queries, keys.T, input_precision="ieee") * scale
-    if SPREAD:
-        variances = _pools(k_variances, n, seen, D, BD, EDGE)
-        logits += tl.sqrt(tl.dot(squares, variances.T, input_precision="ieee")) * spread
-    logits = capped(logits, cap)
-    if EDGE:
-        count = tl.minimum(tl.maximum(kv_len - n * KP, 1), KP)
-        logits += tl.log2(count.to(tl.float32) / KP)[None, :]
-        logits = tl.where(n[None, :] * KP <= last[:, None], logits, -float("inf"))
-    return logits
+def _at_the_edge(logits, n0, last, kv_len, short, KP: tl.constexpr, BN: tl.constexpr):
+    """Logits where a pool may begin after a query's ``last`` key, or be the last one and weigh ``short`` less (in base 2)."""
+    n = n0 + tl.arange(0, BN)
+    logits += tl.where(n == kv_len // KP, short, 0.0)[None, :]
+    return tl.where(n[None, :] * KP <= last[:, None], logits, -float("inf"))
 
 
 @triton.jit
 def _add_weights(
-    peak, total, queries, k_means, n0, seen, last, kv_len, scale, cap,
-    KP: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr,
+    peak, total, queries, k_means, n0, edge, seen, last, kv_len, short, scale, cap,
+    KP: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One step of the softmax's sums: the largest logit so far, and the sum of weights relative to it."""
-    n = n0 + tl.arange(0, BN)
-    logits = _logits(queries, None, k_means, None, n, seen, last, kv_len, scale, None, cap, KP, D, BD, False, EDGE)
+    """One step of the softmax's sums: the largest logit so far, and the sum of weights relative to it.
+
+    Logits have base 2 and are relative to the weight of a full pool. Before ``edge`` all pools are full and lie in every
+    query's past.
+    """
+    keys = _pools(k_means, n0, seen, BN, D, BD)
+    logits = capped(tl.dot(queries, keys.T, input_precision="ieee") * scale, cap)
+    if n0 >= edge:
+        logits = _at_the_edge(logits, n0, last, kv_len, short, KP, BN)
     higher = tl.maximum(peak, tl.max(logits, 1))
     return higher, total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
 
 
 @triton.jit
+def _below(n):
+    """The lowest ``n`` of 32 bits."""
+    n = tl.minimum(tl.maximum(n, 0), 32).to(tl.int64)
+    return ((1 << n) - 1).to(tl.uint32)
+
+
+@triton.jit
+def _ones(words):
+    """How many of 32 bits are set; LLVM knows this idiom."""
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    return ((words * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
 def _list_noticed(
-    count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, seen, last, kv_len, scale,
-    spread, cap, width, SINK: tl.constexpr, LOCAL: tl.constexpr, KP: tl.constexpr, per_row: tl.constexpr,
+    count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, edge, seen, last, kv_len, short,
+    scale, spread, cap, width, SINK: tl.constexpr, LOCAL: tl.constexpr, KP: tl.constexpr, per_row: tl.constexpr,
     per_column: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr,
-    EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Append to each row's list the blocks of key pools ``n0`` to ``n0 + BN`` that it keeps; the lists' new lengths."""
+    """Append to each row's list the blocks of key pools ``n0`` to ``n0 + BN`` that it keeps; the lists' new lengths.
+
+    A row's blocks become the bits of a word: 32 at most, so that ranks in it are counts of bits.
+    """
     rows: tl.constexpr = BM // per_row
     columns: tl.constexpr = BN // per_column
-    n = n0 + tl.arange(0, BN)
-    logits = _logits(
-        queries, squares, k_means, k_variances, n, seen, last, kv_len, scale, spread, cap, KP, D, BD, SPREAD, EDGE
-    )  # fmt: skip
-    weights = tl.sum(tl.reshape(tl.exp2(logits - level[:, None]), [BM, columns, per_column]), 2)
-    noticed = (weights < least[:, None]) == 0  # so that NaN is noticed: what dense attention would poison stays visible
-    noticed = tl.max(tl.reshape(noticed.to(tl.int32), [rows, per_row, columns]), 1)
-    j = n0 // per_column + tl.arange(0, columns)
-    keep = (noticed > 0) | (j < SINK)[None, :] | whole[:, None]
-    if EDGE:
-        keep = (keep | (j[None, :] > block[:, None] - LOCAL)) & (j[None, :] <= block[:, None])
-    else:
-        keep = keep | (j[None, :] > block[:, None] - LOCAL)
-    keep = keep.to(tl.int32)
-    slot = count[:, None] + tl.cumsum(keep, 1) - 1
-    tl.store(ids[:, None] + slot, tl.zeros_like(slot) + j[None, :], mask=(keep > 0) & listed[:, None] & (slot < width))
-    return count + tl.sum(keep, 1)
+    keys = _pools(k_means, n0, seen, BN, D, BD)
+    logits = tl.dot(queries, keys.T, input_precision="ieee") * scale
+    if SPREAD:
+        variances = _pools(k_variances, n0, seen, BN, D, BD)
+        logits += tl.sqrt(tl.dot(squares, variances.T, input_precision="ieee")) * spread
+    logits = capped(logits, cap) - level[:, None]
+    if n0 >= edge:
+        logits = _at_the_edge(logits, n0, last, kv_len, short, KP, BN)
+    weights = tl.sum(tl.reshape(tl.exp2(logits), [BM, columns, per_column]), 2)
+    column = tl.arange(0, columns)
+    bits = tl.full([columns], 1, tl.uint32) << column.to(tl.uint32)
+    # NaN is not less, and so is noticed: what dense attention would poison stays visible.
+    noticed = tl.sum(tl.where(weights < least[:, None], tl.zeros_like(bits)[None, :], bits[None, :]), 1)
+    noticed = tl.reduce_or(tl.reshape(noticed.to(tl.uint32), [rows, per_row]), 1)
+    j0 = n0 // per_column
+    local = _below(block - LOCAL + 1 - j0) ^ 0xFFFFFFFF
+    keep = noticed | _below(SINK - j0) | local | tl.where(whole, 0xFFFFFFFF, 0).to(tl.uint32)
+    keep &= _below(tl.minimum(block + 1 - j0, columns))
+    slot = count[:, None] + _ones(keep[:, None] & (bits - 1)[None, :])
+    kept = (keep[:, None] & bits[None, :]) != 0
+    tl.store(ids[:, None] + slot, tl.zeros_like(slot) + (j0 + column)[None, :], mask=kept & listed[:, None] & (slot < width))
+    return count + _ones(keep)
 
 
 @triton.jit(do_not_specialize=["prompts", "q_len", "kv_len", "first_row", "rows", "total_rows", "blocks", "width"])
 def keep_kernel(
-    q_means, k_means, k_variances, indices, counts, prompts, cu_q, cu_k, q_len, kv_len, first_row, rows, total_rows, blocks,
-    width, share, head_shares, kept, scale, spread, cap, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
+    q_means, k_means, k_variances, indices, counts, prompts, cu_q, cu_k, q_len, kv_len, first_row, rows, total_rows,
+    blocks, width, share, head_shares, kept, scale, spread, cap, B: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
     G: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, IMPLICIT: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPREAD: tl.constexpr, RAGGED: tl.constexpr, ONE_LENGTH: tl.constexpr,
 ):  # fmt: skip
@@ -218,27 +232,24 @@ def keep_kernel(
     seen = tl.minimum((block0 + tile_rows) * per_column, tl.cdiv(kv_len, KP))
     seen = tl.where((block0 * B < kv_len) & (q_len > 0), seen, 0)
     edge = tl.minimum(block0 * per_column, seen) // BN * BN
+    rest = kv_len % KP
+    short = tl.log2(tl.where(rest > 0, rest, KP).to(tl.float32) / KP)
 
     peak = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    for n0 in range(0, edge, BN):
-        peak, total = _add_weights(peak, total, queries, k_means, n0, seen, last, kv_len, scale, cap, KP, BN, D, BD, False)
-    for n0 in range(edge, seen, BN):
-        peak, total = _add_weights(peak, total, queries, k_means, n0, seen, last, kv_len, scale, cap, KP, BN, D, BD, True)
+    for n0 in range(0, seen, BN):
+        peak, total = _add_weights(
+            peak, total, queries, k_means, n0, edge, seen, last, kv_len, short, scale, cap, KP, BN, D, BD
+        )  # fmt: skip
     level = peak + tl.log2(total)
 
     ids = indices + (at * total_rows + first_row + row) * width
     listed = exists & (whole == 0) if IMPLICIT else exists
     count = tl.zeros([tile_rows], tl.int32)
-    for n0 in range(0, edge, BN):
+    for n0 in range(0, seen, BN):
         count = _list_noticed(
-            count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, seen, last, kv_len,
-            scale, spread, cap, width, SINK, LOCAL, KP, per_row, per_column, BM, BN, D, BD, SPREAD, False,
-        )  # fmt: skip
-    for n0 in range(edge, seen, BN):
-        count = _list_noticed(
-            count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, seen, last, kv_len,
-            scale, spread, cap, width, SINK, LOCAL, KP, per_row, per_column, BM, BN, D, BD, SPREAD, True,
+            count, ids, listed, block, whole, least, level, queries, squares, k_means, k_variances, n0, edge, seen, last,
+            kv_len, short, scale, spread, cap, width, SINK, LOCAL, KP, per_row, per_column, BM, BN, D, BD, SPREAD,
         )  # fmt: skip
     count = tl.where(exists, count, 0)
     tl.store(counts + at * total_rows + first_row + row, count, mask=row < rows)

@@ -79,7 +79,7 @@ class Launches:
                 elif isinstance(x, Tensor):
                     template[at] = _Pointer(*place)
                 else:
-                    template[at] = _Tile(tile_at(x, 0), place[0])  # a program outlives the tensors that it was recorded with
+                    template[at] = _Tile(tile_at(x, 0), *place)  # a program outlives the tensors that it was recorded with
             steps.append(_Step(template, *starter(compiled, (*grid, 1, 1)[:3], stream)))
         return Program(steps, end, self._kept, lse.new_empty(0))
 
@@ -92,6 +92,7 @@ class _Pointer(NamedTuple):
 class _Tile(NamedTuple):
     descriptor: Any
     role: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class _Step:
             if isinstance(value, _Pointer):
                 args.append(addresses[value.role] + value.offset)
             elif isinstance(value, _Tile):
-                args += next(encoders)(tile_at(value.descriptor, addresses[value.role]))
+                args += next(encoders)(tile_at(value.descriptor, addresses[value.role] + value.offset))
             elif is_tile(value):
                 args += next(encoders)(value)
             else:
@@ -162,8 +163,8 @@ def form_of(call: Call) -> tuple[Any, ...]:
     sink = None if sinks is None else (sinks.dtype, sinks.data_ptr() % 16, *(sinks.data_ptr() == other for other in at))
     return (
         q.shape, q.stride(), k.shape, k.stride(), v.shape[-1], v.stride(), q.dtype, q.device, at[0] % 16, at[1] % 16,
-        at[2] % 16, out % 16, kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], sink, call.softcap, call.policy,
-        call.scale, call.prompt_len, call.return_lse,
+        at[2] % 16, out % 16, kept, at[0] == at[1], at[1] == at[2], at[0] == at[2], sink, call.softcap, call.window,
+        call.policy, call.scale, call.prompt_len, call.return_lse,
     )  # fmt: skip
 
 

@@ -79,8 +79,15 @@ class SparseRows:
     kept_blocks: int | None
 
     @classmethod
-    def of(cls, rows: Sequence[Row], chosen: Sequence[int], pages: Tensor, policy: Policy) -> SparseRows:
-        """Take the chosen ones of a step's rows; ``pages``, int32 ``(rows, max_pages)``, has a line for each of all rows."""
+    def of(
+        cls, rows: Sequence[Row], chosen: Sequence[int], pages: Tensor | None, policy: Policy,
+        device: torch.device | None = None,
+    ) -> SparseRows:  # fmt: skip
+        """Take the chosen ones of a step's rows.
+
+        ``pages``, int32 ``(rows, max_pages)``, has a line for each of all rows; where keys are packed as queries are, it is
+        None and the ``device`` is told.
+        """
         size, causal, kept = policy.block_size, 0, list[int]()
         for row in (rows[i] for i in chosen):
             grid, counts = BlockGrid(row.q_len, row.kv_len, size), policy.row_counts(block_count(row.whole_len, size))
@@ -88,8 +95,11 @@ class SparseRows:
             kept += [] if counts is None else [sum(counts[grid.first_row : grid.end_row])]
         lengths = [(rows[i].q_len, rows[i].kv_len, rows[i].whole_len) for i in chosen]
         q_lens, kv_lens, prompt_lens = zip(*lengths, strict=True)
-        index, tokens = index_rows(rows, chosen, pages.device)
-        batch = PackedBatch.plan(q_lens, kv_lens, prompt_lens=prompt_lens, page_table=pages[index], device=pages.device)
+        place = device if pages is None else pages.device
+        assert place is not None
+        index, tokens = index_rows(rows, chosen, place)
+        table = None if pages is None else pages[index]
+        batch = PackedBatch.plan(q_lens, kv_lens, prompt_lens=prompt_lens, page_table=table, device=place)
         return cls(tokens, batch, causal, sum(kept) if len(kept) == len(chosen) else None)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from stem_attention.backends import Explanation, run
 from stem_attention.call import Call
 from stem_attention.integrations.serving.counters import COUNTERS
+from stem_attention.integrations.serving.report import report_now_and_then
 from stem_attention.integrations.serving.rows import SparseRows
 from stem_attention.integrations.serving.settings import Settings
 from stem_attention.integrations.sglang.layers import FP8_CACHES, layer_obstacle
@@ -49,7 +50,6 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self._policies: dict[int, Policy | None] = {}
         self._batch: Any = None
         self._parts: list[tuple[SparseRows, int]] = []
-        self._logged = 1
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plan a batch, before its layers."""
@@ -115,7 +115,5 @@ class StemAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def _plan(self, batch: Any) -> None:
         self._batch, self._parts = batch, []
         if not batch.forward_mode.is_decode_or_idle():
+            report_now_and_then(logger)
             self._parts = plan(batch, self.req_to_token, self.settings, self.dense_below)
-        if COUNTERS.sparse_rows >= self._logged:
-            logger.info("Stem: %s", COUNTERS)
-            self._logged = 2 * COUNTERS.sparse_rows

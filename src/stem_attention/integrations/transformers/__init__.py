@@ -2,7 +2,7 @@
 
 Prefill is sparse, also continued and chunked prefill over a cache and left-padded batches, whose rows are computed as if
 they came alone, and packed sequences whose borders the model passes. Everything else goes to the host's own dense attention:
-decode, short queries and prompts, the first ``dense_layers``, windows that hide keys, layers without causality, biases, packed
+decode, short queries and prompts, the first ``dense_layers``, layers without causality, biases, packed
 sequences without borders, masks with holes, dropout, and classes that support eager attention alone.
 
 docs/transformers.md tells more, also of graphs of ``torch.compile``, which cannot read padding.

@@ -13,13 +13,20 @@ from stem_attention.api import block_sparse_attention, select_blocks, stem_atten
 from stem_attention.backends import Request, get_backend
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.transformers.dense import OURS, HostCall, Output, autocast, host_attention, needs_eager
-from stem_attention.integrations.transformers.settings import LayerCall, Now, settings_now
+from stem_attention.integrations.transformers.settings import LayerCall, Now, goes_backward, settings_now
 from stem_attention.policies import Policy
+from stem_attention.selection import BlockSelection
 
 MIN_QUERY_LEN = 32
 """Fewest query tokens of a sparse call: shorter ones, such as the verification of drafted tokens, belong to decoding."""
 
-# What layers in training ran with last.
+WINDOW = "sliding window"
+"""Why a layer is dense whose window hides keys, whoever computes it."""
+
+# Tokens of a block under a window: of narrow ones less lies in blocks that the window cuts (gpt-oss 128, Gemma 3 1024; H100).
+_NARROW, _NARROW_BLOCK, _WIDE_BLOCK = 1024, 64, 128
+
+# What layers that may be computed again ran with last.
 _LAST: WeakKeyDictionary[torch.nn.Module, tuple[Policy, int | None, int]] = WeakKeyDictionary()
 
 
@@ -59,7 +66,7 @@ def attention_forward(
             shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, {query.dtype}"
             error.args = (f"{error} [in layer {call.layer}, {type(module).__name__}: {shapes}]",)
             raise
-        reason = "short prompt"
+        reason = WINDOW if call.window is not None else "short prompt"
     if now.observer is None:
         return host_attention(call)
     start = perf_counter()
@@ -73,8 +80,10 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
     extra, causal, window = call.extra, call.causal, call.extra.get("sliding_window")
     if extra.get("indices") is not None or extra.get("block_indices") is not None:
         raise UnsupportedError(f"{type(call.module).__name__} selects keys itself; load it with another attn_implementation")
-    if window is not None and call.kv_len > window if causal is None else causal.window is not None:
-        return "sliding window"
+    if causal is None and window is not None and call.kv_len > window:
+        return WINDOW
+    if call.window is not None and call.borders is not None:
+        return WINDOW
     if (reason := needs_eager(call, OURS)) is not None:
         return reason
     if not call.is_causal and causal is None:
@@ -98,19 +107,23 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
     if not needed and extra.get("dropout", 0.0) > 0:
         return "dropout"
     # In training the same for passes without a gradient: reentrant checkpointing computes a layer twice.
-    form = gradients.obstacle(call.query, call.value, extra.get("softcap")) if needed or call.module.training else None
-    return form and f"no gradient of {form}"
+    if call.window is not None and (needed or call.module.training):
+        return "no gradient of windows"
+    return None
 
 
 def _check_recomputed(module: torch.nn.Module, now: Now) -> None:
-    """Refuse to compute a checkpointed layer again under other settings than those of its forward pass."""
-    if torch.compiler.is_compiling() or not module.training:
+    """Refuse to compute a checkpointed layer again under other settings than those of its forward pass.
+
+    A block of ``use_policy`` may have been left by then, or not reach the thread in which torch does it on a GPU.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     settings = now.policy, now.dense_below, now.dense_layers
-    if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+    if not goes_backward():
         _LAST[module] = settings
     elif _LAST.get(module, settings) != settings:
-        said = "use_policy had been left when torch computed a checkpointed layer again"
+        said = "use_policy did not reach a checkpointed layer that torch computed again"
         raise UnsupportedError(f"{said}; store the policy in the model with set_policy")
 
 
@@ -157,6 +170,8 @@ def _attend(
     """Select and attend, below ``limit`` tokens densely; apart if someone wants to see the selection."""
     (q, k, v), scores = qkv, _scores(call)
     q_len, kv_len = q.shape[1], k.shape[1]
+    if call.window is not None:
+        return _windowed(call, now, qkv, call.window)
     choice: dict[str, Any] = {"policy": policy, "prompt_len": prompt_len}
     if now.observer is None:
         whole: Tensor = stem_attention(q, k, v, dense_below=limit, **choice, **scores)
@@ -170,6 +185,19 @@ def _attend(
         out = block_sparse_attention(q, k, v, selection, **scores)
     seconds = perf_counter() - start
     now.observer(LayerCall(call.layer, q_len, kv_len, selection is not None, reason, selection, seconds))
+    return out
+
+
+def _windowed(call: HostCall, now: Now, qkv: tuple[Tensor, Tensor, Tensor], window: int) -> Tensor:
+    """Attend to every key of a sliding window, and to the blocks that hold none not at all."""
+    (q, k, v), start = qkv, perf_counter()
+    (batch, q_len, heads, _), kv_len = q.shape, k.shape[1]
+    size = _NARROW_BLOCK if window < _NARROW else _WIDE_BLOCK
+    shape: dict[str, Any] = {"block_size": size, "q_len": q_len, "kv_len": kv_len, "batch": batch, "q_heads": heads}
+    blocks = BlockSelection.of_window(window, **shape, device=q.device)
+    out: Tensor = block_sparse_attention(q, k, v, blocks, window=window, **_scores(call))
+    if now.observer is not None:
+        now.observer(LayerCall(call.layer, q_len, kv_len, False, WINDOW, None, perf_counter() - start))
     return out
 
 

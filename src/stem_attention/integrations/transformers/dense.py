@@ -36,6 +36,7 @@ class HostCall:
     made. ``kv_len`` counts the keys that exist: a static cache hands over its whole buffer. ``layer`` is -1 when the module
     does not say. ``is_causal``: a query sees no later keys, as far as the mask does not say. ``borders``: where sequences begin
     that lie one after the other in the single row of a batch, and where the last one ends; None unless the host says so.
+    ``window`` counts the keys that a query sees at most, where the mask says so.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class HostCall:
             mask = mask.entries()  # a host may have written to it, or cut keys away that queries see
         self.mask, self.causal = mask, mask if isinstance(mask, CausalMask) else None
         self.kv_len = key.shape[2] if self.causal is None else self.causal.seen
+        self.window = None if self.causal is None else self.causal.window
         index, given = getattr(module, "layer_idx", None), extra.get("is_causal")
         self.layer = index if isinstance(index, int) else -1
         self.is_causal = bool(getattr(module, "is_causal", True) if given is None else given)
@@ -91,8 +93,8 @@ def host_attention(call: HostCall) -> Output:
     mask, kv_len, extra = call.mask, call.kv_len, call.extra
     reason = needs_eager(call)
     if isinstance(mask, CausalMask):
-        if mask.window is not None and mask.is_large and not extra.get("output_attentions"):
-            return _windowed(call, mask, mask.window)
+        if call.window is not None and mask.is_large and not extra.get("output_attentions"):
+            return _windowed(call, mask, call.window)
         if reason is None and mask.padding is None and mask.window is None and call.q_len == kv_len:
             mask, extra = None, {**extra, "is_causal": True}
         else:

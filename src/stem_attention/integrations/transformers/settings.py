@@ -191,18 +191,18 @@ class Now(NamedTuple):
     prompt_len: int | None
 
 
+def goes_backward() -> bool:
+    """Tell whether this thread runs a backward pass, in which torch computes checkpointed layers again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def settings_now(config: Any) -> Now:
     """Put together what holds for a layer of a model with this config; an error says what the config stores badly."""
     block: use_policy = OUTSIDE.innermost
     compiling = torch.compiler.is_compiling()
-    if block is OUTSIDE and _OPEN and not compiling:
+    if block is OUTSIDE and _OPEN and not compiling and not goes_backward():
         thread = threading.current_thread()
         if any(thread not in each.threads for each in list(_OPEN)):
-            if torch._C._current_graph_task_id() != -1:  # a backward pass, which computes a layer again
-                raise UnsupportedError(
-                    "use_policy does not reach the thread in which torch computes a checkpointed layer again; "
-                    "store the policy in the model with set_policy"
-                )
             said = "use_policy does not reach a thread started inside its block; start it with target=use_policy(...)(function)"
             warnings.warn(said, RuntimeWarning, stacklevel=2)
     stored = getattr(config, KEY, None)

@@ -5,7 +5,6 @@ it in steps that have sparse rows. The host's implementation runs the other rows
 """
 
 import atexit
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from vllm.v1.attention.backend import (
 from stem_attention.backends import run
 from stem_attention.call import Call, PackedBatch, to_device
 from stem_attention.integrations.serving.counters import COUNTERS
+from stem_attention.integrations.serving.report import report, report_now_and_then
 from stem_attention.integrations.serving.rows import Index, Row, SparseRows, first_reason, index_rows, split
 from stem_attention.integrations.serving.settings import read_settings
 from stem_attention.integrations.vllm.layers import check_engine, layer_policy, layer_reasons, start_line
@@ -42,7 +42,6 @@ from stem_attention.policies import Policy
 logger = init_logger("vllm.stem_attention")
 
 FP8_CACHES = ("fp8", "fp8_e4m3")
-_LOG_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class StemBuilder(AttentionMetadataBuilder):
             impl.policy, impl.stem_backend = layer_policy(name, impl, vllm_config, settings.policy), settings.backend
         chosen = settings.explain(device, vllm_config.model_config.dtype, impl.head_size)
         self._dense_below = chosen.dense_below
-        _announce(start_line(reasons, settings, chosen, self._prompt_lens is not None))
+        announce(start_line(reasons, settings, chosen, self._prompt_lens is not None))
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -111,10 +110,10 @@ class StemBuilder(AttentionMetadataBuilder):
         sparse, dense = split(rows, settings.min_query_len, self._dense_below)
         COUNTERS.dense_rows.update(dense.values())
         if sparse:
+            report_now_and_then(logger)
             COUNTERS.count_sparse([rows[i] for i in sparse])
             taken = SparseRows.of(rows, sparse, common.block_table_tensor, settings.policy)
             metadata.stem_plan = Plan(taken, self._dense(common, rows, list(dense)))
-            _log_counters_now_and_then()
         return metadata
 
     def _dense(self, common: CommonAttentionMetadata, rows: Sequence[Row], chosen: list[int]) -> tuple[Index, Any] | None:
@@ -262,20 +261,12 @@ def _rows(common: CommonAttentionMetadata, prompt_lens: PromptLens | None) -> li
 
 
 _said: set[str] = set()
-_logged = [0.0]
 
 
-def _announce(line: str) -> None:
+def announce(line: str) -> None:
     """Say it once in a process; builders are built more than once."""
     if not _said:
-        atexit.register(lambda: logger.info("Stem so far: %s", COUNTERS))
+        atexit.register(report, logger)
     if line not in _said:
         _said.add(line)
         logger.info("%s", line)
-
-
-def _log_counters_now_and_then() -> None:
-    now = time.monotonic()
-    if now - _logged[0] >= _LOG_SECONDS:
-        _logged[0] = now
-        logger.info("Stem so far: %s", COUNTERS)

@@ -4,6 +4,7 @@ vLLM finds the plug-in by its entry point. Long prompts are read sparsely, strai
 vLLM's own attention. docs/vllm.md tells more.
 """
 
+from importlib import import_module
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -35,6 +36,20 @@ def register() -> None:
         AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (own_backend, ())
     elif NAME == "CUSTOM":
         register_backend(AttentionBackendEnum.CUSTOM, path)
+    _register_mla_prefill()
+
+
+def _register_mla_prefill() -> None:
+    """Make Stem what ``mla_prefill_backend="CUSTOM"`` of ``--attention-config`` means, where this vLLM has such backends."""
+    try:
+        registry = import_module("vllm.v1.attention.backends.mla.prefill.registry")
+    except ModuleNotFoundError:
+        return
+    members, path = registry.MLAPrefillBackendEnum, f"{__package__}.mla.StemMLAPrefill"
+    if current_platform.is_cpu():  # this platform looks at nothing but its own backend
+        registry.register_mla_prefill_backend(members.CPU, path)
+    if not members.CUSTOM.is_overridden():
+        registry.register_mla_prefill_backend(members.CUSTOM, path)
 
 
 def own_backend() -> Any:
