@@ -62,18 +62,20 @@ def draw_speed(axes: Axes, record: dict[str, Any]) -> None:
 
 def draw_loss(axes: Axes, lengths: tuple[int, ...]) -> None:
     """Points that each policy loses against dense on the same prompts, with 95 % intervals."""
+    counts = []
     for place, length in enumerate(lengths):
         for side, (label, policy, run, colour) in zip((-0.3, -0.1, 0.1, 0.3), LOSSES, strict=True):
             found = needles(run.format(length // 1024), length)
             differences = [hit - found["dense"][case] for case, hit in found[policy].items() if case in found["dense"]]
             loss = share_difference_interval(differences)
+            counts.append(loss.count)
             axes.bar(place + side, 100 * loss.mean, 0.18, color=colour, label=label if place == 0 else None)
             axes.plot([place + side] * 2, [100 * loss.low, 100 * loss.high], color="black", linewidth=1)
     axes.axhline(0, color=DENSE, linewidth=1)
     axes.set_xticks(range(len(lengths)), [f"{length // 1024}K" for length in lengths])
     axes.set_ylabel("needles found minus dense, points (higher is better)")
     axes.set_xlabel("tokens of the prompt")
-    axes.set_title("Accuracy: Qwen2.5-Coder, n 30 to 975 prompts", fontsize=10)
+    axes.set_title(f"Accuracy: Qwen2.5-Coder, n {min(counts)} to {max(counts)} prompts", fontsize=10)
 
 
 def needles(run: str, length: int) -> dict[str, dict[str, bool]]:

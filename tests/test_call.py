@@ -33,6 +33,16 @@ def test_a_batch_of_nothing_has_no_longest_sequence_and_a_page_table_is_stored_r
     assert stored.stride(1) == 1
 
 
+def test_tables_begin_where_triton_needs_no_kernel_of_its_own():
+    """Triton compiles apart for addresses that are multiples of 16 bytes: all of a server's steps must be alike in that."""
+    pages = torch.arange(9 * 7, dtype=torch.int32).view(9, 7)
+    for count in range(1, 9):
+        batch = PackedBatch.plan([5] * count, [9] * count, page_table=pages[9 - count :], device=CPU)
+        assert batch.cu_k.tolist() == [9 * i for i in range(count + 1)]
+        assert torch.equal(batch.page_table, pages[9 - count :])
+        assert {x.data_ptr() % 16 for x in (batch.cu_q, batch.cu_k, batch.page_table)} == {0}
+
+
 def test_what_all_layers_of_a_step_need_is_made_once():
     batch, made = PackedBatch.plan([3], [3], device=CPU), []
     assert [batch.once("table", lambda: made.append(1) or 7) for _ in range(3)] == [7, 7, 7]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from statistics import fmean, median
 from typing import Any
 
@@ -20,7 +21,7 @@ from stem_evals.figures import short
 from stem_evals.intervals import Estimate, mean_interval, share_difference_interval
 
 EVAL, ASSETS = RESULTS / "eval", ROOT / "docs" / "assets"
-NAMES = {"mass": "Mass()", "paper": "Stem.paper()"}
+NAMES = {"mass": "Mass()", "mass:share=8": "Mass(share=8)", "paper": "Stem.paper()"}
 LENGTHS = (8192, 16384, 32768)
 LAWS = {1.0: "share / NB, as in Mass", 0.75: "share / NB^0.75", 0.4: "share / NB^0.4"}
 
@@ -42,52 +43,65 @@ def pairs(cases: Cases, name: str, tokens: int, text: str | None = None) -> list
     return [(one, dense) for one, dense in found if one["tokens"] == tokens and text in (None, one.get("text"))]
 
 
-def times(windows: Cases, name: str, tokens: int, text: str | None = None) -> float:
-    """Prefill over dense's in the same window, median."""
-    return median(one["seconds"] / dense["seconds"] for one, dense in pairs(windows, name, tokens, text))
+def times(name: str, tokens: int) -> float:
+    """Prefill over dense's in the same window of prose, median."""
+    windows: Cases = defaultdict(dict)
+    for line in (RESULTS / "qwen15-prefill.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        windows[record["case"]][record["contender"]] = record
+    return median(one["seconds"] / dense["seconds"] for one, dense in pairs(windows, name, tokens))
 
 
-def draw_line(axes: Axes, x: list[float], found: list[Estimate], name: str, place: int) -> None:
+def draw_line(axes: Axes, found: dict[int, Estimate], name: str) -> None:
     """A policy's points with intervals, each with its length."""
-    y = [one.mean for one in found]
-    reach = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
-    axes.errorbar(x, y, reach, marker="os"[place], color=f"C{place}", capsize=3, elinewidth=0.8, label=NAMES[name])
-    for tokens, across, up in zip(LENGTHS, x, y, strict=True):
+    place, points = list(NAMES).index(name), list(found.values())
+    x, y = [times(name, tokens) for tokens in found], [one.mean for one in points]
+    reach = [[one.mean - one.low for one in points], [one.high - one.mean for one in points]]
+    axes.errorbar(x, y, reach, marker="osD"[place], color=f"C{place}", capsize=3, elinewidth=0.8, label=NAMES[name])
+    for tokens, across, up in zip(found, x, y, strict=True):
         axes.annotate(short(tokens), (across, up), textcoords="offset points", xytext=(6, 5), fontsize=8, color=f"C{place}")
+
+
+def per_cent(found: Estimate, show: Callable[[float], float]) -> Estimate:
+    return Estimate(*(100 * show(end) for end in (found.mean, found.low, found.high)), found.count)
 
 
 def draw_time() -> Figure:
     """Needles, prose and code, each against the time of the whole prefill."""
     needles, windows = journal("qwen15-needle"), journal("qwen15-perplexity")
+    needles = {case: of for case, of in needles.items() if case.startswith("multikey")}
     figure = Figure(figsize=(11.5, 4.1), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for place, name in enumerate(NAMES):
-        found = [
-            share_difference_interval([one["share"] - dense["share"] for one, dense in pairs(needles, name, tokens)])
-            for tokens in LENGTHS
-        ]
-        points = [Estimate(100 * e.mean, 100 * e.low, 100 * e.high, e.count) for e in found]
-        draw_line(panels[0], [times(windows, name, tokens) for tokens in LENGTHS], points, name, place)
+    panels, counts = figure.subplots(1, 3), list[int]()
+    for name in NAMES:
+        found = {tokens: pairs(needles, name, tokens) for tokens in LENGTHS}
+        shares = {
+            tokens: share_difference_interval([one["share"] - dense["share"] for one, dense in of])
+            for tokens, of in found.items()
+            if of
+        }
+        counts += [one.count for one in shares.values()]
+        draw_line(panels[0], {tokens: per_cent(one, float) for tokens, one in shares.items()}, name)
         for axes, text in zip(panels[1:], ("austen.txt", "code.txt"), strict=True):
-            loss = [
-                mean_interval([one["loss"] - dense["loss"] for one, dense in pairs(windows, name, tokens, text)])
-                for tokens in LENGTHS
-            ]
-            points = [Estimate(*(100 * math.expm1(end) for end in (e.mean, e.low, e.high)), e.count) for e in loss]
-            draw_line(axes, [times(windows, name, tokens, text) for tokens in LENGTHS], points, name, place)
+            of_text = {tokens: [case[name] for case in windows.values() if name in case] for tokens in LENGTHS}
+            losses = {
+                tokens: [one["loss"] - one["dense_loss"] for one in of if (one["tokens"], one["text"]) == (tokens, text)]
+                for tokens, of in of_text.items()
+            }
+            loss = {tokens: mean_interval(of) for tokens, of in losses.items() if of}
+            draw_line(axes, {tokens: per_cent(one, math.expm1) for tokens, one in loss.items()}, name)
     for axes, title, label in zip(
         panels,
-        ("numbers found, n 30 to 283 prompts", "prose, n 8 windows", "code, n 8 windows"),
+        (f"numbers found, n {min(counts)} to {max(counts)} prompts", "prose, n 8 windows", "code, n 8 windows"),
         ("found minus dense, points (higher is better)", *["perplexity over dense, % (lower is better)"] * 2),
         strict=True,
     ):
         axes.axhline(0, color="0.4", linestyle="--", label="dense")
         axes.axvline(1, color="0.4", linestyle=":", label="as fast as dense")
         axes.set_title(title, fontsize=9)
-        axes.set(xlabel="prefill time over dense's (lower is better)", ylabel=label)
+        axes.set(xlabel="prefill time of prose over dense's (lower is better)", ylabel=label)
         axes.grid(alpha=0.3)
     figure.suptitle("Qwen2.5-Coder-1.5B, one NVIDIA H100, transformers; 95 % intervals", fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 

@@ -62,9 +62,11 @@ class PackedBatch:
         device: torch.device,
     ) -> PackedBatch:  # fmt: skip
         """Build as :meth:`plan` does, from cumulative lengths."""
-        if page_table is not None and page_table.stride(1) != 1:
-            page_table = page_table.contiguous()
-        cu_q, cu_k = to_device([list(q_starts), list(k_starts)], torch.int32, device)
+        # Tables begin at multiples of 16 bytes: Triton compiles kernels of their own for others, in the midst of serving.
+        if page_table is not None and (page_table.stride(1) != 1 or page_table.data_ptr() % 16):
+            page_table = page_table.clone(memory_format=torch.contiguous_format)
+        filler = [0] * (-len(q_starts) % 4)
+        cu_q, cu_k = to_device([[*q_starts, *filler], [*k_starts, *filler]], torch.int32, device)[:, : len(q_starts)]
         return cls(tuple(q_starts), tuple(k_starts), tuple(prompt_lens), cu_q, cu_k, page_table)
 
     @property

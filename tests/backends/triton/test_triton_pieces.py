@@ -47,7 +47,15 @@ def test_pieces_of_a_long_call_cover_it():
 
 
 @pytest.mark.parametrize(
-    "lengths", [[(300, 300)], [(8192, 32768)] * 8, [(5, 9), (1 << 18, 1 << 18), (0, 100), (64, 200000)], [(1, 1)] * 70]
+    "lengths",
+    [
+        [(300, 300)],
+        [(8192, 32768)] * 8,
+        [(5, 9), (1 << 18, 1 << 18), (0, 100), (64, 200000)],
+        [(1, 1)] * 70,
+        [(8192, 1 << 20)],
+        [(65536, 1 << 20)],
+    ],
 )
 def test_pieces_cover_a_batch_in_order(lengths):
     call = packed_call(lengths)

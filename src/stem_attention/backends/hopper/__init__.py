@@ -25,8 +25,8 @@ class HopperBackend(TritonBackend):
 
     name = "hopper"
     caveat = "windows, addresses and strides that are no multiple of 16 bytes, and strides of 0, run portably"
-    # H200: at 8192 tokens the whole call beats cuDNN 2.19x (32/8/128), 2.09x (32/8/64), 1.62x (8/4/256); at 4096 1.28x
-    # (32/8/128), but there it keeps the host longer than the GPU.
+    # H100: at 8192 tokens the whole call beats cuDNN 3.1x (32/8/128), 2.8x (32/8/64), 2.7x (8/4/256); shorter ones gain too,
+    # but attention is little of such a prefill (docs/kernels-record.md).
     crossover = 8192
     head_dims = HEAD_DIMS
     head_dims_said = "64, 128, 192 or 256"

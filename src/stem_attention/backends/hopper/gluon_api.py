@@ -39,6 +39,15 @@ def pinned(x):
     )
 
 
+@gluon.jit
+def barriers(number: gl.constexpr, count: gl.constexpr):
+    """Make room for barriers that complete a phase after ``count`` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
+
+
 def _in_place(numbers: int) -> tuple[str, str]:
     """PTX that multiplies numbers of a thread in place by as many others, unless those of the whole warp are 1.
 
@@ -83,12 +92,3 @@ def lowest_bit(mask):
 def bits_set(mask):
     """How many bits of a mask are set."""
     return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [mask], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def barriers(number: gl.constexpr, count: gl.constexpr):
-    """Make room for barriers that complete a phase after ``count`` arrivals."""
-    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(bars.index(i), count=count)
-    return bars

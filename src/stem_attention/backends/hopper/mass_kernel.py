@@ -126,7 +126,8 @@ def _keeper(
     exists = (row < rows) & (block * B < kv_len) & (start < kv_len)
     whole = block >= prompt - TAIL
     listed = exists & (whole == 0) if IMPLICIT else exists
-    entries = row * width  # a call's lists have at most 2**27
+    ids += (row0 + w * tile_rows).to(gl.int64) * width
+    entries = gl.arange(0, tile_rows, layout=listing) * width
     column = gl.arange(0, columns, layout=gl.SliceLayout(0, list_layout))
     bits = _bits(columns, gl.SliceLayout(0, list_layout))
 
