@@ -109,10 +109,11 @@ def test_a_graph_replays_after_everything_else_is_forgotten(packed, known, backe
 
 def test_lengths_that_differ_compile_nothing_new(known, backend):
     from stem_attention.backends.hopper.kernel import attention_kernel as hopper_kernel
+    from stem_attention.backends.hopper.pair_kernel import pair_kernel
     from stem_attention.backends.triton import attention_kernel, mass_kernels, stem_kernels
 
     kernels = [
-        hopper_kernel, attention_kernel.attention_kernel, stem_kernels.choose_kernel, stem_kernels.score_kernel,
+        hopper_kernel, pair_kernel, attention_kernel.attention_kernel, stem_kernels.choose_kernel, stem_kernels.score_kernel,
         stem_kernels.pool_keys, stem_kernels.pool_queries, mass_kernels.pool_kernel, mass_kernels.keep_kernel,
     ]  # fmt: skip
 
