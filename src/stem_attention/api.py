@@ -197,7 +197,8 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute exact causal attention over the blocks of ``selection``, whichever policy made it, with exact gradients for it.
 
-    Other arguments, returns and errors are those of :func:`stem_attention`.
+    Other arguments, returns and errors are those of :func:`stem_attention`. A window has no gradient: asking for one raises an
+    :class:`UnsupportedError`.
 
     Args:
         q: As there.
