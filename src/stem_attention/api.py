@@ -197,16 +197,10 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute exact causal attention over the blocks of ``selection``, whichever policy made it, with exact gradients for it.
 
-    Other arguments, returns and errors are those of :func:`stem_attention`. A window has no gradient: asking for one raises an
-    :class:`UnsupportedError`.
-
-    Args:
-        q: As there.
-        k: As there.
-        v: As there.
-        selection: Made for these shapes.
-        window: Keys that a query sees at most, its own and those right before it, of the blocks that are kept: what
-            transformers calls ``sliding_window``. :meth:`BlockSelection.of_window` keeps just the blocks that it touches.
+    ``selection`` must have been made for these shapes. ``window`` counts the keys that a query sees at most, its own and those
+    right before it, of the blocks that are kept: what transformers calls ``sliding_window``; None for all. It has no gradient.
+    :meth:`BlockSelection.of_window` keeps just the blocks that a window touches. Other arguments, returns and errors are those
+    of :func:`stem_attention`.
     """
     checks.check_qkv(q, k, v)
     checks.check_batch(q, k)
