@@ -33,7 +33,12 @@ def report(logger: Logger) -> None:
     logger.info("Stem so far: %s", COUNTERS)
     if SHARED_METRICS not in os.environ:
         return
-    for name, metric in _metrics().items():
+    try:
+        metrics = _metrics()
+    except OSError as error:  # a server must not stop for what counts its work
+        logger.warning("Prometheus does not hear of Stem: %s; make the folder that %s names", error, SHARED_METRICS)
+        return
+    for name, metric in metrics.items():
         total = getattr(COUNTERS, name)
         metric.inc(total - _told[name] if total >= _told[name] else total)  # fewer: they were reset meanwhile
         _told[name] = total
