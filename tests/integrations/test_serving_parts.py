@@ -219,3 +219,12 @@ def test_a_server_goes_on_where_there_is_no_folder_for_metrics(counted, monkeypa
     report.report(logging.getLogger())
     assert "gone" in caplog.text
     assert f"make the folder that {report.SHARED_METRICS} names" in caplog.text
+
+
+@pytest.mark.parametrize("folder", [None, ""])
+def test_without_a_folder_for_metrics_there_are_none(folder, counted, monkeypatch):
+    monkeypatch.delenv(report.SHARED_METRICS, raising=False)
+    if folder is not None:
+        monkeypatch.setenv(report.SHARED_METRICS, folder)
+    monkeypatch.setattr(report, "_metrics", lambda: pytest.fail("made"))
+    report.report(logging.getLogger())

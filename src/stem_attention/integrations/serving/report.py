@@ -31,7 +31,7 @@ def report_now_and_then(logger: Logger) -> None:
 def report(logger: Logger) -> None:
     """Log the counters of this process, and add what is new to its metrics."""
     logger.info("Stem so far: %s", COUNTERS)
-    if SHARED_METRICS not in os.environ:
+    if not os.environ.get(SHARED_METRICS):  # for an empty one prometheus_client fills the working directory
         return
     try:
         metrics = _metrics()
