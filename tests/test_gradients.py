@@ -153,10 +153,16 @@ def test_frozen_sinks_cost_nothing():
     assert "aten::exp" not in names  # of a sink's weight; those of keys are made in place
 
 
-def test_windows_are_refused():
-    inputs = leaves(*make_qkv(1, 40, 40, 2, 1, 16))
-    with pytest.raises(sa.UnsupportedError, match="windows.*detach"):
-        sa.block_sparse_attention(*inputs, random_selection(1, 2, 40, 40, 16), window=7)
+def test_windows_are_refused_but_one_that_hides_nothing():
+    inputs, selection = leaves(*make_qkv(1, 40, 40, 2, 1, 16)), random_selection(1, 2, 40, 40, 16)
+    for window in (7, 39):
+        with pytest.raises(sa.UnsupportedError, match="windows.*detach"):
+            sa.block_sparse_attention(*inputs, selection, window=window)
+    found, expected = (
+        torch.autograd.grad(sa.block_sparse_attention(*inputs, selection, window=window).square().sum(), inputs)
+        for window in (40, None)
+    )
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("policy", [SPARSE, MASS])

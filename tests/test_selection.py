@@ -149,7 +149,7 @@ def test_what_is_no_selection_is_refused_with_the_way_out(build, value, name, ex
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(19, 19), (11, 19), (1, 17), (16, 16), (0, 9), (0, 0)])
-@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 6, 8, 9, 18, 19, 400])
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 6, 8, 9, 18, 19, 400, 2**70])
 def test_of_a_window_just_the_blocks_are_kept_that_it_touches(window, q_len, kv_len):
     selection = BlockSelection.of_window(window, block_size=SIZE, q_len=q_len, kv_len=kv_len, batch=2, q_heads=3)
     selection.validate()

@@ -208,7 +208,7 @@ def block_sparse_attention(
     checks.check_flag("return_lse", return_lse)
     scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
     sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
-    window = checks.check_window(window)
+    window = checks.check_window(window, k.shape[1])
     lists = selection.indices, selection.counts, selection.block_size
     if gradients.needed(q, k, v, sinks):
         gradients.check_window(window)

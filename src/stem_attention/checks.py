@@ -95,13 +95,14 @@ def check_softcap(softcap: float | None) -> float | None:
     return float(softcap)
 
 
-def check_window(window: int | None) -> int | None:
-    """Return how many keys a query sees; None for all."""
-    if window is not None and (not is_int(window) or window < 1):
-        raise bad_argument(
-            "window", "an integer >= 1 or None", repr(window), "count the query's own key; leave it out for none"
-        )
-    return window
+def check_window(window: int | None, kv_len: int) -> int | None:
+    """Return how many of ``kv_len`` keys a query sees; None for all, and for a window that hides none."""
+    if window is None:
+        return None
+    if not is_int(window) or window < 1:
+        fix = "count the query's own key; leave it out for none"
+        raise bad_argument("window", "an integer >= 1 or None", repr(window), fix)
+    return window if window < kv_len else None
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:

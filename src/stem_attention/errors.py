@@ -18,8 +18,9 @@ def bad_argument(name: str, expected: str, got: object, fix: str) -> ValueError:
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
     """Ask whether the known name that looks most like a wrong one was meant; ``otherwise`` where none does."""
-    near = get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else otherwise
+    lowered = {each.lower(): each for each in known}  # a slip in case is the least of all
+    near = get_close_matches(name.lower(), lowered, 1)
+    return f"did you mean {lowered[near[0]]}?" if near else otherwise
 
 
 def describe(value: object) -> str:

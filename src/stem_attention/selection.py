@@ -142,6 +142,7 @@ class BlockSelection:
         _check_lengths(block_size, q_len, kv_len)
         place = None if device is None else check_device(device)
         grid = BlockGrid(q_len, kv_len, block_size)
+        window = min(window, max(kv_len, 1))  # more keys than there are hide none, and may be too many for a tensor
         rows = torch.arange(grid.first_row, grid.end_row, device=place)
         first = (rows * block_size - window + 1).clamp(min=0) // block_size
         width = min(grid.key_blocks, (window + block_size - 2) // block_size + 1)

@@ -180,7 +180,8 @@ def test_a_window_is_exact_to_the_token(window, backend):
         out, lse = block_sparse_attention(q, k, v, some, window=window, return_lse=True, backend=backend, **given)
         assert_accurate(out, lse, q, k, v, some, window=window, **given)
     if window >= 101:
-        assert torch.equal(out, block_sparse_attention(q, k, v, some, backend=backend, **extra))
+        for wide in (None, 2**70):
+            assert torch.equal(out, block_sparse_attention(q, k, v, some, window=wide, backend=backend, **extra))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -27,6 +27,8 @@ OUT_OF_RANGE += ["--seed x"]
         (["--device", "toaster"], "--device: expected"),
         (["--device", "cdua"], "did you mean cuda?"),
         (["--dtype", "bfloat"], "did you mean bfloat16?"),
+        (["--dtype", "Bfloat16"], "did you mean bfloat16?"),
+        (["--device", "CPU"], "did you mean cpu?"),
         (["--prompt-fil", "a.txt"], "--prompt-file"),
         (["--device", "cuda:99"], "--device: cuda:99 is not there"),
         (["--plot", "picture.jpg"], "--plot: expected a file that ends in .png"),

@@ -207,3 +207,24 @@ def test_metrics_grow_by_what_is_new_also_after_a_reset(counted, monkeypatch, tm
         counted.causal_blocks, counted._known = causal, kept
         report.report(logging.getLogger())
     assert grown == {"causal_blocks": [10, 0, 15, 3], "kept_blocks": [4, 0, 2, 1]}
+
+
+def test_a_server_goes_on_where_there_is_no_folder_for_metrics(counted, monkeypatch, tmp_path, caplog):
+    def metrics():
+        raise FileNotFoundError(2, "No such file or directory", str(tmp_path / "gone" / "counter_1.db"))
+
+    monkeypatch.setenv(report.SHARED_METRICS, str(tmp_path / "gone"))
+    monkeypatch.setattr(report, "_metrics", metrics)  # as prometheus_client does, which is not installed everywhere
+    counted.causal_blocks = 8
+    report.report(logging.getLogger())
+    assert "gone" in caplog.text
+    assert f"make the folder that {report.SHARED_METRICS} names" in caplog.text
+
+
+@pytest.mark.parametrize("folder", [None, ""])
+def test_without_a_folder_for_metrics_there_are_none(folder, counted, monkeypatch):
+    monkeypatch.delenv(report.SHARED_METRICS, raising=False)
+    if folder is not None:
+        monkeypatch.setenv(report.SHARED_METRICS, folder)
+    monkeypatch.setattr(report, "_metrics", lambda: pytest.fail("made"))
+    report.report(logging.getLogger())

@@ -120,6 +120,26 @@ def test_a_block_that_is_left_before_a_checkpointed_backward_pass_is_refused(ree
         loss.backward()
 
 
+def test_between_the_passes_of_a_checkpointed_model_another_policy_runs_in_inference_mode():
+    """As a teacher's pass does, where a model learns from itself."""
+    ids = tokens(1, LENGTH)
+
+    def gradient(teacher_mode=None):
+        model = small_llama().train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        hosts.set_policy(model, SPARSE, dense_below=0)
+        loss = model(input_ids=ids, use_cache=False).logits.square().mean()
+        if teacher_mode is not None:
+            with teacher_mode(), hosts.use_policy(KEEP_ALL):
+                model(input_ids=ids, use_cache=False)
+        loss.backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    with pytest.raises(UnsupportedError, match=r"other settings.*inference_mode\(\)"):
+        gradient(torch.no_grad)
+    assert torch.equal(gradient(torch.inference_mode), gradient())
+
+
 @pytest.mark.parametrize(("kind", "changes"), [("gemma2", {"sliding_window": 4096}), ("deepseek_v3", MLA)])
 def test_soft_caps_and_values_of_another_dimension_train_however_they_are_checkpointed(kind, changes):
     def run(policy, attention="stem", checkpointing=None):

@@ -93,7 +93,7 @@ def built(settings: dict[str, Any], asked: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("context", [None, [0, 90, 0, 0], [0, 0, 0, 64], [10] * 4], ids=["none", "middle", "last", "all"])
-def test_rows_with_earlier_chunks_are_the_hosts_and_all_have_the_log_sum_exp(context, calls):
+def test_rows_with_earlier_chunks_are_the_hosts_and_all_have_the_log_sum_exp(context, calls, monkeypatch):
     """Two steps after one another, of four prompts, of which one is too short."""
     lengths = [70, 50, 9, 33]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
@@ -104,7 +104,8 @@ def test_rows_with_earlier_chunks_are_the_hosts_and_all_have_the_log_sum_exp(con
     )  # fmt: skip
     q, k = torch.randn(2, 162, HEADS, DIM)
     v = torch.randn(162, HEADS, 2 * VALUE_DIM)[..., VALUE_DIM:]  # as vLLM hands them over, beside the keys
-    results = []
+    results, told = [], list[Any]()
+    monkeypatch.setattr(mla, "report_now_and_then", told.append)
     for backend in (built(KEEP_ALL, asked=False), built(KEEP_ALL)):
         backend.clone()
         for _ in range(2):
@@ -116,6 +117,7 @@ def test_rows_with_earlier_chunks_are_the_hosts_and_all_have_the_log_sum_exp(con
         torch.testing.assert_close(lse, results[0][1], rtol=1e-4, atol=1e-5)
     taken = [n >= 32 and not before for n, before in zip(lengths, context or [0] * 4, strict=True)]
     assert {call.batch.sequences for call, _ in calls} == ({sum(taken)} if any(taken) else set())
+    assert len(told) == 2 * any(taken), "every step with sparse rows may report"
     dense = counters()["dense_rows"]
     assert dense.get("earlier chunks", 0) == 2 * sum(map(bool, context or []))
 

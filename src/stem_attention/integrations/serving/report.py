@@ -31,9 +31,14 @@ def report_now_and_then(logger: Logger) -> None:
 def report(logger: Logger) -> None:
     """Log the counters of this process, and add what is new to its metrics."""
     logger.info("Stem so far: %s", COUNTERS)
-    if SHARED_METRICS not in os.environ:
+    if not os.environ.get(SHARED_METRICS):  # for an empty one prometheus_client fills the working directory
         return
-    for name, metric in _metrics().items():
+    try:
+        metrics = _metrics()
+    except OSError as error:  # a server must not stop for what counts its work
+        logger.warning("Prometheus does not hear of Stem: %s; make the folder that %s names", error, SHARED_METRICS)
+        return
+    for name, metric in metrics.items():
         total = getattr(COUNTERS, name)
         metric.inc(total - _told[name] if total >= _told[name] else total)  # fewer: they were reset meanwhile
         _told[name] = total

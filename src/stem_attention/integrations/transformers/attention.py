@@ -115,7 +115,8 @@ def _obstacle(call: HostCall, now: Now) -> str | None:
 def _check_recomputed(module: torch.nn.Module, now: Now) -> None:
     """Refuse to compute a checkpointed layer again under other settings than those of its forward pass.
 
-    A block of ``use_policy`` may have been left by then, or not reach the thread in which torch does it on a GPU.
+    A block of ``use_policy`` may have been left by then, or not reach the thread in which torch does it on a GPU. Or another
+    pass ran meanwhile, under settings of its own: whose layer it is that torch computes again, nobody says.
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
@@ -123,8 +124,9 @@ def _check_recomputed(module: torch.nn.Module, now: Now) -> None:
     if not goes_backward():
         _LAST[module] = settings
     elif _LAST.get(module, settings) != settings:
-        said = "use_policy did not reach a checkpointed layer that torch computed again"
-        raise UnsupportedError(f"{said}; store the policy in the model with set_policy")
+        said = "torch would compute a checkpointed layer again under other settings than those that it last ran with"
+        ways = "store the policy in the model with set_policy; run passes of another policy in torch.inference_mode()"
+        raise UnsupportedError(f"{said}; {ways}")
 
 
 def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:

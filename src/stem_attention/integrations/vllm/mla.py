@@ -19,9 +19,10 @@ from stem_attention.backends import run
 from stem_attention.call import Call
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.serving.counters import COUNTERS
+from stem_attention.integrations.serving.report import report_now_and_then
 from stem_attention.integrations.serving.rows import Index, Row, SparseRows, index_rows, split
 from stem_attention.integrations.serving.settings import read_settings
-from stem_attention.integrations.vllm.host import announce
+from stem_attention.integrations.vllm.host import announce, logger
 from stem_attention.integrations.vllm.layers import check_engine
 
 EARLIER = "earlier chunks"
@@ -79,6 +80,7 @@ class StemMLAPrefill(_Host):
         COUNTERS.dense_rows += Counter(dense.values())
         if not sparse:
             return None
+        report_now_and_then(logger)
         COUNTERS.count_sparse([rows[i] for i in sparse])
         device = step.query_start_loc.device
         taken = SparseRows.of(rows, sparse, None, self._settings.policy, device)
