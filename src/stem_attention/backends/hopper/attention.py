@@ -23,7 +23,7 @@ _LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
 class Launch:
     """How the kernel runs."""
 
-    tile: int  # keys per step: a block, half of one or two of them
+    tile: int  # keys per step: a block or half of one
     key_slots: int  # of the ring of keys, of ``tile`` keys each
     value_slots: int
     programs: int = 1  # that share a multiprocessor
@@ -75,7 +75,7 @@ def attend(
     band = max(1, min(resident // layout.group, tasks - heavy))
     tickets = batch * heads * (heavy + -(-(tasks - heavy) // band) * band)
     # The copy engine fetches a tile in boxes that lie in one page and in one block.
-    box = next(box for box in (128, 64, LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
+    box = next(box for box in (128, 64, LEAST_BOX) if page % box == 0 and box <= choice.tile)
     queue = _queue(q.device)
     launches.keep(queue)
     columns = dim if box == choice.tile else 64

@@ -31,7 +31,7 @@ def _products(q, s, blank, shared, REST: gl.constexpr):
 
 
 @gluon.jit
-def _weights(scores, scale, m, HELD: gl.constexpr, LAZY: gl.constexpr = False):
+def _weights(scores, scale, m, LAZY: gl.constexpr = False):
     """Weights of a tile, the running maximum (in base 2), what older weights shrink by, and the tile's sums per thread.
 
     Where ``LAZY``, the maximum stays until it is behind by ``SLACK``: results then seldom have to shrink.
@@ -41,7 +41,7 @@ def _weights(scores, scale, m, HELD: gl.constexpr, LAZY: gl.constexpr = False):
     p = gl.exp2(scores * scale - new_m[:, None])
     # A thread holds two of every eight columns: eight sums a row need no exchange between threads.
     sums = gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
-    return p.to(HELD), new_m, gl.exp2(m - new_m), sums
+    return p, new_m, gl.exp2(m - new_m), sums
 
 
 @gluon.jit
@@ -57,7 +57,7 @@ def _grown(total, shrink, sums):
 
 @gluon.jit
 def _masked(scores, first, w: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
-    """Minus infinity right of the diagonal; keys begin at the diagonal block's ``first``, before it where that is negative."""
+    """Minus infinity right of the diagonal; keys begin at the diagonal block's ``first``."""
     rows = w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     columns = first + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     return gl.where(rows[:, None] >= columns[None, :], scores, -float("inf"))
@@ -163,7 +163,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     scores = _bounded(scores, steepness)
     if SUB > 0:
         scores = _masked(scores, SUB * BN, w, BN, scores_layout)
-    p, m, shrink, sums = _weights(scores, scale, m, p.dtype, LAZY)
+    p, m, shrink, sums = _weights(scores, scale, m, LAZY)
     total = _grown(total, shrink, sums)
     if SUB == 0:
         total = pinned(total)
@@ -181,7 +181,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
               D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
               QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     B: gl.constexpr = 64 * WGS
-    SUB: gl.constexpr = B // BN if BN < B else 1
+    SUB: gl.constexpr = B // BN
     _, _, _, o_tiles = tiles
     scale, steepness = scales
     q_s, _, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns, q_rest, _ = shared
@@ -194,8 +194,6 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     ticket_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = q_s.dtype
-    # Weights wait for their values; those of two blocks would take registers that are not there.
-    held: gl.constexpr = dtype if BN > B else gl.float32
     blank = gl.zeros([64, BN], gl.float32, scores_layout)
     t = 0
     n = 0
@@ -204,7 +202,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
     while ticket < tickets:
         z, head, block, row, start, q_first, _, kv_len = open_task(ticket, batch, B, RAGGED)
         if row >= 0:
-            _, entries, _, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
+            _, _, _, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
             mbarrier.wait(q_bars.index(0), n & 1)
             q = (q_s.index(w), q_rest.index(w))
             if QREG:
@@ -217,11 +215,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
                 sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
             m = gl.full([64], sink, gl.float32, row_layout)
 
-            # The diagonal block, peeled: its first tile has no values before it to weigh. A tile of two blocks has it behind
-            # the other; where the list is odd, it is there twice, and the second is masked.
-            diagonal = 0
-            if BN > B:
-                diagonal = (1 - entries % 2) * B
+            # The diagonal block, peeled: its first tile has no values before it to weigh.
             s = t % KS
             mbarrier.wait(k_full.index(s), (t // KS) & 1)
             if WGS == 2:
@@ -232,10 +226,8 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(s), count=1)
             scores = _bounded(scores, steepness)
-            p, m, _, total = _weights(_masked(scores, -diagonal, w, BN, scores_layout), scale, m, held)
+            p, m, _, total = _weights(_masked(scores, 0, w, BN, scores_layout), scale, m)
             present = kv_len - block * B
-            if BN > B:
-                present = gl.where(present < B, diagonal + present, BN)
             if RAGGED:
                 _clear_tail(t % VS, (t // VS) & 1, v_s, v_full, present, BN)
             t += 1

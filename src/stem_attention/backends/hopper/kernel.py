@@ -1,6 +1,6 @@
 """Block-sparse attention forward for Hopper: one warp copies, one or two warpgroups of 64 query rows compute.
 
-Tile: a query block of 128 (two warpgroups) or 64 (one) against ``BN`` keys, of one block or two. Pipeline: the producer
+Tile: a query block of 128 (two warpgroups) or 64 (one) against ``BN`` keys, a block or half of one. Pipeline: the producer
 fetches queries once per task and keys and values into rings of ``KS`` and ``VS`` slots by the copy engine; consumers issue the
 scores of a tile together with the weighted values of the tile before, and their softmax runs beside the latter. Two warpgroups
 take turns in issuing. Of keys of 192 the first ``D`` columns, the dimension of values, lie in one buffer and the ``REST`` in

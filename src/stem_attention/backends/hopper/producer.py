@@ -11,10 +11,10 @@ from stem_attention.backends.hopper.schedule import keys_of, open_task, steps_of
 
 
 @gluon.jit
-def _copy_rows(tiles, ring, rest, full, empty, t, z, head, position, second, k_first, kv_len, pages, SLOTS: gl.constexpr,
-               B: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-               BOX: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """The ``t``-th tile of a ring of keys or values: those from ``position`` on, and of two blocks the other at ``second``.
+def _copy_rows(tiles, ring, rest, full, empty, t, z, head, position, k_first, kv_len, pages, SLOTS: gl.constexpr,
+               BN: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr,
+               REST: gl.constexpr):  # fmt: skip
+    """The ``t``-th tile of a ring of keys or values: those from ``position`` on.
 
     Columns behind the first ``D``, ``REST`` of them, go to a ring of their own.
     """
@@ -24,8 +24,6 @@ def _copy_rows(tiles, ring, rest, full, empty, t, z, head, position, second, k_f
     mbarrier.expect(full.index(s), BN * (D + REST) * 2)
     for part in gl.static_range(BN // BOX):
         at = position + part * BOX
-        if part * BOX >= B:
-            at = second + (part * BOX - B)
         if PAGE:
             # A block's later boxes may begin after the last key, where the table may end.
             page = gl.load(page_table + z.to(gl.int64) * table_stride + at // PAGE, mask=at < kv_len, other=0)
@@ -88,23 +86,21 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
             n += 1
             # From the list's end: the diagonal block goes first.
             before = 0
-            second_before = 0
             for i in range(steps):
-                position, second = keys_of(i, indices, offset, entries, whole, block, B, BN)
-                _copy_rows(k_tiles, k_s, k_rest, k_full, k_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
-                           KS, B, BN, D, PAGE, RAGGED, BOX, REST)  # fmt: skip
+                position = keys_of(i, indices, offset, entries, whole, block, B, BN)
+                _copy_rows(k_tiles, k_s, k_rest, k_full, k_empty, t, z, kv_head, position, k_first, kv_len, pages,
+                           KS, BN, D, PAGE, RAGGED, BOX, REST)  # fmt: skip
                 if not KEYS_AHEAD:
-                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
-                               VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
+                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t, z, kv_head, position, k_first, kv_len, pages,
+                               VS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                 elif i > 0:
-                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len,
-                               pages, VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
+                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, k_first, kv_len,
+                               pages, VS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                 before = position
-                second_before = second
                 t += 1
             if KEYS_AHEAD:
-                _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len, pages,
-                           VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
+                _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, k_first, kv_len, pages,
+                           VS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
         taken = gl.atomic_add(queue, 1)
         if taken == tickets - 1:  # as many are taken as there are: nobody asks again, and the next launch finds a new queue
             gl.store(queue, 0)

@@ -68,7 +68,7 @@ def steps_of(z, head, block, row, batch, counts, width, B: gl.constexpr, BN: gl.
 
 @gluon.jit
 def _block_of(entry, indices, offset, entries, whole, block):
-    """The block that a row's ``entry``-th names; the last is the diagonal block, and so is one behind it."""
+    """The block that a row's ``entry``-th names; the last is the diagonal block."""
     kept = gl.load(indices + offset + entry, mask=(not whole) & (entry < entries - 1), other=entry)
     return gl.minimum(gl.maximum(gl.where(entry < entries - 1, kept, block), 0), block)
 
@@ -82,19 +82,9 @@ def list_of(z, head, block, row, batch, counts, width, B: gl.constexpr):
 
 @gluon.jit
 def keys_of(i, indices, offset, entries, whole, block, B: gl.constexpr, BN: gl.constexpr):
-    """First key of a row's ``i``-th step, and of the second block where a step takes two. The diagonal block goes first.
-
-    Of an odd list the diagonal block comes twice, and the consumer masks the second.
-    """
-    if BN > B:
-        entry = entries - 2 - 2 * i + entries % 2
-        first = _block_of(entry, indices, offset, entries, whole, block) * B
-        second = _block_of(entry + 1, indices, offset, entries, whole, block) * B
-    else:
-        SUB: gl.constexpr = B // BN
-        first = _block_of(entries - 1 - i // SUB, indices, offset, entries, whole, block) * B + i % SUB * BN
-        second = 0
-    return first, second
+    """First key of a row's ``i``-th step, which takes a block or a part of one. The diagonal block goes first."""
+    SUB: gl.constexpr = B // BN
+    return _block_of(entries - 1 - i // SUB, indices, offset, entries, whole, block) * B + i % SUB * BN
 
 
 @gluon.jit
