@@ -212,7 +212,7 @@ def test_a_ticket_never_lies_where_a_barrier_was(block_size, monkeypatch):
     # A "full" and an "empty" one for every slot, two for queries, four for tickets, two for turns where there are partners.
     # Pairs of rows have three rings, queries each, and 16 for plans.
     rest = 24 if choice.rows == 2 else 6 + (2 if block_size == 128 else 0)
-    assert len(barriers) == 2 * (2 * choice.rows - 1) * (choice.key_slots + choice.value_slots) + rest
+    assert len(barriers) == 4 * (2 * choice.rows - 1) * choice.slots + rest
     assert tickets
     assert not any(start <= ticket < start + 8 for start in barriers for ticket in tickets)
 

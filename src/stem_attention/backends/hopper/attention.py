@@ -24,8 +24,7 @@ class Launch:
     """How the kernel runs."""
 
     tile: int  # keys per step: a block or half of one
-    key_slots: int  # of the ring of keys, of ``tile`` keys each
-    value_slots: int
+    slots: int  # of a ring of keys or values, of ``tile`` each
     programs: int = 1  # that share a multiprocessor
     queries_in_registers: bool = False  # moved there from shared memory once per task
     rows: int = 1  # that a task has; of two, what both keep is fetched once, and each has rings of its own for the rest
@@ -38,14 +37,14 @@ class Launch:
 
 # By block size and dimension of keys, measured on an H200; keys of 192 and tasks of two rows on an H100.
 LAUNCHES = {
-    (128, 64): Launch(tile=128, key_slots=4, value_slots=4),
-    (128, 128): Launch(tile=128, key_slots=2, value_slots=2),
-    (128, 192): Launch(tile=128, key_slots=2, value_slots=2),
-    (128, 256): Launch(tile=64, key_slots=2, value_slots=2),
-    (64, 64): Launch(tile=64, key_slots=4, value_slots=4, programs=3, queries_in_registers=True),
-    (64, 128): Launch(tile=64, key_slots=2, value_slots=2, queries_in_registers=True, rows=2),
-    (64, 192): Launch(tile=64, key_slots=2, value_slots=2, programs=2, queries_in_registers=True),
-    (64, 256): Launch(tile=64, key_slots=3, value_slots=3),
+    (128, 64): Launch(tile=128, slots=4),
+    (128, 128): Launch(tile=128, slots=2),
+    (128, 192): Launch(tile=128, slots=2),
+    (128, 256): Launch(tile=64, slots=2),
+    (64, 64): Launch(tile=64, slots=4, programs=3, queries_in_registers=True),
+    (64, 128): Launch(tile=64, slots=2, queries_in_registers=True, rows=2),
+    (64, 192): Launch(tile=64, slots=2, programs=2, queries_in_registers=True),
+    (64, 256): Launch(tile=64, slots=3),
 }
 
 
@@ -81,18 +80,17 @@ def attend(
     columns = dim if box == choice.tile else 64
     options = {} if choice.programs == 1 else {"maxnreg": choice.entry_registers(block_size)}
     kernel, shape = attention_kernel, {
-        "WGS": block_size // 64, "BN": choice.tile, "KS": choice.key_slots, "VS": choice.value_slots,
-        "QREG": choice.queries_in_registers, "REST": rest,
+        "WGS": block_size // 64, "BN": choice.tile, "QREG": choice.queries_in_registers, "REST": rest,
     }  # fmt: skip
     if choice.rows == 2:
-        kernel, shape = pair_kernel, {"SLOTS": choice.key_slots}
+        kernel, shape = pair_kernel, {}
     launches.start(
         kernel, (min(tickets, resident),),
         _tiles(q4, 64, rest or dim), _tiles(k4, box, rest or columns), _tiles(v4, box, columns), _tiles(o4, 64, dim), out, lse,
         call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3],
         *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band,
         indices.shape[3], tickets, layout.group, *in_base_two(scale, call.softcap),
-        D=dim, PAGE=page, RAGGED=layout.packed, LSE=call.return_lse, BOX=box, **shape,
+        D=dim, SLOTS=choice.slots, PAGE=page, RAGGED=layout.packed, LSE=call.return_lse, BOX=box, **shape,
         num_warps=4, **options,
     )  # fmt: skip
     return out, lse

@@ -134,8 +134,7 @@ def _write(acc, total, m, sink, read, staging, o_tiles, results, z, head, positi
 
 @gluon.jit
 def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
-          BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr,
-          REST: gl.constexpr):  # fmt: skip
+          BN: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, RAGGED: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Scores of the ``t``-th tile beside the weighted values of the one before, then softmax while the values still run.
 
     ``SUB`` is the tile's place in the diagonal block, which is masked, or 0 for every tile of another block. ``present``
@@ -147,14 +146,14 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     out_layout: gl.constexpr = acc.type.layout
     # With one consumer of 64 columns there is little beside softmax: what it need not do counts.
     LAZY: gl.constexpr = WGS == 1 and D == 64
-    before = (t - 1) % VS
-    s = t % KS
-    mbarrier.wait(k_full.index(s), (t // KS) & 1)
+    before = (t - 1) % SLOTS
+    s = t % SLOTS
+    mbarrier.wait(k_full.index(s), (t // SLOTS) & 1)
     if WGS == 2:
         mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
     scores = _products(q, s, blank, shared, REST)
     weights = gl.convert_layout(p.to(v_s.dtype), gl.DotOperandLayout(0, out_layout, 2))
-    mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
+    mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
     acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
     if WGS == 2:
         mbarrier.arrive(turns.index(1 - w), count=1)
@@ -168,7 +167,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     if SUB == 0:
         total = pinned(total)
     elif RAGGED:
-        _clear_tail(t % VS, (t // VS) & 1, v_s, v_full, present, BN)
+        _clear_tail(t % SLOTS, (t // SLOTS) & 1, v_s, v_full, present, BN)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(before), count=1)
     shrink = gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))
@@ -178,8 +177,8 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
 
 @gluon.jit
 def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr,
-              D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
-              QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+              D: gl.constexpr, SLOTS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr,
+              REST: gl.constexpr):  # fmt: skip
     B: gl.constexpr = 64 * WGS
     SUB: gl.constexpr = B // BN
     _, _, _, o_tiles = tiles
@@ -216,8 +215,8 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             m = gl.full([64], sink, gl.float32, row_layout)
 
             # The diagonal block, peeled: its first tile has no values before it to weigh.
-            s = t % KS
-            mbarrier.wait(k_full.index(s), (t // KS) & 1)
+            s = t % SLOTS
+            mbarrier.wait(k_full.index(s), (t // SLOTS) & 1)
             if WGS == 2:
                 mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
             scores = _products(q, s, blank, shared, REST)
@@ -229,20 +228,20 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             p, m, _, total = _weights(_masked(scores, 0, w, BN, scores_layout), scale, m)
             present = kv_len - block * B
             if RAGGED:
-                _clear_tail(t % VS, (t // VS) & 1, v_s, v_full, present, BN)
+                _clear_tail(t % SLOTS, (t // SLOTS) & 1, v_s, v_full, present, BN)
             t += 1
             for sub in gl.static_range(1, SUB):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present - sub * BN,
-                                         w, sub, WGS, BN, D, KS, VS, RAGGED, REST)  # fmt: skip
+                                         w, sub, WGS, BN, D, SLOTS, RAGGED, REST)  # fmt: skip
                 t += 1
             for _ in range(SUB, steps):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present,
-                                         w, 0, WGS, BN, D, KS, VS, RAGGED, REST)  # fmt: skip
+                                         w, 0, WGS, BN, D, SLOTS, RAGGED, REST)  # fmt: skip
                 t += 1
 
-            before = (t - 1) % VS
+            before = (t - 1) % SLOTS
             weights = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
+            mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
             acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
             _write(acc, total, m, sink, v_empty.index(before), q_s.index(w), o_tiles, results, z, head, block * B + w * 64,
                    start, q_first, kv_len, D, RAGGED, LSE)  # fmt: skip
@@ -256,15 +255,15 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
 
 @gluon.jit
 def first_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-                   KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
-                   QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+                   SLOTS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr,
+                   REST: gl.constexpr):  # fmt: skip
     """Rows 0 to 63 of every block."""
-    _consumer(0, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)
+    _consumer(0, tiles, shared, batch, lists, results, scales, WGS, BN, D, SLOTS, RAGGED, LSE, QREG, REST)
 
 
 @gluon.jit
 def second_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-                    KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
-                    QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+                    SLOTS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr,
+                    REST: gl.constexpr):  # fmt: skip
     """Rows 64 to 127."""
-    _consumer(1, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)
+    _consumer(1, tiles, shared, batch, lists, results, scales, WGS, BN, D, SLOTS, RAGGED, LSE, QREG, REST)

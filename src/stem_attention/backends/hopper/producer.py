@@ -50,12 +50,9 @@ def _copy_rows(tiles, ring, rest, full, empty, t, z, head, position, k_first, kv
 
 @gluon.jit
 def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-             KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr,
-             REST: gl.constexpr):  # fmt: skip
+             SLOTS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Fill the rings for one task after another; consumers learn of a task through two slots of tickets."""
     B: gl.constexpr = 64 * WGS
-    # Copies in the order in which slots become free: a step's keys are done with before the values of the step before.
-    KEYS_AHEAD: gl.constexpr = KS >= VS
     q_tiles, k_tiles, v_tiles, _ = tiles
     q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, _, q_rest, k_rest = shared
     indices, counts, width, tickets, group = lists
@@ -84,23 +81,20 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
                     async_load(q_tiles, [q_z, first, head, 0], q_bars.index(0),
                                q_s.index(w)._reinterpret(q_s.dtype, [1, 64, 1, D], q_tiles.layout))  # fmt: skip
             n += 1
-            # From the list's end: the diagonal block goes first.
+            # From the list's end: the diagonal block goes first. Copies in the order in which slots become free: a step's keys
+            # are done with before the values of the step before.
             before = 0
             for i in range(steps):
                 position = keys_of(i, indices, offset, entries, whole, block, B, BN)
                 _copy_rows(k_tiles, k_s, k_rest, k_full, k_empty, t, z, kv_head, position, k_first, kv_len, pages,
-                           KS, BN, D, PAGE, RAGGED, BOX, REST)  # fmt: skip
-                if not KEYS_AHEAD:
-                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t, z, kv_head, position, k_first, kv_len, pages,
-                               VS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
-                elif i > 0:
-                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, k_first, kv_len,
-                               pages, VS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
+                           SLOTS, BN, D, PAGE, RAGGED, BOX, REST)  # fmt: skip
+                if i > 0:
+                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, k_first, kv_len, pages,
+                               SLOTS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                 before = position
                 t += 1
-            if KEYS_AHEAD:
-                _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, k_first, kv_len, pages,
-                           VS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
+            _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, k_first, kv_len, pages,
+                       SLOTS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
         taken = gl.atomic_add(queue, 1)
         if taken == tickets - 1:  # as many are taken as there are: nobody asks again, and the next launch finds a new queue
             gl.store(queue, 0)
