@@ -50,6 +50,7 @@ HOMES = {
     "huggingface_hub": ("models",),  # comes with transformers
     "vllm": ("integrations.vllm",),
     "sglang": ("integrations.sglang",),
+    "prometheus_client": ("integrations.serving",),  # comes with vLLM and SGLang
     "matplotlib": ("models", "cli"),
     "rich": ("cli",),
     "typer": ("cli",),
