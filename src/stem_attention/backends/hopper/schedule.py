@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from stem_attention.backends.hopper.gluon_api import either
 
 
 @gluon.jit
@@ -56,6 +59,30 @@ def open_task(ticket, batch, B: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.con
 
 
 @gluon.jit
+def hand_out(queue, tickets, served, ticket_s, ticket_bars):
+    """Take the next ticket from the queue and give it to the consumers, through one of two slots; the producer's part."""
+    taken = gl.atomic_add(queue, 1)
+    if taken == tickets - 1:  # as many are taken as there are: nobody asks again, and the next launch finds a new queue
+        gl.store(queue, 0)
+    ticket = taken + gl.num_programs(0)
+    slot = served % 2
+    mbarrier.wait(ticket_bars.index(2 + slot), ((served // 2) & 1) ^ 1)
+    ticket_s.index(slot).store(gl.full([1], ticket, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(ticket_bars.index(slot), count=1)
+    return ticket
+
+
+@gluon.jit
+def next_ticket(served, ticket_s, ticket_bars):
+    """The ticket that :func:`hand_out` gives next; the part of a consumer of four warps."""
+    slot = served % 2
+    mbarrier.wait(ticket_bars.index(slot), (served // 2) & 1)
+    ticket = gl.max(ticket_s.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(ticket_bars.index(2 + slot), count=1)
+    return ticket
+
+
+@gluon.jit
 def steps_of(z, head, block, row, batch, counts, width, B: gl.constexpr, BN: gl.constexpr):
     """``(list's offset, entries, whole, steps)`` of a row. Nothing has validated the selection: reads stay inside the list."""
     _, _, _, _, _, heads, rows, _, _ = batch
@@ -95,17 +122,12 @@ def blocks_before(left, indices, offset, entries, whole, block, layout: gl.const
 
 
 @gluon.jit
-def _either(a, b):
-    return a | b
-
-
-@gluon.jit
 def mask_of(blocks, top):
     """Bit ``i`` where ``top - i`` is among the blocks."""
     behind = top - blocks
     inside = (blocks >= 0) & (behind >= 0) & (behind < 32)
     one = gl.full(blocks.shape, 1, gl.int32, blocks.type.layout)
-    return gl.reduce(gl.where(inside, one << gl.where(inside, behind, 0), 0), 0, _either)
+    return gl.reduce(gl.where(inside, one << gl.where(inside, behind, 0), 0), 0, either)
 
 
 @gluon.jit
