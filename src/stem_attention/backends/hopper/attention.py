@@ -5,18 +5,15 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stem_attention.backends.hopper.kernel import attention_kernel
+from stem_attention.backends.hopper.launch import entry_registers, tiles
 from stem_attention.backends.hopper.pair_kernel import pair_kernel
 from stem_attention.backends.triton.attention import in_base_two, lse_strides, positive_scale
 from stem_attention.backends.triton.layout import LEAST_BOX, Layout, describable
 from stem_attention.backends.triton.program import Launches
 from stem_attention.backends.triton.tables import kept_per_stream
 from stem_attention.call import Call
-
-_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ class Launch:
 
     def entry_registers(self, block_size: int) -> int:
         """Registers of a thread at entry, so that ``programs`` fit."""
-        # A warpgroup for every 64 rows, and one of which a warp copies.
-        return 65536 // (128 * (self.rows * block_size // 64 + 1) * self.programs) // 8 * 8
+        return entry_registers(self.rows * block_size // 64, self.programs)
 
 
 # By block size and dimension of keys, measured on an H200; keys of 192 and tasks of two rows on an H100.
@@ -86,7 +82,7 @@ def attend(
         kernel, shape = pair_kernel, {}
     launches.start(
         kernel, (min(tickets, resident),),
-        _tiles(q4, 64, rest or dim), _tiles(k4, box, rest or columns), _tiles(v4, box, columns), _tiles(o4, 64, dim), out, lse,
+        tiles(q4, 64, rest or dim), tiles(k4, box, rest or columns), tiles(v4, box, columns), tiles(o4, 64, dim), out, lse,
         call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3],
         *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band,
         indices.shape[3], tickets, layout.group, *in_base_two(scale, call.softcap),
@@ -106,7 +102,3 @@ def multiprocessors(device: torch.device) -> int:
 def _queue(device: torch.device) -> Tensor:
     """int32 ``(1,)``: 0 when a kernel begins, and again when it has ended."""
     return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], _LAYOUT)
