@@ -17,10 +17,9 @@ from stem_attention.backends.hopper import (
     BLOCK_SIZES,
     HEAD_DIMS,
     attention,
-    consumer,
     pair_consumer,
     pair_producer,
-    producer,
+    schedule,
 )
 from stem_attention.backends.hopper.attention import LAUNCHES
 from stem_attention.backends.triton.layout import Layout
@@ -138,12 +137,11 @@ def assert_ordered(ptx: str, shape: tuple[int, int]) -> None:
     """Tickets, plans and the state of Triton's workers are read and written only where a barrier has ordered them."""
     found, pairs = marks(ptx), LAUNCHES[shape].rows == 2
     consumers = LAUNCHES[shape].rows * shape[0] // 64
-    consume, produce = (pair_consumer, pair_producer) if pairs else (consumer, producer)
-    reads = windows(found, r"ld\.shared", place_of(consume, "ticket_s.index(slot).load("))
+    reads = windows(found, r"ld\.shared", place_of(schedule, "ticket_s.index(slot).load("))
     read = r"mbarrier\.try_wait.*; ld\.shared.*; bar\.sync\s+(\d+), 128; mbarrier\.arrive\.shared.*"
     groups = [match[1] for text in reads if (match := re.fullmatch(read, text))]
     assert len(reads) == len(groups) == len(set(groups)) == consumers, reads
-    writes = windows(found, r"st\.shared", place_of(produce, "ticket_s.index(slot).store("))
+    writes = windows(found, r"st\.shared", place_of(schedule, "ticket_s.index(slot).store("))
     assert len(writes) == 1
     assert re.fullmatch(r"mbarrier\.try_wait.*; st\.shared.*; bar\.warp\.sync\s+-1; mbarrier\.arrive\.shared.*", writes[0])
 
@@ -212,7 +210,7 @@ def test_a_ticket_never_lies_where_a_barrier_was(block_size, monkeypatch):
     # A "full" and an "empty" one for every slot, two for queries, four for tickets, two for turns where there are partners.
     # Pairs of rows have three rings, queries each, and 16 for plans.
     rest = 24 if choice.rows == 2 else 6 + (2 if block_size == 128 else 0)
-    assert len(barriers) == 2 * (2 * choice.rows - 1) * (choice.key_slots + choice.value_slots) + rest
+    assert len(barriers) == 4 * (2 * choice.rows - 1) * choice.slots + rest
     assert tickets
     assert not any(start <= ticket < start + 8 for start in barriers for ticket in tickets)
 

@@ -5,10 +5,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stem_attention.backends.hopper.kernel import attention_kernel
+from stem_attention.backends.hopper.launch import entry_registers, tiles
 from stem_attention.backends.hopper.pair_kernel import pair_kernel
 from stem_attention.backends.triton.attention import in_base_two, lse_strides, positive_scale
 from stem_attention.backends.triton.layout import LEAST_BOX, Layout, describable
@@ -16,36 +15,32 @@ from stem_attention.backends.triton.program import Launches
 from stem_attention.backends.triton.tables import kept_per_stream
 from stem_attention.call import Call
 
-_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
-
 
 @dataclass(frozen=True)
 class Launch:
     """How the kernel runs."""
 
-    tile: int  # keys per step: a block, half of one or two of them
-    key_slots: int  # of the ring of keys, of ``tile`` keys each
-    value_slots: int
+    tile: int  # keys per step: a block or half of one
+    slots: int  # of a ring of keys or values, of ``tile`` each
     programs: int = 1  # that share a multiprocessor
     queries_in_registers: bool = False  # moved there from shared memory once per task
     rows: int = 1  # that a task has; of two, what both keep is fetched once, and each has rings of its own for the rest
 
     def entry_registers(self, block_size: int) -> int:
         """Registers of a thread at entry, so that ``programs`` fit."""
-        # A warpgroup for every 64 rows, and one of which a warp copies.
-        return 65536 // (128 * (self.rows * block_size // 64 + 1) * self.programs) // 8 * 8
+        return entry_registers(self.rows * block_size // 64, self.programs)
 
 
 # By block size and dimension of keys, measured on an H200; keys of 192 and tasks of two rows on an H100.
 LAUNCHES = {
-    (128, 64): Launch(tile=128, key_slots=4, value_slots=4),
-    (128, 128): Launch(tile=128, key_slots=2, value_slots=2),
-    (128, 192): Launch(tile=128, key_slots=2, value_slots=2),
-    (128, 256): Launch(tile=64, key_slots=2, value_slots=2),
-    (64, 64): Launch(tile=64, key_slots=4, value_slots=4, programs=3, queries_in_registers=True),
-    (64, 128): Launch(tile=64, key_slots=2, value_slots=2, queries_in_registers=True, rows=2),
-    (64, 192): Launch(tile=64, key_slots=2, value_slots=2, programs=2, queries_in_registers=True),
-    (64, 256): Launch(tile=64, key_slots=3, value_slots=3),
+    (128, 64): Launch(tile=128, slots=4),
+    (128, 128): Launch(tile=128, slots=2),
+    (128, 192): Launch(tile=128, slots=2),
+    (128, 256): Launch(tile=64, slots=2),
+    (64, 64): Launch(tile=64, slots=4, programs=3, queries_in_registers=True),
+    (64, 128): Launch(tile=64, slots=2, queries_in_registers=True, rows=2),
+    (64, 192): Launch(tile=64, slots=2, programs=2, queries_in_registers=True),
+    (64, 256): Launch(tile=64, slots=3),
 }
 
 
@@ -75,24 +70,23 @@ def attend(
     band = max(1, min(resident // layout.group, tasks - heavy))
     tickets = batch * heads * (heavy + -(-(tasks - heavy) // band) * band)
     # The copy engine fetches a tile in boxes that lie in one page and in one block.
-    box = next(box for box in (128, 64, LEAST_BOX) if page % box == 0 and box <= min(choice.tile, block_size))
+    box = next(box for box in (128, 64, LEAST_BOX) if page % box == 0 and box <= choice.tile)
     queue = _queue(q.device)
     launches.keep(queue)
     columns = dim if box == choice.tile else 64
     options = {} if choice.programs == 1 else {"maxnreg": choice.entry_registers(block_size)}
     kernel, shape = attention_kernel, {
-        "WGS": block_size // 64, "BN": choice.tile, "KS": choice.key_slots, "VS": choice.value_slots,
-        "QREG": choice.queries_in_registers, "REST": rest,
+        "WGS": block_size // 64, "BN": choice.tile, "QREG": choice.queries_in_registers, "REST": rest,
     }  # fmt: skip
     if choice.rows == 2:
-        kernel, shape = pair_kernel, {"SLOTS": choice.key_slots}
+        kernel, shape = pair_kernel, {}
     launches.start(
         kernel, (min(tickets, resident),),
-        _tiles(q4, 64, rest or dim), _tiles(k4, box, rest or columns), _tiles(v4, box, columns), _tiles(o4, 64, dim), out, lse,
+        tiles(q4, 64, rest or dim), tiles(k4, box, rest or columns), tiles(v4, box, columns), tiles(o4, 64, dim), out, lse,
         call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3],
         *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band,
         indices.shape[3], tickets, layout.group, *in_base_two(scale, call.softcap),
-        D=dim, PAGE=page, RAGGED=layout.packed, LSE=call.return_lse, BOX=box, **shape,
+        D=dim, SLOTS=choice.slots, PAGE=page, RAGGED=layout.packed, LSE=call.return_lse, BOX=box, **shape,
         num_warps=4, **options,
     )  # fmt: skip
     return out, lse
@@ -108,7 +102,3 @@ def multiprocessors(device: torch.device) -> int:
 def _queue(device: torch.device) -> Tensor:
     """int32 ``(1,)``: 0 when a kernel begins, and again when it has ended."""
     return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], _LAYOUT)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
 from stem_attention.backends.hopper.backward_kernel import dkv_kernel
+from stem_attention.backends.hopper.launch import entry_registers, tiles
 from stem_attention.backends.triton.backward import Chunks, Inputs, Scales
 from stem_attention.backends.triton.backward import start_chunks as start_portable_chunks
 from stem_attention.backends.triton.kept import Columns
 from stem_attention.backends.triton.layout import Layout, describable
 from stem_attention.backends.triton.program import Launches
-
-_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Launch:
 
     def options(self, block_size: int) -> dict[str, int]:
         """Return the compiler's: registers of a thread at entry, so that ``programs`` fit."""
-        registers = 65536 // (128 * (block_size // 64 + 1) * self.programs) // 8 * 8
+        registers = entry_registers(block_size // 64, self.programs)
         return {"num_warps": 4} if self.programs == 1 else {"num_warps": 4, "maxnreg": registers}
 
 
@@ -54,9 +50,9 @@ def start_chunks(
     other = layout.packed or steepness is not None or v.shape[3] != dim
     if choice is None or other or not all(map(describable, tensors)):
         return start_portable_chunks(layout, size, inputs, results, columns, scales, launches)
-    tiles = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], _LAYOUT) for x in tensors]
+    described = (tiles(x, 64, dim) for x in tensors)
     launches.start(
-        dkv_kernel, (len(columns.owners),), *tiles, lse, delta, *results, columns.lists, columns.starts, columns.owners,
+        dkv_kernel, (len(columns.owners),), *described, lse, delta, *results, columns.lists, columns.starts, columns.owners,
         columns.firsts, columns.slots, columns.longest, *results[0].stride()[:3], *results[1].stride()[:3],
         *lse.stride()[:2], *delta.stride()[:2], layout.q_len, layout.kv_len, layout.kv_heads, layout.rows, layout.blocks,
         len(columns.chunks), scale, factor,

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from stem_attention.backends.hopper.gluon_api import async_store, pinned, rescaled
-from stem_attention.backends.hopper.schedule import open_task, steps_of
+from stem_attention.backends.hopper.schedule import next_ticket, open_task, steps_of
 
 # Weights are relative to a maximum that may be this old, in base 2: they stay far below what 16 bits hold, and as exact.
 SLACK: gl.constexpr = gl.constexpr(8.0)
@@ -31,7 +31,13 @@ def _products(q, s, blank, shared, REST: gl.constexpr):
 
 
 @gluon.jit
-def _weights(scores, scale, m, HELD: gl.constexpr, LAZY: gl.constexpr = False):
+def sums_of(p):
+    """Eight sums of a row's weights: a thread holds two of every eight columns, so these need no exchange between threads."""
+    return gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def _weights(scores, scale, m, LAZY: gl.constexpr = False):
     """Weights of a tile, the running maximum (in base 2), what older weights shrink by, and the tile's sums per thread.
 
     Where ``LAZY``, the maximum stays until it is behind by ``SLACK``: results then seldom have to shrink.
@@ -39,32 +45,31 @@ def _weights(scores, scale, m, HELD: gl.constexpr, LAZY: gl.constexpr = False):
     new_m = gl.max(scores, 1) * scale
     new_m = gl.where(new_m > m + SLACK, new_m, m) if LAZY else gl.maximum(m, new_m)
     p = gl.exp2(scores * scale - new_m[:, None])
-    # A thread holds two of every eight columns: eight sums a row need no exchange between threads.
-    sums = gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
-    return p.to(HELD), new_m, gl.exp2(m - new_m), sums
+    sums = sums_of(p)
+    return p, new_m, gl.exp2(m - new_m), sums
 
 
 @gluon.jit
-def _bounded(scores, steepness):
+def bounded(scores, steepness):
     """Scores under a soft cap, which is the scale then: products become their hyperbolic tangent."""
     return scores if steepness is None else 1.0 - 2.0 / (gl.exp2(scores * (steepness * 2.8853900817779268)) + 1.0)
 
 
 @gluon.jit
-def _grown(total, shrink, sums):
+def grown(total, shrink, sums):
     return total * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
 
 
 @gluon.jit
-def _masked(scores, first, w: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
-    """Minus infinity right of the diagonal; keys begin at the diagonal block's ``first``, before it where that is negative."""
+def masked(scores, first, w: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
+    """Minus infinity right of the diagonal; keys begin at the diagonal block's ``first``."""
     rows = w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     columns = first + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     return gl.where(rows[:, None] >= columns[None, :], scores, -float("inf"))
 
 
 @gluon.jit
-def _clear_tail(s, parity, v_s, v_full, present, BN: gl.constexpr):
+def clear_tail(s, parity, v_s, v_full, present, BN: gl.constexpr):
     """Zeros behind the last value of the tile in slot ``s``, where a neighbour's lie: a zero weight times NaN would be NaN."""
     if present < BN:
         tile = v_s.index(s)
@@ -93,8 +98,8 @@ def _store_rows(staging, out, stride_s, stride_h, z, head, q_first, first, q_len
 
 
 @gluon.jit
-def _write(acc, total, m, sink, read, staging, o_tiles, results, z, head, position, start, q_first, kv_len, D: gl.constexpr,
-           RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
+def write(acc, total, m, sink, read, staging, o_tiles, results, z, head, position, start, q_first, kv_len, D: gl.constexpr,
+          RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
     """Results of the 64 rows from ``position`` on, when their last weighted values are there, of which ``read`` is told.
 
     They leave through the queries' shared memory, which this task needs no more.
@@ -134,8 +139,7 @@ def _write(acc, total, m, sink, read, staging, o_tiles, results, z, head, positi
 
 @gluon.jit
 def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexpr, SUB: gl.constexpr, WGS: gl.constexpr,
-          BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr,
-          REST: gl.constexpr):  # fmt: skip
+          BN: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, RAGGED: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Scores of the ``t``-th tile beside the weighted values of the one before, then softmax while the values still run.
 
     ``SUB`` is the tile's place in the diagonal block, which is masked, or 0 for every tile of another block. ``present``
@@ -147,28 +151,28 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     out_layout: gl.constexpr = acc.type.layout
     # With one consumer of 64 columns there is little beside softmax: what it need not do counts.
     LAZY: gl.constexpr = WGS == 1 and D == 64
-    before = (t - 1) % VS
-    s = t % KS
-    mbarrier.wait(k_full.index(s), (t // KS) & 1)
+    before = (t - 1) % SLOTS
+    s = t % SLOTS
+    mbarrier.wait(k_full.index(s), (t // SLOTS) & 1)
     if WGS == 2:
         mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
     scores = _products(q, s, blank, shared, REST)
     weights = gl.convert_layout(p.to(v_s.dtype), gl.DotOperandLayout(0, out_layout, 2))
-    mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
+    mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
     acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
     if WGS == 2:
         mbarrier.arrive(turns.index(1 - w), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(s), count=1)
-    scores = _bounded(scores, steepness)
+    scores = bounded(scores, steepness)
     if SUB > 0:
-        scores = _masked(scores, SUB * BN, w, BN, scores_layout)
-    p, m, shrink, sums = _weights(scores, scale, m, p.dtype, LAZY)
-    total = _grown(total, shrink, sums)
+        scores = masked(scores, SUB * BN, w, BN, scores_layout)
+    p, m, shrink, sums = _weights(scores, scale, m, LAZY)
+    total = grown(total, shrink, sums)
     if SUB == 0:
         total = pinned(total)
     elif RAGGED:
-        _clear_tail(t % VS, (t // VS) & 1, v_s, v_full, present, BN)
+        clear_tail(t % SLOTS, (t // SLOTS) & 1, v_s, v_full, present, BN)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(before), count=1)
     shrink = gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))
@@ -178,10 +182,10 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
 
 @gluon.jit
 def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr,
-              D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
-              QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+              D: gl.constexpr, SLOTS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr,
+              REST: gl.constexpr):  # fmt: skip
     B: gl.constexpr = 64 * WGS
-    SUB: gl.constexpr = B // BN if BN < B else 1
+    SUB: gl.constexpr = B // BN
     _, _, _, o_tiles = tiles
     scale, steepness = scales
     q_s, _, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns, q_rest, _ = shared
@@ -192,10 +196,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
     q_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    ticket_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = q_s.dtype
-    # Weights wait for their values; those of two blocks would take registers that are not there.
-    held: gl.constexpr = dtype if BN > B else gl.float32
     blank = gl.zeros([64, BN], gl.float32, scores_layout)
     t = 0
     n = 0
@@ -204,7 +205,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
     while ticket < tickets:
         z, head, block, row, start, q_first, _, kv_len = open_task(ticket, batch, B, RAGGED)
         if row >= 0:
-            _, entries, _, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
+            _, _, _, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
             mbarrier.wait(q_bars.index(0), n & 1)
             q = (q_s.index(w), q_rest.index(w))
             if QREG:
@@ -217,13 +218,9 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
                 sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
             m = gl.full([64], sink, gl.float32, row_layout)
 
-            # The diagonal block, peeled: its first tile has no values before it to weigh. A tile of two blocks has it behind
-            # the other; where the list is odd, it is there twice, and the second is masked.
-            diagonal = 0
-            if BN > B:
-                diagonal = (1 - entries % 2) * B
-            s = t % KS
-            mbarrier.wait(k_full.index(s), (t // KS) & 1)
+            # The diagonal block, peeled: its first tile has no values before it to weigh.
+            s = t % SLOTS
+            mbarrier.wait(k_full.index(s), (t // SLOTS) & 1)
             if WGS == 2:
                 mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
             scores = _products(q, s, blank, shared, REST)
@@ -231,48 +228,43 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
                 mbarrier.arrive(turns.index(1 - w), count=1)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(s), count=1)
-            scores = _bounded(scores, steepness)
-            p, m, _, total = _weights(_masked(scores, -diagonal, w, BN, scores_layout), scale, m, held)
+            scores = bounded(scores, steepness)
+            p, m, _, total = _weights(masked(scores, 0, w, BN, scores_layout), scale, m)
             present = kv_len - block * B
-            if BN > B:
-                present = gl.where(present < B, diagonal + present, BN)
             if RAGGED:
-                _clear_tail(t % VS, (t // VS) & 1, v_s, v_full, present, BN)
+                clear_tail(t % SLOTS, (t // SLOTS) & 1, v_s, v_full, present, BN)
             t += 1
             for sub in gl.static_range(1, SUB):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present - sub * BN,
-                                         w, sub, WGS, BN, D, KS, VS, RAGGED, REST)  # fmt: skip
+                                         w, sub, WGS, BN, D, SLOTS, RAGGED, REST)  # fmt: skip
                 t += 1
             for _ in range(SUB, steps):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present,
-                                         w, 0, WGS, BN, D, KS, VS, RAGGED, REST)  # fmt: skip
+                                         w, 0, WGS, BN, D, SLOTS, RAGGED, REST)  # fmt: skip
                 t += 1
 
-            before = (t - 1) % VS
+            before = (t - 1) % SLOTS
             weights = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(v_full.index(before), ((t - 1) // VS) & 1)
+            mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
             acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
-            _write(acc, total, m, sink, v_empty.index(before), q_s.index(w), o_tiles, results, z, head, block * B + w * 64,
-                   start, q_first, kv_len, D, RAGGED, LSE)  # fmt: skip
+            write(acc, total, m, sink, v_empty.index(before), q_s.index(w), o_tiles, results, z, head, block * B + w * 64,
+                  start, q_first, kv_len, D, RAGGED, LSE)  # fmt: skip
             mbarrier.arrive(q_bars.index(1), count=1)
-        slot = served % 2
-        mbarrier.wait(ticket_bars.index(slot), (served // 2) & 1)
-        ticket = gl.max(ticket_s.index(slot).load(ticket_layout), 0)
-        mbarrier.arrive(ticket_bars.index(2 + slot), count=1)
+        ticket = next_ticket(served, ticket_s, ticket_bars)
         served += 1
 
 
 @gluon.jit
 def first_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-                   KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
-                   QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+                   SLOTS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr,
+                   REST: gl.constexpr):  # fmt: skip
     """Rows 0 to 63 of every block."""
-    _consumer(0, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)
+    _consumer(0, tiles, shared, batch, lists, results, scales, WGS, BN, D, SLOTS, RAGGED, LSE, QREG, REST)
 
 
 @gluon.jit
 def second_consumer(tiles, shared, batch, lists, results, scales, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-                    KS: gl.constexpr, VS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
-                    QREG: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+                    SLOTS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, QREG: gl.constexpr,
+                    REST: gl.constexpr):  # fmt: skip
     """Rows 64 to 127."""
-    _consumer(1, tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)
+    _consumer(1, tiles, shared, batch, lists, results, scales, WGS, BN, D, SLOTS, RAGGED, LSE, QREG, REST)

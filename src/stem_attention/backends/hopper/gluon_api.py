@@ -76,6 +76,12 @@ def rescaled(acc, shrink):
 
 
 @gluon.jit
+def either(a, b):
+    """Combine words of bits, for :func:`gl.reduce`."""
+    return a | b
+
+
+@gluon.jit
 def lowest_bit(mask):
     """The place of a mask's lowest bit; of 0 there is none."""
     return gl.inline_asm_elementwise(

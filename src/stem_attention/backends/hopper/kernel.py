@@ -1,9 +1,9 @@
 """Block-sparse attention forward for Hopper: one warp copies, one or two warpgroups of 64 query rows compute.
 
-Tile: a query block of 128 (two warpgroups) or 64 (one) against ``BN`` keys, of one block or two. Pipeline: the producer
-fetches queries once per task and keys and values into rings of ``KS`` and ``VS`` slots by the copy engine; consumers issue the
-scores of a tile together with the weighted values of the tile before, and their softmax runs beside the latter. Two warpgroups
-take turns in issuing. Of keys of 192 the first ``D`` columns, the dimension of values, lie in one buffer and the ``REST`` in
+Tile: a query block of 128 (two warpgroups) or 64 (one) against ``BN`` keys, a block or half of one. Pipeline: the producer
+fetches queries once per task, and keys and values into rings of ``SLOTS`` by the copy engine; consumers issue the scores of a
+tile together with the weighted values of the tile before, and their softmax runs beside the latter. Two warpgroups take turns
+in issuing. Of keys of 192 the first ``D`` columns, the dimension of values, lie in one buffer and the ``REST`` in
 another. Persistent programs take tasks from a queue, long rows first. docs/kernels.md has the speeds.
 """
 
@@ -27,23 +27,23 @@ def attention_kernel(
     q_tiles, k_tiles, v_tiles, o_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table, queue,
     o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, page_count,
     q_len, kv_len, sequences, heads, rows, heavy, band, width, tickets, group, scale, steepness,
-    WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr,
-    RAGGED: gl.constexpr, LSE: gl.constexpr, BOX: gl.constexpr, QREG: gl.constexpr, REST: gl.constexpr,
+    WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
+    LSE: gl.constexpr, BOX: gl.constexpr, QREG: gl.constexpr, REST: gl.constexpr,
 ):  # fmt: skip
     """``sinks`` are ``(heads,)`` or None, ``scale`` and ``steepness`` as the portable kernel has them; see ``attention.py``."""
     dtype: gl.constexpr = q_tiles.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(dtype, [WGS, 64, D], tile_layout)
-    k_s = gl.allocate_shared_memory(dtype, [KS, BN, D], tile_layout)
+    k_s = gl.allocate_shared_memory(dtype, [SLOTS, BN, D], tile_layout)
     # Tensors of Gluon are powers of two.
     q_rest = gl.allocate_shared_memory(dtype, [WGS, 64, REST], tile_layout) if REST else q_s
-    k_rest = gl.allocate_shared_memory(dtype, [KS, BN, REST], tile_layout) if REST else k_s
-    v_s = gl.allocate_shared_memory(dtype, [VS, BN, D], tile_layout)
+    k_rest = gl.allocate_shared_memory(dtype, [SLOTS, BN, REST], tile_layout) if REST else k_s
+    v_s = gl.allocate_shared_memory(dtype, [SLOTS, BN, D], tile_layout)
     ticket_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    k_full = barriers(KS, 1)
-    v_full = barriers(VS, 1)
-    k_empty = barriers(KS, WGS)
-    v_empty = barriers(VS, WGS)
+    k_full = barriers(SLOTS, 1)
+    v_full = barriers(SLOTS, 1)
+    k_empty = barriers(SLOTS, WGS)
+    v_empty = barriers(SLOTS, WGS)
     q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_bars.index(0), count=1)
     mbarrier.init(q_bars.index(1), count=WGS)
@@ -66,12 +66,12 @@ def attention_kernel(
     # Triton keeps constants constant only where they are arguments of the call itself.
     if WGS == 2:
         gl.warp_specialize([
-            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)),
-            (second_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)),
-            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX, REST)),
+            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, SLOTS, RAGGED, LSE, QREG, REST)),
+            (second_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, SLOTS, RAGGED, LSE, QREG, REST)),
+            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, SLOTS, PAGE, RAGGED, BOX, REST)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, KS, VS, RAGGED, LSE, QREG, REST)),
-            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, KS, VS, PAGE, RAGGED, BOX, REST)),
+            (first_consumer, (tiles, shared, batch, lists, results, scales, WGS, BN, D, SLOTS, RAGGED, LSE, QREG, REST)),
+            (producer, (tiles, shared, batch, lists, pages, queue, WGS, BN, D, SLOTS, PAGE, RAGGED, BOX, REST)),
         ], [1], [24])  # fmt: skip

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from stem_attention.backends.hopper.gluon_api import async_load
+from stem_attention.backends.hopper.gluon_api import async_load, either
 
 
 @gluon.jit
@@ -72,11 +72,6 @@ def _ones(words):
 
 
 @gluon.jit
-def _either(a, b):
-    return a | b
-
-
-@gluon.jit
 def _bits(columns: gl.constexpr, layout: gl.constexpr):
     return gl.full([columns], 1, gl.uint32, layout) << gl.arange(0, columns, layout=layout).to(gl.uint32)
 
@@ -89,7 +84,7 @@ def _noticed(weights, least, per_row: gl.constexpr):
     bits = _bits(columns, gl.SliceLayout(0, layout))
     least = gl.convert_layout(least, gl.SliceLayout(1, layout))
     words = gl.sum(gl.where(weights < least[:, None], gl.zeros_like(bits)[None, :], bits[None, :]), 1).to(gl.uint32)
-    return gl.reduce(words.reshape([weights.shape[0] // per_row, per_row]), 1, _either)
+    return gl.reduce(words.reshape([weights.shape[0] // per_row, per_row]), 1, either)
 
 
 @gluon.jit

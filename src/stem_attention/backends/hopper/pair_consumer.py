@@ -6,9 +6,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from stem_attention.backends.hopper.consumer import SLACK, _bounded, _clear_tail, _grown, _masked, _write
+from stem_attention.backends.hopper.consumer import SLACK, bounded, clear_tail, grown, masked, sums_of, write
 from stem_attention.backends.hopper.gluon_api import rescaled
-from stem_attention.backends.hopper.schedule import list_of, open_task, slot_of
+from stem_attention.backends.hopper.schedule import list_of, next_ticket, open_task, slot_of
 
 
 @gluon.jit
@@ -42,12 +42,6 @@ def _exponents(scores, scale, m):
 
 
 @gluon.jit
-def _sums(p):
-    # A thread holds two of every eight columns: eight sums a row need no exchange between threads.
-    return gl.sum(p.reshape([64, 8, 8]), 1)
-
-
-@gluon.jit
 def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.constexpr, SLOTS: gl.constexpr,
          PLANS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
     """Row ``w`` of every pair; 1 is the later one, which every pair has."""
@@ -62,7 +56,6 @@ def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.co
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-    ticket_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = q_s.dtype
     blank = gl.zeros([64, 64], gl.float32, scores_layout)
     both_read = 0
@@ -98,11 +91,11 @@ def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.co
             scores = warpgroup_mma(q, k_s.index(now).permute((1, 0)), blank, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(now), count=1)
-            scores = _masked(_bounded(scores, steepness), 0, 0, 64, scores_layout)
+            scores = masked(bounded(scores, steepness), 0, 0, 64, scores_layout)
             if RAGGED:
-                _clear_tail(now, now_parity, v_s, v_full, kv_len - block * 64, 64)
+                clear_tail(now, now_parity, v_s, v_full, kv_len - block * 64, 64)
             x, m, shrink = _exponents(scores, scale, m)
-            total = _sums(blank)
+            total = sums_of(blank)
             slot, parity, mine, both, plans, both_read, own = _next_tile(w, entries > 1, mine, both, plans, both_read, own,
                                                                          plan_s, plan_bars, SLOTS, PLANS)  # fmt: skip
             for i in range(1, entries):
@@ -113,13 +106,13 @@ def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.co
                 slot, parity, mine, both, plans, both_read, own = _next_tile(w, i + 1 < entries, mine, both, plans, both_read,
                                                                              own, plan_s, plan_bars, SLOTS, PLANS)  # fmt: skip
                 p = gl.exp2(x)
-                total = _grown(total, shrink, _sums(p))
+                total = grown(total, shrink, sums_of(p))
                 weights = gl.convert_layout(p.to(dtype), p_layout)
                 mbarrier.wait(v_full.index(now), now_parity)
                 acc = warpgroup_mma(weights, v_s.index(now), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, deps=[scores])
                 mbarrier.arrive(k_empty.index(ahead), count=1)
-                x, m, shrink = _exponents(_bounded(scores, steepness), scale, m)
+                x, m, shrink = _exponents(bounded(scores, steepness), scale, m)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(v_empty.index(now), count=1)
                 acc = rescaled(acc, gl.convert_layout(shrink, out_rows)[:, None])
@@ -127,17 +120,14 @@ def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.co
                 now_parity = ahead_parity
 
             p = gl.exp2(x)
-            total = _grown(total, shrink, _sums(p))
+            total = grown(total, shrink, sums_of(p))
             weights = gl.convert_layout(p.to(dtype), p_layout)
             mbarrier.wait(v_full.index(now), now_parity)
             acc = warpgroup_mma(weights, v_s.index(now), acc, is_async=True)
-            _write(acc, total, m, sink, v_empty.index(now), q_s.index(w), o_tiles, results, z, head, block * 64, start, q_first,
-                   kv_len, D, RAGGED, LSE)  # fmt: skip
+            write(acc, total, m, sink, v_empty.index(now), q_s.index(w), o_tiles, results, z, head, block * 64, start, q_first,
+                  kv_len, D, RAGGED, LSE)  # fmt: skip
             mbarrier.arrive(q_bars.index(2 + w), count=1)
-        slot = served % 2
-        mbarrier.wait(ticket_bars.index(slot), (served // 2) & 1)
-        ticket = gl.max(ticket_s.index(slot).load(ticket_layout), 0)
-        mbarrier.arrive(ticket_bars.index(2 + slot), count=1)
+        ticket = next_ticket(served, ticket_s, ticket_bars)
         served += 1
 
 

@@ -7,37 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from stem_attention.backends.hopper.gluon_api import async_load, bits_set, lowest_bit
-from stem_attention.backends.hopper.schedule import blocks_before, list_of, mask_of, open_task, slot_of
-
-
-@gluon.jit
-def _copy(tiles, ring, full, empty, slot, parity, z, head, position, k_first, kv_len, pages, D: gl.constexpr,
-          PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr):  # fmt: skip
-    """The tile of 64 keys or values from ``position`` on, into a slot."""
-    page_table, table_stride, page_count = pages
-    mbarrier.wait(empty.index(slot), parity ^ 1)
-    mbarrier.expect(full.index(slot), 64 * D * 2)
-    for part in gl.static_range(64 // BOX):
-        at = position + part * BOX
-        if PAGE:
-            # A block's later boxes may begin after the last key, where the table may end.
-            page = gl.load(page_table + z.to(gl.int64) * table_stride + at // PAGE, mask=at < kv_len, other=0)
-            outer = gl.minimum(gl.maximum(page, 0), page_count - 1)
-            inner = at % PAGE
-        elif RAGGED:
-            outer = 0
-            inner = k_first + at
-        else:
-            outer = z
-            inner = at
-        if BOX == 64:
-            tile = ring.index(slot)._reinterpret(ring.dtype, [1, 64, 1, D], tiles.layout)
-            async_load(tiles, [outer, inner, head, 0], full.index(slot), tile)
-        else:
-            # Shared memory holds 64 rows of 64 columns after one another.
-            parts = ring.index(slot)._reinterpret(ring.dtype, [D // 64 * (64 // BOX), 1, BOX, 1, 64], tiles.layout)
-            for column in gl.static_range(D // 64):
-                async_load(tiles, [outer, inner, head, column * 64], full.index(slot), parts.index(column * (64 // BOX) + part))
+from stem_attention.backends.hopper.producer import copy_tile
+from stem_attention.backends.hopper.schedule import blocks_before, hand_out, list_of, mask_of, open_task, slot_of
 
 
 @gluon.jit
@@ -126,22 +97,15 @@ def pair_producer(tiles, shared, batch, lists, pages, queue, D: gl.constexpr, SL
                     if not common:
                         own0 += 1 - w
                         own1 += w
-                    _copy(k_tiles, k_s, k_full, k_empty, slot, parity, z, kv_head, at, k_first, kv_len, pages, D, PAGE,
-                          RAGGED, BOX)  # fmt: skip
+                    copy_tile(k_tiles, k_s, k_s, k_full, k_empty, slot, parity, z, kv_head, at, k_first, kv_len, pages, 64, D,
+                              PAGE, RAGGED, BOX, 0)  # fmt: skip
                     if before >= 0:
-                        _copy(v_tiles, v_s, v_full, v_empty, before_slot, before_parity, z, kv_head, before, k_first, kv_len,
-                              pages, D, PAGE, RAGGED, BOX)  # fmt: skip
+                        copy_tile(v_tiles, v_s, v_s, v_full, v_empty, before_slot, before_parity, z, kv_head, before, k_first,
+                                  kv_len, pages, 64, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                     before = at
                     before_slot = slot
                     before_parity = parity
-            _copy(v_tiles, v_s, v_full, v_empty, before_slot, before_parity, z, kv_head, before, k_first, kv_len, pages, D,
-                  PAGE, RAGGED, BOX)  # fmt: skip
-        taken = gl.atomic_add(queue, 1)
-        if taken == tickets - 1:  # as many are taken as there are: nobody asks again, and the next launch finds a new queue
-            gl.store(queue, 0)
-        ticket = taken + gl.num_programs(0)
-        slot = served % 2
-        mbarrier.wait(ticket_bars.index(2 + slot), ((served // 2) & 1) ^ 1)
-        ticket_s.index(slot).store(gl.full([1], ticket, gl.int32, lane))
-        mbarrier.arrive(ticket_bars.index(slot), count=1)
+            copy_tile(v_tiles, v_s, v_s, v_full, v_empty, before_slot, before_parity, z, kv_head, before, k_first, kv_len,
+                      pages, 64, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
+        ticket = hand_out(queue, tickets, served, ticket_s, ticket_bars)
         served += 1

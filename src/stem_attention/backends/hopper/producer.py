@@ -7,25 +7,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from stem_attention.backends.hopper.gluon_api import async_load
-from stem_attention.backends.hopper.schedule import keys_of, open_task, steps_of
+from stem_attention.backends.hopper.schedule import hand_out, keys_of, open_task, steps_of
 
 
 @gluon.jit
-def _copy_rows(tiles, ring, rest, full, empty, t, z, head, position, second, k_first, kv_len, pages, SLOTS: gl.constexpr,
-               B: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-               BOX: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """The ``t``-th tile of a ring of keys or values: those from ``position`` on, and of two blocks the other at ``second``.
+def copy_tile(tiles, ring, rest, full, empty, s, parity, z, head, position, k_first, kv_len, pages, BN: gl.constexpr,
+              D: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """The keys or values from ``position`` on, into slot ``s`` of a ring.
 
     Columns behind the first ``D``, ``REST`` of them, go to a ring of their own.
     """
     page_table, table_stride, page_count = pages
-    s = t % SLOTS
-    mbarrier.wait(empty.index(s), ((t // SLOTS) & 1) ^ 1)
+    mbarrier.wait(empty.index(s), parity ^ 1)
     mbarrier.expect(full.index(s), BN * (D + REST) * 2)
     for part in gl.static_range(BN // BOX):
         at = position + part * BOX
-        if part * BOX >= B:
-            at = second + (part * BOX - B)
         if PAGE:
             # A block's later boxes may begin after the last key, where the table may end.
             page = gl.load(page_table + z.to(gl.int64) * table_stride + at // PAGE, mask=at < kv_len, other=0)
@@ -51,17 +47,22 @@ def _copy_rows(tiles, ring, rest, full, empty, t, z, head, position, second, k_f
 
 
 @gluon.jit
+def _copy_rows(tiles, ring, rest, full, empty, t, z, head, position, k_first, kv_len, pages, SLOTS: gl.constexpr,
+               BN: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr,
+               REST: gl.constexpr):  # fmt: skip
+    """The ``t``-th tile of a ring."""
+    copy_tile(tiles, ring, rest, full, empty, t % SLOTS, (t // SLOTS) & 1, z, head, position, k_first, kv_len, pages,
+              BN, D, PAGE, RAGGED, BOX, REST)  # fmt: skip
+
+
+@gluon.jit
 def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-             KS: gl.constexpr, VS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr,
-             REST: gl.constexpr):  # fmt: skip
+             SLOTS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Fill the rings for one task after another; consumers learn of a task through two slots of tickets."""
     B: gl.constexpr = 64 * WGS
-    # Copies in the order in which slots become free: a step's keys are done with before the values of the step before.
-    KEYS_AHEAD: gl.constexpr = KS >= VS
     q_tiles, k_tiles, v_tiles, _ = tiles
     q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, _, q_rest, k_rest = shared
     indices, counts, width, tickets, group = lists
-    ticket_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     t = 0
     n = 0
     served = 0
@@ -86,31 +87,19 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
                     async_load(q_tiles, [q_z, first, head, 0], q_bars.index(0),
                                q_s.index(w)._reinterpret(q_s.dtype, [1, 64, 1, D], q_tiles.layout))  # fmt: skip
             n += 1
-            # From the list's end: the diagonal block goes first.
+            # From the list's end: the diagonal block goes first. Copies in the order in which slots become free: a step's keys
+            # are done with before the values of the step before.
             before = 0
-            second_before = 0
             for i in range(steps):
-                position, second = keys_of(i, indices, offset, entries, whole, block, B, BN)
-                _copy_rows(k_tiles, k_s, k_rest, k_full, k_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
-                           KS, B, BN, D, PAGE, RAGGED, BOX, REST)  # fmt: skip
-                if not KEYS_AHEAD:
-                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t, z, kv_head, position, second, k_first, kv_len, pages,
-                               VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
-                elif i > 0:
-                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len,
-                               pages, VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
+                position = keys_of(i, indices, offset, entries, whole, block, B, BN)
+                _copy_rows(k_tiles, k_s, k_rest, k_full, k_empty, t, z, kv_head, position, k_first, kv_len, pages,
+                           SLOTS, BN, D, PAGE, RAGGED, BOX, REST)  # fmt: skip
+                if i > 0:
+                    _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, k_first, kv_len, pages,
+                               SLOTS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                 before = position
-                second_before = second
                 t += 1
-            if KEYS_AHEAD:
-                _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, second_before, k_first, kv_len, pages,
-                           VS, B, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
-        taken = gl.atomic_add(queue, 1)
-        if taken == tickets - 1:  # as many are taken as there are: nobody asks again, and the next launch finds a new queue
-            gl.store(queue, 0)
-        ticket = taken + gl.num_programs(0)
-        slot = served % 2
-        mbarrier.wait(ticket_bars.index(2 + slot), ((served // 2) & 1) ^ 1)
-        ticket_s.index(slot).store(gl.full([1], ticket, gl.int32, ticket_layout))
-        mbarrier.arrive(ticket_bars.index(slot), count=1)
+            _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, k_first, kv_len, pages,
+                       SLOTS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
+        ticket = hand_out(queue, tickets, served, ticket_s, ticket_bars)
         served += 1

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from stem_attention.backends.hopper.gluon_api import either
 
 
 @gluon.jit
@@ -56,6 +59,30 @@ def open_task(ticket, batch, B: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.con
 
 
 @gluon.jit
+def hand_out(queue, tickets, served, ticket_s, ticket_bars):
+    """Take the next ticket from the queue and give it to the consumers, through one of two slots; the producer's part."""
+    taken = gl.atomic_add(queue, 1)
+    if taken == tickets - 1:  # as many are taken as there are: nobody asks again, and the next launch finds a new queue
+        gl.store(queue, 0)
+    ticket = taken + gl.num_programs(0)
+    slot = served % 2
+    mbarrier.wait(ticket_bars.index(2 + slot), ((served // 2) & 1) ^ 1)
+    ticket_s.index(slot).store(gl.full([1], ticket, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(ticket_bars.index(slot), count=1)
+    return ticket
+
+
+@gluon.jit
+def next_ticket(served, ticket_s, ticket_bars):
+    """The ticket that :func:`hand_out` gives next; the part of a consumer of four warps."""
+    slot = served % 2
+    mbarrier.wait(ticket_bars.index(slot), (served // 2) & 1)
+    ticket = gl.max(ticket_s.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(ticket_bars.index(2 + slot), count=1)
+    return ticket
+
+
+@gluon.jit
 def steps_of(z, head, block, row, batch, counts, width, B: gl.constexpr, BN: gl.constexpr):
     """``(list's offset, entries, whole, steps)`` of a row. Nothing has validated the selection: reads stay inside the list."""
     _, _, _, _, _, heads, rows, _, _ = batch
@@ -68,7 +95,7 @@ def steps_of(z, head, block, row, batch, counts, width, B: gl.constexpr, BN: gl.
 
 @gluon.jit
 def _block_of(entry, indices, offset, entries, whole, block):
-    """The block that a row's ``entry``-th names; the last is the diagonal block, and so is one behind it."""
+    """The block that a row's ``entry``-th names; the last is the diagonal block."""
     kept = gl.load(indices + offset + entry, mask=(not whole) & (entry < entries - 1), other=entry)
     return gl.minimum(gl.maximum(gl.where(entry < entries - 1, kept, block), 0), block)
 
@@ -82,19 +109,9 @@ def list_of(z, head, block, row, batch, counts, width, B: gl.constexpr):
 
 @gluon.jit
 def keys_of(i, indices, offset, entries, whole, block, B: gl.constexpr, BN: gl.constexpr):
-    """First key of a row's ``i``-th step, and of the second block where a step takes two. The diagonal block goes first.
-
-    Of an odd list the diagonal block comes twice, and the consumer masks the second.
-    """
-    if BN > B:
-        entry = entries - 2 - 2 * i + entries % 2
-        first = _block_of(entry, indices, offset, entries, whole, block) * B
-        second = _block_of(entry + 1, indices, offset, entries, whole, block) * B
-    else:
-        SUB: gl.constexpr = B // BN
-        first = _block_of(entries - 1 - i // SUB, indices, offset, entries, whole, block) * B + i % SUB * BN
-        second = 0
-    return first, second
+    """First key of a row's ``i``-th step, which takes a block or a part of one. The diagonal block goes first."""
+    SUB: gl.constexpr = B // BN
+    return _block_of(entries - 1 - i // SUB, indices, offset, entries, whole, block) * B + i % SUB * BN
 
 
 @gluon.jit
@@ -105,17 +122,12 @@ def blocks_before(left, indices, offset, entries, whole, block, layout: gl.const
 
 
 @gluon.jit
-def _either(a, b):
-    return a | b
-
-
-@gluon.jit
 def mask_of(blocks, top):
     """Bit ``i`` where ``top - i`` is among the blocks."""
     behind = top - blocks
     inside = (blocks >= 0) & (behind >= 0) & (behind < 32)
     one = gl.full(blocks.shape, 1, gl.int32, blocks.type.layout)
-    return gl.reduce(gl.where(inside, one << gl.where(inside, behind, 0), 0), 0, _either)
+    return gl.reduce(gl.where(inside, one << gl.where(inside, behind, 0), 0), 0, either)
 
 
 @gluon.jit
