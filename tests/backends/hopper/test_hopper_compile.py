@@ -31,9 +31,9 @@ pytestmark = pytest.mark.newest_triton
 SHARED_PER_MULTIPROCESSOR = 228 << 10  # of which each program reserves 1 KB
 
 # Bytes of stack that the measured kernels have, none of them in the main loop: scalars that a task touches once.
-# With Triton 3.8 blocks of 64 at head_dim 64 have 40, some in the loop; with 3.6 none.
+# With Triton 3.8 blocks of 64 at head_dim 64 have 40, some in the loop, with 3.6 none; keys of 192 have 8 more than with 3.6.
 STACK = {
-    (128, 64): 0, (128, 128): 64, (128, 192): 104, (128, 256): 160,
+    (128, 64): 0, (128, 128): 64, (128, 192): 112, (128, 256): 160,
     (64, 64): 40, (64, 128): 0, (64, 192): 0, (64, 256): 0,
 }  # fmt: skip
 # More where keys lie in pages, all of it the producer's: with 40 registers in place of 24 it would spill less, but those are
