@@ -57,6 +57,7 @@ def bounded(scores, steepness):
 
 @gluon.jit
 def grown(total, shrink, sums):
+    """Sums per thread of a row's weights so far, which shrink as the maximum grows, and of a further tile's."""
     return total * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
 
 
