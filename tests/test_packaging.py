@@ -54,7 +54,7 @@ def test_import_loads_no_package_that_torch_has_not_loaded():
 
 def test_torch_and_what_it_brings_are_the_only_hard_dependencies_besides_the_commands():
     required = [line for line in importlib.metadata.requires("stem-attention") or [] if "extra ==" not in line]
-    assert sorted(required) == ["rich>=13", "torch>=2.8", "typer>=0.15", "typing-extensions>=4.10"]
+    assert sorted(required) == ["rich>=13", "torch>=2.8", "typer>=0.19", "typing-extensions>=4.10"]
 
 
 def test_the_command_is_installed():
