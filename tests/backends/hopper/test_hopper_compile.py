@@ -22,6 +22,7 @@ from stem_attention.backends.hopper import (
     schedule,
 )
 from stem_attention.backends.hopper.attention import LAUNCHES
+from stem_attention.backends.hopper.launch import entry_registers
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
@@ -236,6 +237,6 @@ def test_a_missing_barrier_is_noticed(block_size, missing, monkeypatch):
 def test_the_programs_of_a_multiprocessor_share_its_registers(shape):
     choice = LAUNCHES[shape]
     warpgroups = choice.rows * shape[0] // 64 + 1
-    registers = choice.entry_registers(shape[0])
+    registers = entry_registers(choice.warpgroups(shape[0]), choice.programs)
     assert registers % 8 == 0
     assert registers * 128 * warpgroups * choice.programs <= 65536

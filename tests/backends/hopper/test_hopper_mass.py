@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from tests.backends.triton.offline import Recorded, Recorder, resources
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from stem_attention import Mass
@@ -20,23 +19,12 @@ from stem_attention.backends.triton import mass_kernels
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.call import Call, PackedBatch
 
+from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper
+
 pytestmark = pytest.mark.newest_triton
-SHARED_PER_MULTIPROCESSOR, REGISTERS_OF_ONE = 228 << 10, 1 << 16
+REGISTERS_OF_ONE = 1 << 16
 THREADS = 3 * 128  # two warpgroups that compute, and one of which a warp copies
 DIMS = (64, 128, 256)
-
-
-class _Hopper:
-    """Stands for the driver of a card that is not there."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @pytest.fixture(autouse=True)

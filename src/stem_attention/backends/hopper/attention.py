@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stem_attention.backends.hopper.kernel import attention_kernel
-from stem_attention.backends.hopper.launch import entry_registers, tiles
+from stem_attention.backends.hopper.launch import compiler_options, tiles
 from stem_attention.backends.hopper.pair_kernel import pair_kernel
 from stem_attention.backends.triton.attention import in_base_two, lse_strides, positive_scale
 from stem_attention.backends.triton.layout import LEAST_BOX, Layout, describable
@@ -26,9 +26,9 @@ class Launch:
     queries_in_registers: bool = False  # moved there from shared memory once per task
     rows: int = 1  # that a task has; of two, what both keep is fetched once, and each has rings of its own for the rest
 
-    def entry_registers(self, block_size: int) -> int:
-        """Registers of a thread at entry, so that ``programs`` fit."""
-        return entry_registers(self.rows * block_size // 64, self.programs)
+    def warpgroups(self, block_size: int) -> int:
+        """Count those that compute: one for every 64 queries."""
+        return self.rows * block_size // 64
 
 
 # By block size and dimension of keys, measured on an H200; keys of 192 and tasks of two rows on an H100.
@@ -74,7 +74,6 @@ def attend(
     queue = _queue(q.device)
     launches.keep(queue)
     columns = dim if box == choice.tile else 64
-    options = {} if choice.programs == 1 else {"maxnreg": choice.entry_registers(block_size)}
     kernel, shape = attention_kernel, {
         "WGS": block_size // 64, "BN": choice.tile, "QREG": choice.queries_in_registers, "REST": rest,
     }  # fmt: skip
@@ -87,7 +86,7 @@ def attend(
         *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band,
         indices.shape[3], tickets, layout.group, *in_base_two(scale, call.softcap),
         D=dim, SLOTS=choice.slots, PAGE=page, RAGGED=layout.packed, LSE=call.return_lse, BOX=box, **shape,
-        num_warps=4, **options,
+        **compiler_options(choice.warpgroups(block_size), choice.programs),
     )  # fmt: skip
     return out, lse
 

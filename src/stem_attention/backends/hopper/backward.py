@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stem_attention.backends.hopper.backward_kernel import dkv_kernel
-from stem_attention.backends.hopper.launch import entry_registers, tiles
+from stem_attention.backends.hopper.launch import compiler_options, tiles
 from stem_attention.backends.triton.backward import Chunks, Inputs, Scales
 from stem_attention.backends.triton.backward import start_chunks as start_portable_chunks
 from stem_attention.backends.triton.kept import Columns
@@ -21,9 +21,8 @@ class Launch:
     programs: int = 1  # that share a multiprocessor
 
     def options(self, block_size: int) -> dict[str, int]:
-        """Return the compiler's: registers of a thread at entry, so that ``programs`` fit."""
-        registers = entry_registers(block_size // 64, self.programs)
-        return {"num_warps": 4} if self.programs == 1 else {"num_warps": 4, "maxnreg": registers}
+        """Return the compiler's: a warpgroup computes 64 keys."""
+        return compiler_options(block_size // 64, self.programs)
 
 
 # By block size and head dimension, measured on an H100: deeper rings were no faster.
@@ -36,8 +35,7 @@ LAUNCHES = {
 
 
 def start_chunks(
-    layout: Layout, size: int, inputs: Inputs, results: Chunks, columns: Columns, scales: Scales, launches: Launches,
-    choice: Launch | None = None,
+    layout: Layout, size: int, inputs: Inputs, results: Chunks, columns: Columns, scales: Scales, launches: Launches
 ) -> None:  # fmt: skip
     """Launch the kernel for all chunks of all key blocks.
 
@@ -45,7 +43,7 @@ def start_chunks(
     """
     q, k, v, d_out, lse, delta = inputs
     dim, tensors = q.shape[3], (q, k, v, d_out)
-    choice = choice or LAUNCHES.get((size, dim))
+    choice = LAUNCHES.get((size, dim))
     scale, factor, steepness = scales
     other = layout.packed or steepness is not None or v.shape[3] != dim
     if choice is None or other or not all(map(describable, tensors)):

@@ -1,4 +1,4 @@
-"""What the launches of Hopper's kernels share: descriptions of tensors for the copy engine, and registers at entry."""
+"""Parts of every launch of Hopper's kernels: descriptions of tensors for the copy engine, and registers at entry."""
 
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -12,9 +12,14 @@ def tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], _LAYOUT)
 
 
-def entry_registers(warpgroups: int, programs: int) -> int:
-    """Return the registers of a thread at entry with which ``programs`` fit a multiprocessor.
+def compiler_options(warpgroups: int, programs: int) -> dict[str, int]:
+    """Return the compiler's options with which ``programs`` fit a multiprocessor; one alone has all its registers.
 
     A program has so many warpgroups that compute, and one of which a warp copies.
     """
+    return {"num_warps": 4} if programs == 1 else {"num_warps": 4, "maxnreg": entry_registers(warpgroups, programs)}
+
+
+def entry_registers(warpgroups: int, programs: int) -> int:
+    """Return the registers of a thread at entry with which so many programs fit."""
     return 65536 // (128 * (warpgroups + 1) * programs) // 8 * 8

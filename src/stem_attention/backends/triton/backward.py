@@ -77,13 +77,12 @@ def backward(
 
 
 def d_queries(
-    layout: Layout, size: int, inputs: Inputs, d_q: Tensor, lists: Tensor, starts: Tensor, scales: Scales, launches: Launches,
-    choice: BackwardLaunch | None = None,
+    layout: Layout, size: int, inputs: Inputs, d_q: Tensor, lists: Tensor, starts: Tensor, scales: Scales, launches: Launches
 ) -> None:  # fmt: skip
     """Fill ``d_q``, by the key blocks of each row."""
     q, k, v, d_out, lse, delta = inputs
     rectangular = not layout.packed and describable(k) and describable(v)
-    choice = choice or _choice("dq", q, v, size, rectangular)
+    choice = _choice("dq", q, v, size, rectangular)
     k_tiles, v_tiles = (_tiles(x, choice.tile) if choice.tma else None for x in (k, v))
     launches.start(
         dq_kernel, (layout.rows * layout.heads, layout.batch, size // choice.own),
@@ -115,13 +114,12 @@ def d_keys_values(
 
 
 def start_chunks(
-    layout: Layout, size: int, inputs: Inputs, results: Chunks, columns: Columns, scales: Scales, launches: Launches,
-    choice: BackwardLaunch | None = None,
+    layout: Layout, size: int, inputs: Inputs, results: Chunks, columns: Columns, scales: Scales, launches: Launches
 ) -> None:  # fmt: skip
     """Launch the portable kernel for all chunks of all key blocks."""
     q, k, v, d_out, lse, delta = inputs
     rectangular = not layout.packed and describable(q) and describable(d_out)
-    choice = choice or _choice("dkv", q, v, size, rectangular)
+    choice = _choice("dkv", q, v, size, rectangular)
     q_tiles, do_tiles = (_tiles(x, choice.tile) if choice.tma else None for x in (q, d_out))
     launches.start(
         dkv_kernel, (len(columns.owners), size // choice.own),

@@ -23,7 +23,7 @@ _LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Keeping:
-    """What a kernel turns into lists: the pools of a call, and the run of its rows that have been pooled.
+    """Pools of a call that a kernel turns into lists, and the run of its rows that have been pooled.
 
     Attributes:
         policy: The call's.

@@ -1,4 +1,4 @@
-"""What the plug-in has done, told now and then: in the log, and to Prometheus where a server gathers what its workers count."""
+"""Counters of the plug-in, told now and then: in the log, and to Prometheus where a server gathers what its workers count."""
 
 import os
 import time

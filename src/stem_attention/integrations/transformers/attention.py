@@ -21,7 +21,7 @@ MIN_QUERY_LEN = 32
 """Fewest query tokens of a sparse call: shorter ones, such as the verification of drafted tokens, belong to decoding."""
 
 WINDOW = "sliding window"
-"""Why a layer is dense whose window hides keys, whoever computes it."""
+"""The reason that is given for a layer whose window hides keys, whoever computes it."""
 
 # Tokens of a block under a window: of narrow ones less lies in blocks that the window cuts (gpt-oss 128, Gemma 3 1024; H100).
 _NARROW, _NARROW_BLOCK, _WIDE_BLOCK = 1024, 64, 128
