@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stem_attention import Mass, block_sparse_attention, explain, select_blocks, stem_attention
+from stem_attention.backends import Request
 from stem_attention.testing import assert_accurate, random_selection, worst_row_error
 
 from .common import on_gpu, random_qkv
@@ -39,6 +40,15 @@ def test_a_whole_call_selects_and_attends():
     out = stem_attention(q, k, v, policy=Mass(), dense_below=0, backend="fa4")
     selection = select_blocks(q, k, v, policy=Mass())
     assert worst_row_error(out, block_sparse_attention(q, k, v, selection, backend="triton")) < 2e-2
+
+
+@pytest.mark.usefixtures("_fa4")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (96, torch.bfloat16), (128, torch.bfloat16)])
+def test_it_passes_the_trial_that_other_cards_ask_for(size, dim, dtype):
+    from stem_attention.backends.fa4.trial import obstacle
+
+    assert obstacle(Request(torch.device("cuda"), dtype, dim, size)) is None
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1024, 1024), (1000, 1000), (700, 1212), (300, 555)])
