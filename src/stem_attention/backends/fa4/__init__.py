@@ -44,7 +44,7 @@ class FA4Backend(TritonBackend):
         return None if fits else "FlashAttention-4 takes lists of blocks on compute capability 9, 10 and 11 alone"
 
     def only_by_name(self, request: Request) -> str | None:
-        """Leave Hopper to the hopper backend, and other cards to FlashAttention-4 once a trial has shown it to be right there."""
+        """Leave Hopper to the hopper backend, and other cards to FlashAttention-4 once a trial has shown it right there."""
         if torch.cuda.get_device_capability(request.device)[0] == 9:
             return "the library's own kernels are faster on Hopper; only by name"
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
