@@ -95,7 +95,7 @@ docs: $(FOR_DOCS) ## Build the pages into site/; a warning is an error
 
 test-vllm: $(FOR_VLLM) $(NEWEST) ## Serve small models with vLLM's CPU build and the plug-in
 ifdef FOR_VLLM
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(JOBS) --dist worksteal -q tests/integrations/vllm $(ARGS)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q tests/integrations/vllm $(ARGS)
 
 $(FOR_VLLM):
 	$(VLLM_CREATE)

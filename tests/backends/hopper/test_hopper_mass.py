@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.backends.triton.offline import Recorded, Recorder, resources
+from tests.backends.triton.offline import Recorded, Recorder, resources, variants
 from triton.runtime import driver
 
 from stem_attention import Mass
@@ -21,7 +21,6 @@ from stem_attention.call import Call, PackedBatch
 
 from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper
 
-pytestmark = pytest.mark.newest_triton
 REGISTERS_OF_ONE = 1 << 16
 THREADS = 3 * 128  # two warpgroups that compute, and one of which a warp copies
 DIMS = (64, 128, 256)
@@ -72,7 +71,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", variants(VARIANTS, "dim-128", "ragged-dim-256"))
 def test_every_variant_fits(variant):
     launch = launched(**VARIANTS[variant])
     two = launch.arguments["D"] == 128 and variant != "short"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 _OPTIONS = ("num_warps", "num_stages")
+
+
+def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
+    """Parameters of which some are compiled with the newest Triton too: one of each kernel, and what its other forms add."""
+    return [pytest.param(name, marks=[pytest.mark.newest_triton] * (name in newest), id=str(name)) for name in names]
 
 
 @dataclass(frozen=True)
