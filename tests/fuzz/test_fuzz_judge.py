@@ -17,7 +17,7 @@ from .conftest import Memory, Trials, space_of
 from .judge import assert_selected
 from .poison import new_memory_is_nan, surrounded, undisturbed
 from .strategies import Space
-from .test_fuzz import a_prompt_in_chunks, any_call, any_packed_batch, attention_over_any_lists
+from .test_fuzz import a_prompt_in_chunks, any_call, any_packed_batch, attention_over_any_lists, gradients_over_any_lists
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="plants its faults in the torch backend")
 
@@ -97,6 +97,20 @@ def test_numbers_that_are_off_by_a_hundredth_are_found(plant):
     plant(lambda out, lse: out[:, -1].mul_(1.01))
     with pytest.raises(AssertionError, match="the worst row is off"):
         tried(any_call)
+
+
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+def test_a_gradient_that_is_off_by_a_hundredth_is_found(which, monkeypatch):
+    honest = TorchBackend.backward
+
+    def faulty(*arguments):
+        results = honest(*arguments)
+        results[which][:, -1].mul_(1.01)
+        return results
+
+    monkeypatch.setattr(TorchBackend, "backward", faulty)
+    with pytest.raises(AssertionError, match="the gradient of . is off"):
+        tried(gradients_over_any_lists)
 
 
 def test_growing_memory_is_found():
