@@ -78,7 +78,7 @@ test: ## Everything that CI runs: lint, types, docs, tests (JOBS=8 for more proc
 	@$(MAKE) --no-print-directory test-newest-triton test-vllm
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-test-newest-triton: $(NEWEST) ## Compile every kernel for every card with the newest Triton that is supported
+test-newest-triton: $(NEWEST) ## Compile one of each kernel for every card with the newest Triton that is supported
 	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m newest_triton -q tests/backends
 
 $(NEWEST): | $(FOR_TEST)
