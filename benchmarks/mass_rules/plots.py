@@ -59,14 +59,8 @@ def draw_line(axes: Axes, found: dict[int, Estimate], name: str) -> None:
     reach = [[one.mean - one.low for one in points], [one.high - one.mean for one in points]]
     axes.errorbar(x, y, reach, marker="osD^"[place], color=f"C{place}", capsize=3, elinewidth=0.8, label=NAMES[name])
     for tokens, across, up in zip(found, x, y, strict=True):
-        axes.annotate(
-            short(tokens),
-            (across, up),
-            textcoords="offset points",
-            xytext=(6, -11 if place == 1 else 5),
-            fontsize=8,
-            color=f"C{place}",
-        )
+        beside = (6, -11 if place == 1 else 5)
+        axes.annotate(short(tokens), (across, up), textcoords="offset points", xytext=beside, fontsize=8, color=f"C{place}")
 
 
 def per_cent(found: Estimate, show: Callable[[float], float]) -> Estimate:

@@ -18,7 +18,7 @@ from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies import Dense
 
-from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper, marks, place_of, windows
+from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper, assert_workers_ordered, marks, place_of, windows
 
 # Bytes of stack: scalars of a column, needed in the loop but once, in blocks of 64. Triton 3.8 takes more in fp16.
 STACK = {(128, 64): 0, (128, 128): 16, (64, 64): 0, (64, 128): 32}
@@ -83,6 +83,7 @@ def test_what_warps_tell_each_other_is_ordered(block_size, monkeypatch):
     arrivals = windows(found, r"mbarrier\.arrive", place_of(backward_kernel, "mbarrier.arrive(empty.index(s)"))
     groups = [re.match(r"bar\.sync\s+(\d+), 128; mbarrier", text) for text in arrivals]
     assert len({group[1] for group in groups if group}) == len(groups) == block_size // 64, arrivals
+    assert_workers_ordered(found, "backward_kernel.py")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from stem_attention.backends.triton import mass_kernels
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.call import Call, PackedBatch
 
-from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper
+from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper, assert_workers_ordered, marks
 
 REGISTERS_OF_ONE = 1 << 16
 THREADS = 3 * 128  # two warpgroups that compute, and one of which a warp copies
@@ -85,6 +85,7 @@ def test_every_variant_fits(variant):
     assert stack <= (256 if two else 0)
     assert set(re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k16", made.asm["ptx"])) == {"64"}
     assert "cp.async.bulk.tensor" in made.asm["ptx"]
+    assert_workers_ordered(marks(made.asm["ptx"]), "mass_kernel.py")
 
 
 @pytest.mark.parametrize(
