@@ -86,7 +86,7 @@ def stem_attention(
         elif call.plain and not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
     run = gradients.attention if gradients.needed(q, k, v, sinks) else ops.attention
-    out, lse = run(q, k, v, sinks, ops.travel(known), scale, softcap, [length], name, limit, return_lse)
+    out, lse = run(*ops.Arguments(q, k, v, sinks, ops.travel(known), scale, softcap, [length], name, limit, return_lse))
     return (out, lse) if return_lse else out
 
 
@@ -159,8 +159,8 @@ def stem_attention_varlen(
         way = "pass packed keys and values, or call under torch.no_grad()"
         raise UnsupportedError(f"page_table: there is no gradient through a paged cache; {way}")
     where: dict[str, Any] = {"q_starts": starts, "k_starts": key_starts, "page_table": page_table}
-    given = ops.Arguments(q, k, v, sinks, ops.travel(known), scale, softcap, lengths, name, limit, return_lse, **where)
-    out, lse = run(*given)
+    form = ops.travel(known), scale, softcap, lengths, name, limit, return_lse
+    out, lse = run(*ops.Arguments(q, k, v, sinks, *form, **where))
     return (out, lse) if return_lse else out
 
 
@@ -174,7 +174,7 @@ def select_blocks(
     length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
     known, name = _policy(policy, q), checks.check_backend(backend)
     softcap = checks.check_softcap(softcap)
-    indices, counts = ops.select(q, k, v, None, ops.travel(known), scale, softcap, [length], name)
+    indices, counts = ops.select(*ops.Arguments(q, k, v, None, ops.travel(known), scale, softcap, [length], name))
     return BlockSelection(indices, counts, known.block_size, q.shape[1], k.shape[1])
 
 

@@ -49,6 +49,7 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 # A backward pass needs no page table and no lists: the bits tell what was kept.
 _BACKWARD = ops.Arguments._fields.index("page_table")
+_WITHOUT = [None] * (len(ops.Arguments._fields) - 4)  # of all but q, k, v and sinks
 
 
 class _Attention(torch.autograd.Function):
@@ -75,7 +76,7 @@ class _Attention(torch.autograd.Function):
         run = _Gradient.apply if needed(d_out, d_lse, *saved) else _backward_operator
         wanted = ctx.needs_input_grad[3]
         *d_qkv, d_sinks = run(d_out, d_lse, *results, wanted, q, k, v, sinks, *ctx.rest)
-        return *d_qkv, d_sinks if wanted else None, *[None] * (len(ctx.needs_input_grad) - 4)
+        return *d_qkv, d_sinks if wanted else None, *_WITHOUT
 
 
 class _Gradient(torch.autograd.Function):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.rigs import peaked
 from torch import Tensor
 
 from stem_attention import BlockSelection, Mass, Policy, Stem
@@ -24,7 +25,7 @@ from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies.ranked import choose as eager_choose
-from stem_attention.testing import make_qkv, random_selection, relative_error, to_pages, worst_row_error
+from stem_attention.testing import make_qkv, pack, random_selection, relative_error, to_pages, worst_row_error
 
 from .choosing import choose
 
@@ -101,12 +102,6 @@ def test_selection_is_the_references(config, batch, q_len, kv_len, heads, dim):
 
 
 BY_MASS = Mass(block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1)
-
-
-def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys whose attention is far from even, so that something is dropped."""
-    q, k, v = make_qkv(*shape)
-    return (3 * q).to(dtype), (3 * k).to(dtype), v.to(dtype)
 
 
 @pytest.mark.parametrize(
@@ -364,26 +359,11 @@ Problem = tuple[Tensor, Tensor, Tensor]
 
 def packed(single: list[Problem], page: int = 0, still_to_come: int = 0) -> tuple[Tensor, Tensor, Tensor, PackedBatch]:
     """Sequences packed; with pages, shuffled ones, NaN wherever no key lies."""
-    q, k, v = (torch.cat(x, 1)[0] for x in zip(*single, strict=True))
+    given = pack(single, page)
     q_lens, kv_lens = ([x[i].shape[1] for x in single] for i in (0, 1))
-    table = None
-    if page:
-        needed = [-(-length // page) for length in kv_lens]
-        free = torch.randperm(sum(needed) + 5, generator=torch.Generator().manual_seed(0)).tolist()
-        table = torch.full((len(needed), max(needed)), 1 << 30, dtype=torch.int32)
-        for i, count in enumerate(needed):
-            table[i, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
-        k, v = (_scattered([x[i][0] for x in single], table, page, sum(needed) + 5) for i in (1, 2))
     prompts = [length + still_to_come for length in kv_lens]
+    q, k, v, table = (given[name] for name in ("q", "k", "v", "page_table"))
     return q, k, v, PackedBatch.plan(q_lens, kv_lens, prompt_lens=prompts, page_table=table, device=q.device)
-
-
-def _scattered(rows: list[Tensor], table: Tensor, page: int, pages: int) -> Tensor:
-    cache = torch.full((pages, page, *rows[0].shape[1:]), math.nan, dtype=rows[0].dtype)
-    for i, row in enumerate(rows):
-        for j, run in enumerate(row.split(page)):
-            cache[int(table[i, j]), : len(run)] = run
-    return cache
 
 
 def some() -> list[Problem]:
