@@ -74,7 +74,7 @@ def test_every_variant_fits_and_waits_for_no_product_by_itself(shape, dtype, mon
     assert len(waits) == 3 * shape[0] // 64
 
 
-@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("block_size", variants([64, 128], 64))
 def test_what_warps_tell_each_other_is_ordered(block_size, monkeypatch):
     found = marks(started(monkeypatch, block_size).asm["ptx"])
     (store,) = windows(found, r"st\.shared", place_of(backward_kernel, "edge_s.index(s).store("))
