@@ -10,6 +10,7 @@ from torch import Tensor
 from stem_attention import checks, gradients, ops
 from stem_attention.backends import Explanation, Request, backend_of, explain_request
 from stem_attention.backends.dense import dense_attention
+from stem_attention.call import Call
 from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.policies import Policy, read_policy
 from stem_attention.selection import BlockSelection, check_device
@@ -77,15 +78,15 @@ def stem_attention(
     length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
     known, limit, name = _policy(policy, q), checks.check_dense_below(dense_below), checks.check_backend(backend)
     sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
-    given = ops.Arguments(q, k, v, sinks, ops.travel(known), scale, softcap, [length], name, limit, return_lse)
     if not torch.compiler.is_compiling():
-        call = given.call()
+        extra: dict[str, Any] = {"dense_below": limit, "return_lse": return_lse, "backend": name, "sinks": sinks}
+        call = Call(q, k, v, known, scale, length, softcap=softcap, **extra)
         if not backend_of(call).runs_dense(call):
-            given = given._replace(dense_below=0)  # decided: the operator need not ask again
+            limit = 0  # decided: the operator need not ask again
         elif call.plain and not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
     run = gradients.attention if gradients.needed(q, k, v, sinks) else ops.attention
-    out, lse = run(*given)
+    out, lse = run(*ops.Arguments(q, k, v, sinks, ops.travel(known), scale, softcap, [length], name, limit, return_lse))
     return (out, lse) if return_lse else out
 
 
