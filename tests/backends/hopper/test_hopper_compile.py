@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.backends.triton.offline import resources, variants
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from tests.backends.triton.offline import Recorder, resources, variants
 
 from stem_attention.backends.hopper import (
     BLOCK_SIZES,
@@ -24,7 +22,6 @@ from stem_attention.backends.hopper import (
 from stem_attention.backends.hopper.attention import LAUNCHES
 from stem_attention.backends.hopper.launch import entry_registers
 from stem_attention.backends.triton.layout import Layout
-from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies import Dense
 
@@ -41,61 +38,24 @@ STACK = {
 PAGE_STACK = {0: 0, 32: 40}
 
 
-class _Hopper:
-    """Stands for the driver of a card that is not there."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_active", _Hopper())
-    monkeypatch.setattr(attention, "multiprocessors", lambda _: 132)
-
-
 def compiled(
-    monkeypatch: pytest.MonkeyPatch, block_size: int = 128, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
-    ragged: bool = False, page: int = 0, lse: bool = True, sinks: torch.dtype | None = None,
-    softcap: float | None = None,
+    block_size: int = 128, dim: int = 128, dtype: torch.dtype = torch.bfloat16, ragged: bool = False, page: int = 0,
+    lse: bool = True, sinks: torch.dtype | None = None, softcap: float | None = None,
 ) -> Any:  # fmt: skip
     """What the host code would launch for 300 queries of 8 heads, compiled instead."""
-    results: list[Any] = []
-
-    class Launcher:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **named: results.append(self.kernel.warmup(*args, grid=grid, **named))
-
-    with monkeypatch.context() as patch:
-        for name in ("attention_kernel", "pair_kernel"):
-            patch.setattr(attention, name, Launcher(getattr(attention, name)))
-        batch, table = None, torch.zeros(1, 4, dtype=torch.int32) if page else None
-        q, k = torch.zeros(1, 300, 8, dim, dtype=dtype), torch.zeros(1, 300, 2, dim, dtype=dtype)
-        if ragged or page:
-            q, k, batch = q[0], k[0], PackedBatch.plan([300], [300], page_table=table, device=q.device)
-        if page:
-            k = torch.zeros(8, page, 2, dim, dtype=dtype)
-        extra = {"sinks": None if sinks is None else torch.zeros(8, dtype=sinks), "softcap": softcap}
-        v = k[..., : HEAD_DIMS[dim]].contiguous()
-        call = Call(q, k, v, Dense(block_size), 0.1, 300, batch, return_lse=lse, **extra)
-        indices = torch.zeros(1, 8, -(-300 // block_size), 3, dtype=torch.int32)
-        launches = Launches()
-        attention.attend(
-            call, Layout.of(call, block_size, launches), indices, indices[..., 0].contiguous(), block_size, 2, launches
-        )
-    return results[0]
+    batch, table = None, torch.zeros(1, 4, dtype=torch.int32) if page else None
+    q, k = torch.zeros(1, 300, 8, dim, dtype=dtype), torch.zeros(1, 300, 2, dim, dtype=dtype)
+    if ragged or page:
+        q, k, batch = q[0], k[0], PackedBatch.plan([300], [300], page_table=table, device=q.device)
+    if page:
+        k = torch.zeros(8, page, 2, dim, dtype=dtype)
+    extra = {"sinks": None if sinks is None else torch.zeros(8, dtype=sinks), "softcap": softcap}
+    v = k[..., : HEAD_DIMS[dim]].contiguous()
+    call = Call(q, k, v, Dense(block_size), 0.1, 300, batch, return_lse=lse, **extra)
+    indices, launches = torch.zeros(1, 8, -(-300 // block_size), 3, dtype=torch.int32), Recorder()
+    layout, counts = Layout.of(call, block_size, launches), indices[..., 0].contiguous()
+    attention.attend(call, layout, indices, counts, block_size, 2, launches)
+    return launches.recorded[0].warmed()
 
 
 def barriers_and_tickets(ptx: str) -> tuple[set[int], set[int]]:
@@ -198,8 +158,8 @@ NEWEST = ("ragged", "ragged-block-64", "page-64", "block-64-dim-64", "sinks-bloc
 
 
 @pytest.mark.parametrize("variant", variants(VARIANTS, *NEWEST))
-def test_every_variant_fits_and_keeps_its_numbers_in_registers(variant, monkeypatch):
-    made = compiled(monkeypatch, **VARIANTS[variant])
+def test_every_variant_fits_and_keeps_its_numbers_in_registers(variant):
+    made = compiled(**VARIANTS[variant])
     shape = VARIANTS[variant].get("block_size", 128), VARIANTS[variant].get("dim", 128)
     programs = LAUNCHES[shape].programs
     assert programs * (made.metadata.shared + 1024) <= SHARED_PER_MULTIPROCESSOR
@@ -214,9 +174,9 @@ def test_every_variant_fits_and_keeps_its_numbers_in_registers(variant, monkeypa
 
 @pytest.mark.newest_triton
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_a_ticket_never_lies_where_a_barrier_was(block_size, monkeypatch):
+def test_a_ticket_never_lies_where_a_barrier_was(block_size):
     """PTX forbids to use a barrier's memory otherwise without mbarrier.inval. Rows were lost when Triton put tickets there."""
-    barriers, tickets = barriers_and_tickets(compiled(monkeypatch, block_size=block_size, ragged=True).asm["ptx"])
+    barriers, tickets = barriers_and_tickets(compiled(block_size=block_size, ragged=True).asm["ptx"])
     choice = LAUNCHES[block_size, 128]
     # A "full" and an "empty" one for every slot, two for queries, four for tickets, two for turns where there are partners.
     # Pairs of rows have three rings, queries each, and 16 for plans.
@@ -227,17 +187,17 @@ def test_a_ticket_never_lies_where_a_barrier_was(block_size, monkeypatch):
 
 
 @pytest.mark.parametrize("variant", variants(VARIANTS, *NEWEST))
-def test_what_warps_tell_each_other_is_ordered(variant, monkeypatch):
+def test_what_warps_tell_each_other_is_ordered(variant):
     """racecheck reports these accesses: it does not see what orders them (docs/reliability.md)."""
     shape = VARIANTS[variant].get("block_size", 128), VARIANTS[variant].get("dim", 128)
-    assert_ordered(compiled(monkeypatch, **VARIANTS[variant]).asm["ptx"], shape)
+    assert_ordered(compiled(**VARIANTS[variant]).asm["ptx"], shape)
 
 
 @pytest.mark.newest_triton
 @pytest.mark.parametrize("missing", ["bar.sync", "bar.warp.sync", "barrier.sync", "mbarrier.try_wait", "mbarrier.arrive"])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_a_missing_barrier_is_noticed(block_size, missing, monkeypatch):
-    ptx = compiled(monkeypatch, block_size=block_size, ragged=True).asm["ptx"]
+def test_a_missing_barrier_is_noticed(block_size, missing):
+    ptx = compiled(block_size=block_size, ragged=True).asm["ptx"]
     assert_ordered(ptx, (block_size, 128))
     without = re.sub(rf"^.*\b{re.escape(missing)}\b.*\n", "", ptx, flags=re.MULTILINE)
     with pytest.raises(AssertionError):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from tests.backends.triton.offline import Recorded, Recorder, resources, variants
-from triton.runtime import driver
 
 from stem_attention import Mass
 from stem_attention.backends.hopper import HopperBackend, mass_kernel
@@ -19,7 +17,7 @@ from stem_attention.backends.triton import mass_kernels
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.call import Call, PackedBatch
 
-from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper, assert_workers_ordered, marks
+from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, assert_workers_ordered, marks
 
 REGISTERS_OF_ONE = 1 << 16
 THREADS = 3 * 128  # two warpgroups that compute, and one of which a warp copies
@@ -27,8 +25,7 @@ DIMS = (64, 128, 256)
 
 
 @pytest.fixture(autouse=True)
-def _card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_active", _Hopper())
+def _portable_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portable, "architecture", lambda _: "sm90")
     monkeypatch.setattr(portable, "_head_shares", lambda *_: torch.empty((1, 8), device="meta"))
 
@@ -48,10 +45,6 @@ def launched(
     assert selector is not None
     selector(call, Layout.of(call, policy.block_size, launches), 0, implicit, launches)
     return launches.recorded[-1]
-
-
-def compiled(launch: Recorded, most: int) -> Any:
-    return launch.kernel.warmup(**launch.arguments, **launch.options, maxnreg=most, grid=(1,))
 
 
 VARIANTS = {
@@ -76,7 +69,7 @@ def test_every_variant_fits(variant):
     launch = launched(**VARIANTS[variant])
     two = launch.arguments["D"] == 128 and variant != "short"
     most = choose(launch.arguments["D"], 16384 + two).entry_registers
-    made = compiled(launch, most)
+    made = launch.warmed()
     assert (1 + two) * (made.metadata.shared + 1024) <= SHARED_PER_MULTIPROCESSOR
     registers, stack = resources(made.asm["cubin"])
     assert registers <= most

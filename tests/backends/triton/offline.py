@@ -45,7 +45,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.float8_e4m3fn: "fp8e4nv",
 }
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
@@ -64,6 +64,10 @@ class Recorded:
     def changed(self, **arguments: Any) -> Recorded:
         """The same launch with other arguments."""
         return replace(self, arguments={**self.arguments, **arguments})
+
+    def warmed(self) -> Any:
+        """What Triton compiles for the launch on the card that its driver names."""
+        return self.kernel.warmup(**self.arguments, **self.options, grid=(1,))
 
 
 @dataclass(frozen=True)
