@@ -96,8 +96,9 @@ def attend(
 def _abreast(layout: Layout, block_size: int) -> int:
     """Count the heads, whole groups and a divisor of all, whose keys and values lie in the L2 cache together."""
     of_head = layout.blocks * block_size * (layout.dim + layout.value_dim) * 2
-    most, groups = max(1, IN_L2 // of_head), layout.batch * layout.kv_heads
-    return layout.group * max(n for n in range(1, groups + 1) if groups % n == 0 and n <= most)
+    groups = layout.batch * layout.kv_heads
+    most = min(max(1, IN_L2 // of_head), groups)
+    return layout.group * next(n for n in range(most, 0, -1) if groups % n == 0)
 
 
 @cache

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from stem_attention.backends.hopper.consumer import first_consumer, second_consumer
 from stem_attention.backends.hopper.gluon_api import barriers
 from stem_attention.backends.hopper.producer import producer
-from stem_attention.backends.hopper.schedule import task_memory
+from stem_attention.backends.hopper.schedule import task_barriers, task_memory
 
 
 # Lengths differ from call to call: no kernel of its own for one that is 1 or a multiple of 16.
@@ -48,10 +48,7 @@ def attention_kernel(
     q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_bars.index(0), count=1)
     mbarrier.init(q_bars.index(1), count=WGS)
-    task_bars = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(task_bars.index(i), count=1)
-        mbarrier.init(task_bars.index(2 + i), count=WGS)
+    task_bars = task_barriers(WGS)
     # A barrier that nothing waits for must not be there: Triton sees its memory unused and puts the atomic's ticket there,
     # which PTX forbids without mbarrier.inval. The ticket was lost now and then, and with it a row.
     turns = barriers(2, 1) if WGS == 2 else q_bars

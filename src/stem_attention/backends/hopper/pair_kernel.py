@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from stem_attention.backends.hopper.gluon_api import barriers
 from stem_attention.backends.hopper.pair_consumer import first_of_pair, second_of_pair
 from stem_attention.backends.hopper.pair_producer import pair_producer
-from stem_attention.backends.hopper.schedule import task_memory
+from stem_attention.backends.hopper.schedule import task_barriers, task_memory
 
 PLANS: gl.constexpr = gl.constexpr(4)  # of a row that may wait to be read
 
@@ -59,9 +59,7 @@ def pair_kernel(
     # Of two rows each: "full" and "empty".
     q_bars = barriers(4, 1)
     plan_bars = barriers(4 * PLANS, 1)
-    task_bars = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
-        mbarrier.init(task_bars.index(i), count=1 if i < 2 else 2)
+    task_bars = task_barriers(2)
     fence_async_shared()
 
     tiles = (q_tiles, k_tiles, v_tiles)

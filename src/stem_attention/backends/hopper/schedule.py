@@ -98,6 +98,15 @@ def task_memory():
 
 
 @gluon.jit
+def task_barriers(consumers: gl.constexpr):
+    """Of each of the two, "full", and behind these "empty"."""
+    bars = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(bars.index(i), count=1 if i < 2 else consumers)
+    return bars
+
+
+@gluon.jit
 def tell(served, task_s, task_bars, z, head, block, row, start, q_first, kv_len, steps0, steps1):
     """Tell the consumers of a task, through one of two slots; the producer's part. A sequence ``z`` below 0 ends all.
 
