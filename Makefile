@@ -78,7 +78,7 @@ test: ## Everything that CI runs: lint, types, docs, tests (JOBS=8 for more proc
 	@$(MAKE) --no-print-directory test-newest-triton test-vllm
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-test-newest-triton: $(NEWEST) ## Compile every kernel for every card with the newest Triton that is supported
+test-newest-triton: $(NEWEST) ## Compile one of each kernel for every card with the newest Triton that is supported
 	PYTHONPATH=$(NEWEST) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m newest_triton -q tests/backends
 
 $(NEWEST): | $(FOR_TEST)
@@ -95,7 +95,7 @@ docs: $(FOR_DOCS) ## Build the pages into site/; a warning is an error
 
 test-vllm: $(FOR_VLLM) $(NEWEST) ## Serve small models with vLLM's CPU build and the plug-in
 ifdef FOR_VLLM
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(JOBS) --dist worksteal -q tests/integrations/vllm $(ARGS)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q tests/integrations/vllm $(ARGS)
 
 $(FOR_VLLM):
 	$(VLLM_CREATE)

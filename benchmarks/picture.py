@@ -79,10 +79,10 @@ def draw_loss(axes: Axes, lengths: tuple[int, ...]) -> None:
 
 
 def needles(run: str, length: int) -> dict[str, dict[str, bool]]:
-    """By policy: case to found, at one length of a run."""
+    """By policy: case to found, at one length of a run, one of four numbers asked for."""
     found: dict[str, dict[str, bool]] = defaultdict(dict)
     for record in map(json.loads, (RESULTS / "eval" / run / "records.jsonl").read_text().splitlines()):
-        if record["tokens"] == length:
+        if record["tokens"] == length and record["kind"] == "multikey":
             found[record["contender"]][record["case"]] = record["found"]
     return found
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +115,23 @@ def interpreted_kernels_take_cpu_tensors() -> Iterator[None]:
 
             patch.setattr(TritonBackend, "why_not", lambda self, request: None)
         yield
+
+
+def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``make_qkv``, with queries and keys whose attention is far from even, so that something is dropped."""
+    q, k, v = make_qkv(*shape)
+    return (3 * q).to(dtype), (3 * k).to(dtype), v.to(dtype)
+
+
+def under_the_interpreter(*arguments: str) -> str:
+    """What tests say in a process of their own under Triton's interpreter, which a whole process must choose."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["TRITON_INTERPRET"] = "1"
+    root = Path(__file__).parents[1]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
 
 
 def equal(a, b) -> bool:

@@ -138,13 +138,14 @@ def test_compiled_code_raises_the_same_errors():
 @pytest.mark.parametrize(
     ("layout", "sinks", "cap"), [("bshd", None, 2.0), ("fused", None, None), ("bshd", torch.ones(4), None)]
 )
-def test_opcheck_of_forward_and_attend(layout, sinks, cap, return_lse):
+def test_opcheck_of_attention(layout, sinks, cap, return_lse):
     q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, layout=layout)
     for policy, dense_below in product((SPARSE, EXTRA, FACTORS), (0, None)):
-        torch.library.opcheck(ops.forward, (q, k, v, sinks, policy.to_json(), 0.25, cap, 130, dense_below, return_lse, "auto"))
+        arguments = ops.Arguments(q, k, v, sinks, policy.to_json(), 0.25, cap, [130], "auto", dense_below, return_lse)
+        torch.library.opcheck(ops.attention, arguments)
     selection = random_selection(2, 4, 100, 130, 16)
-    lists = selection.indices, selection.counts, 16
-    torch.library.opcheck(ops.attend, (q, k, v, sinks, *lists, 0.25, cap, 20, return_lse, "auto"))
+    lists = {"indices": selection.indices, "counts": selection.counts, "block_size": 16}
+    torch.library.opcheck(ops.attention, arguments._replace(**lists, policy=None, window=20))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -152,7 +153,7 @@ def test_opcheck_of_forward_and_attend(layout, sinks, cap, return_lse):
 @pytest.mark.parametrize("q_len", [1, 100])
 def test_opcheck_of_select(q_len, policy, backend):
     q, k, v = structured_qkv(2, q_len, 130, 4, 2, 16, layout="fused")
-    torch.library.opcheck(ops.select, (q, k, v, policy.to_json(), 0.25, None, 200, backend))
+    torch.library.opcheck(ops.select, (q, k, v, None, policy.to_json(), 0.25, None, [200], backend))
 
 
 def test_the_width_of_a_selection_is_the_budget_even_where_no_row_fills_it():
@@ -160,7 +161,7 @@ def test_the_width_of_a_selection_is_the_budget_even_where_no_row_fills_it():
     ours, theirs = (sa.select_blocks(q, k, v, policy=EXTRA, prompt_len=200, backend=b) for b in ("torch", "reference"))
     assert ours.counts.max() < ours.indices.shape[3]  # or this example shows nothing
     assert torch.equal(ours.indices, theirs.indices)
-    torch.library.opcheck(ops.select, (q, k, v, EXTRA.to_json(), 0.25, None, 200, "reference"))
+    torch.library.opcheck(ops.select, (q, k, v, None, EXTRA.to_json(), 0.25, None, [200], "reference"))
 
 
 @pytest.mark.parametrize("q_len", [0, 1, 130])
@@ -192,9 +193,10 @@ def test_inference_mode_and_autocast_change_nothing_eager_and_compiled(function,
 
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("paged", [False, True])
-def test_opcheck_of_forward_varlen(paged, return_lse):
+def test_opcheck_of_packed_attention(paged, return_lse):
     q, k, v = (x[0] for x in make_qkv(1, 48, 80, 4, 2, 16))
     table = torch.arange(5, dtype=torch.int32).view(1, 5) if paged else None
     k, v = (x.unflatten(0, (5, 16)) if paged else x for x in (k, v))
-    arguments = (q, k, v, None, [0, 48], [0, 80], table, [80], SPARSE.to_json(), 0.25, 2.0, 0, return_lse, "auto")
-    torch.library.opcheck(ops.forward_varlen, arguments)
+    where = {"q_starts": [0, 48], "k_starts": [0, 80], "page_table": table}
+    given = ops.Arguments(q, k, v, None, SPARSE.to_json(), 0.25, 2.0, [80], "auto", 0, return_lse, **where)
+    torch.library.opcheck(ops.attention, given)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stem_attention as sa
+from stem_attention import ops
 from stem_attention.backends.kept import pack as pack_bits
 from stem_attention.backends.kept import unpack
 from stem_attention.policies.patterns import keep_everything
@@ -316,20 +317,19 @@ def test_checkpointing_and_autocast_change_no_bit(reentrant):
 
 
 @pytest.mark.parametrize("sinks", [None, torch.randn(4)], ids=["plain", "sinks"])
-@pytest.mark.parametrize("name", ["forward_kept", "attend_kept", "forward_varlen_kept"])
+@pytest.mark.parametrize("name", ["chosen", "given", "packed"])
 def test_opcheck(name, sinks):
     q, k, v = structured_qkv(2, 100, 130, 4, 2, 16, value_dim=8)
     selection = random_selection(2, 4, 100, 130, 16)
-    starts = [0, 40, 100], [0, 40, 130]
-    arguments = {
-        "forward_kept": (q, k, v, sinks, SPARSE.to_json(), 0.25, 5.0, 130, 0, "auto"),
-        "attend_kept": (q, k, v, sinks, selection.indices, selection.counts, 16, 0.25, 5.0, "auto"),
-        "forward_varlen_kept": (q[0], k[0], v[0], sinks, *starts, [40, 130], SPARSE.to_json(), 0.25, 5.0, 0, "auto"),
-    }[name]
+    call = ops.Arguments(q, k, v, sinks, SPARSE.to_json(), 0.25, 5.0, [130], "auto", 0, True)
+    if name == "given":
+        call = call._replace(policy=None, indices=selection.indices, counts=selection.counts, block_size=16)
+    elif name == "packed":
+        starts = {"q_starts": [0, 40, 100], "k_starts": [0, 40, 130]}
+        call = call._replace(q=q[0], k=k[0], v=v[0], prompt_lens=[40, 130], **starts)
     operators, tests = torch.ops.stem_attention, ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(operators, name), arguments, test_utils=tests)
-    out, lse, kept = getattr(operators, name)(*arguments)
-    starts = arguments[4:6] if name == "forward_varlen_kept" else (None, None)
+    torch.library.opcheck(operators.attention_kept, call, test_utils=tests)
+    out, lse, kept = operators.attention_kept(*call)
     for of_sinks in {False, sinks is not None}:
-        rest = (out, lse, *arguments[:4], out, lse, kept, of_sinks, 16, 0.25, 5.0, *starts, "auto")
+        rest = (out, lse, out, lse, kept, of_sinks, *call._replace(indices=None, counts=None))
         torch.library.opcheck(operators.backward, rest, test_utils=tests)

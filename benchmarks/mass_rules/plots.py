@@ -21,7 +21,7 @@ from stem_evals.figures import short
 from stem_evals.intervals import Estimate, mean_interval, share_difference_interval
 
 EVAL, ASSETS = RESULTS / "eval", ROOT / "docs" / "assets"
-NAMES = {"mass": "Mass()", "mass:share=8": "Mass(share=8)", "paper": "Stem.paper()"}
+NAMES = {"mass": "Mass()", "mass:share=5": "Mass(share=5)", "mass:share=8": "Mass(share=8)", "paper": "Stem.paper()"}
 LENGTHS = (8192, 16384, 32768)
 LAWS = {1.0: "share / NB, as in Mass", 0.75: "share / NB^0.75", 0.4: "share / NB^0.4"}
 
@@ -44,11 +44,11 @@ def pairs(cases: Cases, name: str, tokens: int, text: str | None = None) -> list
 
 
 def times(name: str, tokens: int) -> float:
-    """Prefill over dense's in the same window of prose, median."""
+    """Prefill over dense's in the same window and run, median."""
     windows: Cases = defaultdict(dict)
     for line in (RESULTS / "qwen15-prefill.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        windows[record["case"]][record["contender"]] = record
+        windows[f"{record['case']} at {record['commit']}"][record["contender"]] = record
     return median(one["seconds"] / dense["seconds"] for one, dense in pairs(windows, name, tokens))
 
 
@@ -57,9 +57,10 @@ def draw_line(axes: Axes, found: dict[int, Estimate], name: str) -> None:
     place, points = list(NAMES).index(name), list(found.values())
     x, y = [times(name, tokens) for tokens in found], [one.mean for one in points]
     reach = [[one.mean - one.low for one in points], [one.high - one.mean for one in points]]
-    axes.errorbar(x, y, reach, marker="osD"[place], color=f"C{place}", capsize=3, elinewidth=0.8, label=NAMES[name])
+    axes.errorbar(x, y, reach, marker="osD^"[place], color=f"C{place}", capsize=3, elinewidth=0.8, label=NAMES[name])
     for tokens, across, up in zip(found, x, y, strict=True):
-        axes.annotate(short(tokens), (across, up), textcoords="offset points", xytext=(6, 5), fontsize=8, color=f"C{place}")
+        beside = (6, -11 if place == 1 else 5)
+        axes.annotate(short(tokens), (across, up), textcoords="offset points", xytext=beside, fontsize=8, color=f"C{place}")
 
 
 def per_cent(found: Estimate, show: Callable[[float], float]) -> Estimate:
@@ -101,7 +102,7 @@ def draw_time() -> Figure:
         axes.set(xlabel="prefill time of prose over dense's (lower is better)", ylabel=label)
         axes.grid(alpha=0.3)
     figure.suptitle("Qwen2.5-Coder-1.5B, one NVIDIA H100, transformers; 95 % intervals", fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 

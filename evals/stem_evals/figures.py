@@ -99,13 +99,9 @@ def draw_pareto(
 
 
 def _draw_column(
-    axes: Axes,
-    column: Column,
-    families: Mapping[str, str],
-    order: Mapping[str, int],
-    times: Mapping[str, float] | None,
+    axes: Axes, column: Column, families: Mapping[str, str], order: Mapping[str, int], times: Mapping[str, float] | None,
     hollow: Collection[str],
-) -> None:
+) -> None:  # fmt: skip
     plot, at = column.metric.plot, column.densities if times is None else times
     level = next((plot(column.estimate(name).mean) for name in column.values if families[name] == DENSE), None)
     if level is not None:

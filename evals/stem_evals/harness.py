@@ -50,16 +50,9 @@ class Harness:
     """
 
     def __init__(
-        self,
-        name: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        lengths: Sequence[int],
-        samples: int,
-        tasks: Sequence[str] | None = None,
-        data: Path | None = None,
-        seed: int = 0,
-    ) -> None:
+        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], samples: int,
+        tasks: Sequence[str] | None = None, data: Path | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
         self.name, self._model, self._samples, self._data, self._seed = name, model, samples, data, seed
         self._tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
         self.settings = {"samples": samples, "seed": seed}

@@ -22,12 +22,7 @@ _COMPLETE = re.compile(rf"(?:{_NUMBER.pattern})(?=[^\d,]|,[^\d])")
 _LIST_MARK = re.compile(r"^\s*\d{1,2}[.)](?=\s|$)", re.MULTILINE)
 
 
-def try_prompt(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    policy: Policy | None,
-) -> Record:
+def try_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, policy: Policy | None) -> Record:
     """Let a model answer greedily, until its numbers are complete.
 
     Args:
@@ -102,19 +97,10 @@ class Needle:
     name = "needle"
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        kinds: Sequence[str],
-        lengths: Sequence[int],
-        depths: Sequence[float],
-        samples: int,
-        *,
-        seed: int = 0,
-        count: int = 4,
-        haystack: Text | None = None,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kinds: Sequence[str], lengths: Sequence[int],
+        depths: Sequence[float], samples: int, *, seed: int = 0, count: int = 4, haystack: Text | None = None,
         use_template: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._model, self._tokenizer, self._haystack = model, tokenizer, haystack
         text = None if haystack is None else {"name": haystack.name, "sha256": haystack.sha256}
         self.settings: Record = {"seed": seed, "count": count, "haystack": text, "use_template": use_template}

@@ -32,13 +32,9 @@ class Windows:
     settings: ClassVar[Record] = {}
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        texts: Sequence[Text],
-        lengths: Sequence[int],
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], lengths: Sequence[int],
         windows: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if self.looks_into_layers:
             check_full_attention(model, self.name)
         self._model = model

@@ -85,10 +85,8 @@ def stem_attention(
             limit = 0  # decided: the operator need not ask again
         elif call.plain and not return_lse:  # an operator would cost a short prompt more time than its attention
             return dense_attention(q, k, v, scale)
-    if gradients.needed(q, k, v, sinks):
-        out, lse = gradients.forward(q, k, v, sinks, known, scale, softcap, length, limit, name)
-    else:
-        out, lse = ops.forward(q, k, v, sinks, ops.travel(known), scale, softcap, length, limit, return_lse, name)
+    run = gradients.attention if gradients.needed(q, k, v, sinks) else ops.attention
+    out, lse = run(*ops.Arguments(q, k, v, sinks, ops.travel(known), scale, softcap, [length], name, limit, return_lse))
     return (out, lse) if return_lse else out
 
 
@@ -156,14 +154,13 @@ def stem_attention_varlen(
     known, scale = _policy(policy, q), checks.check_scale(scale, q.shape[2])
     limit, name = checks.check_dense_below(dense_below), checks.check_backend(backend)
     sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
-    if gradients.needed(q, k, v, sinks):
-        if page_table is not None:
-            way = "pass packed keys and values, or call under torch.no_grad()"
-            raise UnsupportedError(f"page_table: there is no gradient through a paged cache; {way}")
-        out, lse = gradients.forward_varlen(q, k, v, sinks, starts, key_starts, lengths, known, scale, softcap, limit, name)
-    else:
-        tables = starts, key_starts, page_table, lengths
-        out, lse = ops.forward_varlen(q, k, v, sinks, *tables, ops.travel(known), scale, softcap, limit, return_lse, name)
+    run = gradients.attention if gradients.needed(q, k, v, sinks) else ops.attention
+    if run is gradients.attention and page_table is not None:
+        way = "pass packed keys and values, or call under torch.no_grad()"
+        raise UnsupportedError(f"page_table: there is no gradient through a paged cache; {way}")
+    where: dict[str, Any] = {"q_starts": starts, "k_starts": key_starts, "page_table": page_table}
+    form = ops.travel(known), scale, softcap, lengths, name, limit, return_lse
+    out, lse = run(*ops.Arguments(q, k, v, sinks, *form, **where))
     return (out, lse) if return_lse else out
 
 
@@ -177,7 +174,7 @@ def select_blocks(
     length, scale = checks.check_prompt_len(prompt_len, k.shape[1]), checks.check_scale(scale, q.shape[3])
     known, name = _policy(policy, q), checks.check_backend(backend)
     softcap = checks.check_softcap(softcap)
-    indices, counts = ops.select(q, k, v, ops.travel(known), scale, softcap, length, name)
+    indices, counts = ops.select(*ops.Arguments(q, k, v, None, ops.travel(known), scale, softcap, [length], name))
     return BlockSelection(indices, counts, known.block_size, q.shape[1], k.shape[1])
 
 
@@ -209,12 +206,12 @@ def block_sparse_attention(
     scale, name = checks.check_scale(scale, q.shape[3]), checks.check_backend(backend)
     sinks, softcap = checks.check_sinks(sinks, q), checks.check_softcap(softcap)
     window = checks.check_window(window, k.shape[1])
-    lists = selection.indices, selection.counts, selection.block_size
-    if gradients.needed(q, k, v, sinks):
+    run = gradients.attention if gradients.needed(q, k, v, sinks) else ops.attention
+    if run is gradients.attention:
         gradients.check_window(window)
-        out, lse = gradients.attend(q, k, v, sinks, *lists, scale, softcap, name)
-    else:
-        out, lse = ops.attend(q, k, v, sinks, *lists, scale, softcap, window, return_lse, name)
+    lists = {"indices": selection.indices, "counts": selection.counts, "block_size": selection.block_size}
+    given: dict[str, Any] = {"return_lse": return_lse, "window": window, **lists}
+    out, lse = run(*ops.Arguments(q, k, v, sinks, None, scale, softcap, [k.shape[1]], name, **given))
     return (out, lse) if return_lse else out
 
 

@@ -11,7 +11,6 @@ Under a soft cap c a scaled score s became c · tanh(s / c), and dS is multiplie
 Between the passes lie q, k, v, O, L and a bit for each pair of blocks; P is worked out again, block by block.
 """
 
-from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,9 +21,7 @@ from stem_attention import backends, ops
 from stem_attention.backends.kept import WORD
 from stem_attention.backends.torch.backward import row_sums
 from stem_attention.blocks import BlockGrid, block_count, most_rows
-from stem_attention.call import Call, PackedBatch
 from stem_attention.errors import UnsupportedError
-from stem_attention.policies.base import Policy
 
 
 def needed(*tensors: Tensor | None) -> bool:
@@ -39,35 +36,8 @@ def check_window(window: int | None) -> None:
         raise UnsupportedError(f"Stem has no gradient of windows; {ways}")
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: Policy, scale: float, softcap: float | None,
-    prompt_len: int, dense_below: int | None, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run as the operator of that name; the results have gradients."""
-    rest = (ops.travel(policy), scale, softcap, prompt_len, dense_below, backend)
-    return _attention(q, k, v, sinks, "forward_kept", rest, policy.block_size, scale, softcap, None, None, backend)
-
-
-def forward_varlen(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
-    prompt_lens: Sequence[int], policy: Policy, scale: float, softcap: float | None, dense_below: int | None, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run as the operator of that name; the results have gradients."""
-    rest = (q_starts, k_starts, prompt_lens, ops.travel(policy), scale, softcap, dense_below, backend)
-    size, starts = policy.block_size, (q_starts, k_starts)
-    return _attention(q, k, v, sinks, "forward_varlen_kept", rest, size, scale, softcap, *starts, backend)
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
-    softcap: float | None, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run as the operator of that name; the results have gradients."""
-    rest = (indices, counts, block_size, scale, softcap, backend)
-    return _attention(q, k, v, sinks, "attend_kept", rest, block_size, scale, softcap, None, None, backend)
-
-
-def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Run as the operator of that name, with the log-sum-exp; the results have gradients."""
     try:
         out, lse, _ = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
     except NotImplementedError as error:  # compiled code takes no functions that say so themselves
@@ -77,34 +47,36 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+# A backward pass needs no page table and no lists: the bits tell what was kept.
+_BACKWARD = ops.Arguments._fields.index("page_table")
+_WITHOUT = [None] * (len(ops.Arguments._fields) - 4)  # of all but q, k, v and sinks
+
+
 class _Attention(torch.autograd.Function):
     """An operator that runs attention and returns what it kept; and the operator of its gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, operator: str, arguments: tuple[Any, ...], block_size: int,
-        scale: float, softcap: float | None, q_starts: Sequence[int] | None, k_starts: Sequence[int] | None, backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        out, lse, kept = _OPERATORS[operator](q, k, v, sinks, *arguments)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse, kept = _attention_kept_operator(*arguments)
         return out, lse, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, k, v, sinks, _, _, *ctx.rest = inputs
         out, lse, kept = output
         ctx.mark_non_differentiable(kept)
-        ctx.save_for_backward(q, k, v, sinks, out, lse, kept)
+        ctx.save_for_backward(*inputs[:4], out, lse, kept)
+        ctx.rest = inputs[4:_BACKWARD]
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor, _: Any) -> Any:
-        saved = ctx.saved_tensors  # checkpointing lets them be asked for once
+        q, k, v, sinks, *results = saved = ctx.saved_tensors  # checkpointing lets them be asked for once
         # Under create_graph=True the gradient may be differentiated again.
-        run = _Gradient.apply if needed(d_out, d_lse, *saved) else _OPERATORS["backward"]
+        run = _Gradient.apply if needed(d_out, d_lse, *saved) else _backward_operator
         wanted = ctx.needs_input_grad[3]
-        *d_qkv, d_sinks = run(d_out, d_lse, *saved, wanted, *ctx.rest)
-        return *d_qkv, d_sinks if wanted else None, *[None] * 8
+        *d_qkv, d_sinks = run(d_out, d_lse, *results, wanted, q, k, v, sinks, *ctx.rest)
+        return *d_qkv, d_sinks if wanted else None, *_WITHOUT
 
 
 class _Gradient(torch.autograd.Function):
@@ -114,7 +86,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d_q, d_k, d_v, d_sinks = _OPERATORS["backward"](*arguments)
+        d_q, d_k, d_v, d_sinks = _backward_operator(*arguments)
         return d_q, d_k, d_v, d_sinks
 
     @staticmethod
@@ -126,46 +98,17 @@ class _Gradient(torch.autograd.Function):
         raise UnsupportedError("Stem has no second derivative; differentiate once, or without create_graph=True")
 
 
-def _forward_kept(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, softcap: float | None,
-    prompt_len: int, dense_below: int | None, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    extra: dict[str, Any] = {"sinks": sinks, "softcap": softcap}
-    return backends.run_kept(Call(q, k, v, ops.arrived(policy), scale, prompt_len, None, dense_below, True, backend, **extra))
-
-
-def _forward_varlen_kept(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
-    prompt_lens: Sequence[int], policy: str, scale: float, softcap: float | None, dense_below: int | None, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, None, q.device)
-    extra: dict[str, Any] = {"sinks": sinks, "softcap": softcap}
-    return backends.run_kept(Call(q, k, v, ops.arrived(policy), scale, 0, batch, dense_below, True, backend, **extra))
-
-
-def _attend_kept(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
-    softcap: float | None, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    selection = ops.arrived_selection(q, k, indices, counts, block_size)
-    extra: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "return_lse": True, "backend": backend}
-    call = Call(q, k, v, ops.any_policy(block_size), scale, k.shape[1], **extra)
-    return backends.attend_kept(call, selection)
+def _attention_kept(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = ops.Arguments(*given)
+    return backends.run_kept(arguments.call(), arguments.selection())
 
 
 def _backward(
-    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, kept: Tensor,
-    of_sinks: bool, block_size: int, scale: float, softcap: float | None, q_starts: Sequence[int] | None,
-    k_starts: Sequence[int] | None, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    batch = None
-    if q_starts is not None and k_starts is not None:
-        prompt_lens = [high - low for low, high in pairwise(k_starts)]
-        batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, None, q.device)
-    extra: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "return_lse": True, "backend": backend}
-    call = Call(q, k, v, ops.any_policy(block_size), scale, k.shape[1], batch, **extra)
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, kept: Tensor, of_sinks: bool, *given: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = ops.Arguments(*given).call()
     d_q, d_k, d_v = backends.backward(call, kept, (out, lse), (d_out, d_lse))
-    return d_q, d_k, d_v, _of_sinks(sinks if of_sinks else None, out, lse, d_out, d_lse)
+    return d_q, d_k, d_v, _of_sinks(call.sinks if of_sinks else None, out, lse, d_out, d_lse)
 
 
 def _of_sinks(sinks: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Tensor:
@@ -177,47 +120,28 @@ def _of_sinks(sinks: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_l
     return -(weights * delta).sum(-1).view(-1, len(sinks)).sum(0).to(sinks.dtype)
 
 
-def _results(q: Tensor, v: Tensor, batch: int, rows: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    heads = q.shape[-2]
-    lse = q.new_empty((heads, q.shape[0]) if q.dim() == 3 else (q.shape[0], heads, q.shape[1]), dtype=torch.float32)
-    kept = q.new_empty((batch, heads, rows, block_count(blocks, WORD)), dtype=torch.int32)
-    return torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device), lse, kept
-
-
-def _fake_forward_kept(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    grid = BlockGrid.of(q, k, ops.arrived(policy).block_size)
-    return _results(q, v, q.shape[0], grid.key_blocks - grid.first_row, grid.key_blocks)
-
-
-def _fake_attend_kept(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    grid = BlockGrid.of(q, k, block_size)
-    return _results(q, v, q.shape[0], grid.key_blocks - grid.first_row, grid.key_blocks)
-
-
-def _fake_forward_varlen_kept(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
-    prompt_lens: Sequence[int], policy: str, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    size = ops.arrived(policy).block_size
-    most_q, most_k = (max(b - a for a, b in pairwise(starts)) for starts in (q_starts, k_starts))
-    return _results(q, v, len(prompt_lens), most_rows(most_q, size), block_count(most_k, size))
+def _fake_attention_kept(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = ops.Arguments(*given)
+    q, size = arguments.q, arguments.known.block_size
+    if arguments.q_starts is not None and arguments.k_starts is not None:
+        most_q, most_k = (max(b - a for a, b in pairwise(starts)) for starts in (arguments.q_starts, arguments.k_starts))
+        batch, rows, blocks = len(arguments.prompt_lens), most_rows(most_q, size), block_count(most_k, size)
+    else:
+        grid = BlockGrid.of(q, arguments.k, size)
+        batch, rows, blocks = q.shape[0], grid.key_blocks - grid.first_row, grid.key_blocks
+    kept = q.new_empty((batch, q.shape[-2], rows, block_count(blocks, WORD)), dtype=torch.int32)
+    return *ops.fake_attention(*arguments._replace(return_lse=True)), kept
 
 
 def _fake_backward(
-    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, kept: Tensor,
-    of_sinks: bool, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    given = q, k, v, q.new_empty(0) if sinks is None or not of_sinks else sinks
-    d_q, d_k, d_v, d_sinks = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given)
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, kept: Tensor, of_sinks: bool, *given: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, sinks, *_ = given
+    like = q, k, v, sinks if of_sinks else q.new_empty(0)
+    d_q, d_k, d_v, d_sinks = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like)
     return d_q, d_k, d_v, d_sinks
 
 
-_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
-    _forward_kept: _fake_forward_kept, _forward_varlen_kept: _fake_forward_varlen_kept, _attend_kept: _fake_attend_kept,
-    _backward: _fake_backward,
-}  # fmt: skip
-_OPERATORS = {run.__name__[1:]: ops.define(run, fake) for run, fake in _FAKES.items()}
+_RESULTS = "Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor kept, bool of_sinks, "
+_attention_kept_operator = ops.define(_attention_kept, _fake_attention_kept, results=3)
+_backward_operator = ops.define(_backward, _fake_backward, results=4, before=_RESULTS)

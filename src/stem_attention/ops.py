@@ -1,13 +1,13 @@
 """The library as torch operators, so that torch.compile sees opaque calls with known shapes.
 
-Operators take no dataclasses: a policy travels as its JSON text, a selection as its two tensors and a packed batch as its
-borders. They are defined plainly, which costs a call 0.1 ms less than ``torch.library.custom_op``. Autograd goes through none
-of these: calls that need a gradient run the operators of ``gradients.py``.
+Operators take no dataclasses: each takes the fields of :class:`Arguments`, where a policy is its JSON text, a selection its two
+tensors and a packed batch its borders. They are defined plainly, which costs a call 0.1 ms less than
+``torch.library.custom_op``. Autograd goes through none of these: calls that need a gradient run those of ``gradients.py``.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ NAMESPACE = "stem_attention"  # of the operators; another version of the library
 
 # Policies by the text they travel as. Kept for good: a compiled graph may ask for one at any time, and they are few and small.
 _TRAVELLING: dict[str, Policy] = {}
-any_policy = lru_cache(maxsize=64)(Dense)
+_any_policy = lru_cache(maxsize=64)(Dense)
 
 
 def travel(policy: Policy) -> str:
@@ -42,54 +42,88 @@ def arrived(text: str) -> Policy:
     return _TRAVELLING[text]
 
 
-def arrived_selection(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, block_size: int) -> BlockSelection:
-    """Return the selection that travels as these tensors."""
-    selection = BlockSelection(indices, counts, block_size, q.shape[1], k.shape[1])
-    if q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
-        selection.validate()
-    return selection
+class Arguments(NamedTuple):
+    """A call, and the lists to attend over where those are given, as every operator takes them.
+
+    They are what :class:`Call` describes; a call that is not packed has no starts, and one prompt length. Lists that are given
+    have no policy, but a block size.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None
+    policy: str | None
+    scale: float
+    softcap: float | None
+    prompt_lens: Sequence[int]
+    backend: str
+    dense_below: int | None = None
+    return_lse: bool = False
+    window: int | None = None
+    q_starts: Sequence[int] | None = None
+    k_starts: Sequence[int] | None = None
+    block_size: int = 0
+    page_table: Tensor | None = None
+    indices: Tensor | None = None
+    counts: Tensor | None = None
+
+    @property
+    def known(self) -> Policy:
+        """The policy, or any with blocks of that size."""
+        return _any_policy(self.block_size) if self.policy is None else arrived(self.policy)
+
+    def call(self) -> Call:
+        """Describe the call again."""
+        batch, prompt_len = None, self.prompt_lens[0]
+        if self.q_starts is not None and self.k_starts is not None:
+            starts, prompt_len = (self.q_starts, self.k_starts), 0
+            batch = PackedBatch.of_starts(*starts, self.prompt_lens, self.page_table, self.q.device)
+        return Call(
+            self.q, self.k, self.v, self.known, self.scale, prompt_len, batch, self.dense_below,
+            self.return_lse, self.backend, sinks=self.sinks, softcap=self.softcap, window=self.window,
+        )  # fmt: skip
+
+    def selection(self) -> BlockSelection | None:
+        """Return the lists to attend over, if they are given."""
+        if self.indices is None or self.counts is None:
+            return None
+        selection = BlockSelection(self.indices, self.counts, self.block_size, self.q.shape[1], self.k.shape[1])
+        if self.q.device.type == "cpu":  # on a GPU this would wait for the device; kernels guard their own reads
+            selection.validate()
+        return selection
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, policy: str, scale: float, softcap: float | None, prompt_len: int,
-    dense_below: int | None, return_lse: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    known = arrived(policy)
-    return backends.run(
-        Call(q, k, v, known, scale, prompt_len, None, dense_below, return_lse, backend, sinks=sinks, softcap=softcap)
-    )
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, str? policy, float scale, float? softcap, SymInt[] prompt_lens, str backend, "
+    "SymInt? dense_below=None, bool return_lse=False, SymInt? window=None, SymInt[]? q_starts=None, SymInt[]? k_starts=None, "
+    "SymInt block_size=0, Tensor? page_table=None, Tensor? indices=None, Tensor? counts=None"
+)
 
 
-def _forward_varlen(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_starts: Sequence[int], k_starts: Sequence[int],
-    page_table: Tensor | None, prompt_lens: Sequence[int], policy: str, scale: float, softcap: float | None,
-    dense_below: int | None, return_lse: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch = PackedBatch.of_starts(q_starts, k_starts, prompt_lens, page_table, q.device)
-    return backends.run(
-        Call(q, k, v, arrived(policy), scale, 0, batch, dense_below, return_lse, backend, sinks=sinks, softcap=softcap)
-    )
+def define(run: Callable[..., Any], fake: Callable[..., Any], results: int, before: str = "") -> Any:
+    """Define the operator ``stem_attention::name`` for a function ``_name``, with what tells its results' shapes.
+
+    It takes the fields of :class:`Arguments`, behind those ``before`` if it takes others, and returns so many tensors.
+    """
+    name = run.__name__[1:]
+    torch.library.define(f"{NAMESPACE}::{name}", f"({before}{_SCHEMA}) -> ({', '.join(['Tensor'] * results)})")
+    torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _select(
-    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, softcap: float | None, prompt_len: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    known = arrived(policy)
-    selection = backends.select(Call(q, k, v, known, scale, prompt_len, backend=backend, softcap=softcap))
-    missing = _widest_row(known, selection.grid, prompt_len) - selection.indices.shape[3]
+def _attention(*given: Any) -> tuple[Tensor, Tensor]:
+    arguments = Arguments(*given)
+    return backends.run(arguments.call(), arguments.selection())
+
+
+def _select(*given: Any) -> tuple[Tensor, Tensor]:
+    call = Arguments(*given).call()
+    selection = backends.select(call)
+    missing = _widest_row(call.policy, selection.grid, call.prompt_len) - selection.indices.shape[3]
     indices = torch.nn.functional.pad(selection.indices, (0, missing), value=PAD) if missing > 0 else selection.indices
     return indices, selection.counts
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, indices: Tensor, counts: Tensor, block_size: int, scale: float,
-    softcap: float | None, window: int | None, return_lse: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    selection = arrived_selection(q, k, indices, counts, block_size)
-    given: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "window": window}
-    known = any_policy(block_size)
-    call = Call(q, k, v, known, scale, k.shape[1], return_lse=return_lse, backend=backend, **given)
-    return backends.attend(call, selection)
 
 
 def _widest_row(policy: Policy, grid: BlockGrid, prompt_len: int) -> int:
@@ -97,11 +131,10 @@ def _widest_row(policy: Policy, grid: BlockGrid, prompt_len: int) -> int:
     return max(policy.row_limits(block_count(prompt_len, grid.block_size))[grid.first_row : grid.end_row], default=0)
 
 
-def _fake_select(
-    q: Tensor, k: Tensor, v: Tensor, policy: str, scale: float, softcap: float | None, prompt_len: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    known = arrived(policy)
-    grid = BlockGrid.of(q, k, known.block_size)
+def _fake_select(*given: Any) -> tuple[Tensor, Tensor]:
+    arguments = Arguments(*given)
+    q, known = arguments.q, arguments.known
+    grid, prompt_len = BlockGrid.of(q, arguments.k, known.block_size), arguments.prompt_lens[0]
     width: int | torch.SymInt
     if all(isinstance(length, int) for length in (prompt_len, grid.q_len, grid.kv_len)):
         rows, width = grid.rows, _widest_row(known, grid, prompt_len)
@@ -111,26 +144,14 @@ def _fake_select(
     return q.new_empty((*shape, width), dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
 
 
-def _fake_attention(*args: object) -> tuple[Tensor, Tensor]:
-    """Shapes of what every attention operator returns; all end in ``return_lse, backend`` and packed queries have 3 axes."""
-    q, v, return_lse = args[0], args[2], args[-2]
-    assert isinstance(q, Tensor)
-    assert isinstance(v, Tensor)
+def fake_attention(*given: Any) -> tuple[Tensor, Tensor]:
+    """Return tensors of the shapes of a call's results."""
+    arguments = Arguments(*given)
+    q, v = arguments.q, arguments.v
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    lse = q.new_empty(shape if return_lse else (0,), dtype=torch.float32)
+    lse = q.new_empty(shape if arguments.return_lse else (0,), dtype=torch.float32)
     return torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device), lse
 
 
-def define(run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define the operator ``stem_attention::name`` for a function ``_name``, with what tells its results' shapes."""
-    name = run.__name__[1:]
-    torch.library.define(f"{NAMESPACE}::{name}", torch.library.infer_schema(run, mutates_args=()))
-    torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd", run)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-forward = define(_forward, _fake_attention)
-forward_varlen = define(_forward_varlen, _fake_attention)
-select = define(_select, _fake_select)
-attend = define(_attend, _fake_attention)
+attention = define(_attention, fake_attention, results=2)
+select = define(_select, _fake_select, results=2)

@@ -1,6 +1,7 @@
 """What of the fa4 backend runs without a GPU: what it takes, what it says of the rest, and what it hands over."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from stem_attention import BlockSelection, explain
 from stem_attention.backends import Request, explain_request, fa4
-from stem_attention.backends.fa4 import FA4Backend
+from stem_attention.backends.fa4 import FA4Backend, trial
 from stem_attention.backends.fa4.lists import shared_lists
+from stem_attention.backends.torch import TorchBackend
 from stem_attention.backends.triton import TritonBackend
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies import Dense
@@ -61,9 +63,8 @@ def test_it_names_what_else_it_does_not_take(monkeypatch):
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("capability", [9, 10])
-def test_only_its_name_gets_it(capability, monkeypatch):
-    card(monkeypatch, capability)
+def test_only_its_name_gets_it_on_hopper(monkeypatch):
+    card(monkeypatch, 9)
     request = Request(CUDA, torch.bfloat16, 96, 64)  # which the hopper backend does not take
     auto = explain_request(request)
     assert auto.chosen == "triton"
@@ -72,6 +73,79 @@ def test_only_its_name_gets_it(capability, monkeypatch):
     assert named.chosen == "fa4"
     assert "run portably" in named.reasons["fa4"]
     assert named.path[-1].endswith("select_by_mass and stem_attention.backends.fa4.attention.attend")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Stand in for FlashAttention-4's kernel and for the portable one, on a CPU; what it returns is changed by a test."""
+    stand_in, torchs = ModuleType("stem_attention.backends.fa4.attention"), TorchBackend()
+    stand_in.attend = torchs.attend
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    monkeypatch.setattr(trial, "TritonBackend", TorchBackend)
+    trial.obstacle.cache_clear()
+    yield stand_in
+    trial.obstacle.cache_clear()
+
+
+def off(attend, by):
+    def wrong(call, selection):
+        out, lse = attend(call, selection)
+        out[:, 500:600] += by
+        return out, lse
+
+    return wrong
+
+
+def fails(call, selection):
+    raise RuntimeError("no kernel for this card")
+
+
+CPU = Request(torch.device("cpu"), torch.bfloat16, 64, 64)
+
+
+def test_a_kernel_that_is_right_passes_its_trial(kernel):
+    assert trial.obstacle(CPU) is None
+
+
+@pytest.mark.parametrize("by", [0.1, float("nan")])
+def test_a_kernel_that_is_wrong_fails_its_trial(kernel, by):
+    kernel.attend = off(kernel.attend, by)
+    assert "off by" in trial.obstacle(CPU)
+
+
+def test_a_kernel_that_raises_fails_its_trial(kernel):
+    kernel.attend = fails
+    assert "no kernel for this card" in trial.obstacle(CPU)
+
+
+def test_the_trial_drops_blocks(kernel, monkeypatch):
+    seen = []
+    kernel.attend = lambda call, selection: (seen.append(selection.density()), TorchBackend().attend(call, selection))[1]
+    for block_size in (64, 128):
+        trial.obstacle(replace(CPU, block_size=block_size))
+    assert len(seen) == 2
+    assert max(seen) < 0.9
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("verdict", [None, "off; only by name"])
+def test_auto_takes_it_on_blackwell_once_it_has_passed(monkeypatch, verdict):
+    card(monkeypatch, 10)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(trial, "obstacle", lambda request: verdict)
+    found = explain_request(Request(CUDA, torch.bfloat16, 96, 64))
+    assert found.chosen == ("fa4" if verdict is None else "triton")
+    assert verdict is None or found.reasons["fa4"] == verdict
+
+
+@pytest.mark.usefixtures("installed")
+def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
+    card(monkeypatch, 10)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(trial, "obstacle", fails)
+    found = explain_request(Request(CUDA, torch.bfloat16, 96, 64))
+    assert found.chosen == "triton"
+    assert "only by name" in found.reasons["fa4"]
 
 
 def test_lists_too_long_to_share_go_to_the_portable_kernel(monkeypatch):

@@ -72,21 +72,3 @@ def test_a_backend_that_cannot_run_is_an_error_that_says_why(monkeypatch):
     with pytest.raises(UnsupportedError, match="head_dim 65 is too large for it"):
         get_backend(request, "never")
     assert get_backend(request).name == "torch"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({"device": "banana"}, "device: expected "),
-        ({"dtype": torch.int32}, "dtype: expected "),
-        ({"head_dim": 0}, "head_dim: expected "),
-        ({"value_dim": 0}, "value_dim: expected "),
-        ({"policy": 3}, "policy: expected "),
-        ({"dense_below": -1}, "dense_below: expected "),
-        ({"backend": "flash"}, r"backend: expected one of auto, .*torch, reference, got 'flash'"),
-    ],
-)
-def test_explain_refuses_what_no_call_could_be(arguments, expected):
-    """More of each: tests/safety/test_safety_misuse.py."""
-    with pytest.raises(ValueError, match=f"^{expected}"):
-        explain(**arguments)

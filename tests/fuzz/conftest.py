@@ -52,13 +52,10 @@ def space_of(rig: Rig, part: int, soaking: bool) -> Space:
 
 @dataclass
 class Memory:
-    """Bytes of the process, and of live tensors on its GPU, after every 25th problem.
-
-    The first half of a process's problems fills caches, of compiled kernels and of memory; from then on nothing may grow.
-    """
+    """Bytes of the process, and of live tensors on its GPU, after every fifth problem."""
 
     allowed: int = 64 << 20
-    every: int = 25
+    every: int = 5
     problems: int = 0
     samples: list[tuple[int, int]] = field(default_factory=list)
 
@@ -74,44 +71,44 @@ class Memory:
             self.samples.append((pages * 4096, torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0))
 
     def check(self) -> None:
-        """At the end: the last third of the second half is compared with the first."""
-        settled = self.samples[len(self.samples) // 2 :]
-        third = len(settled) // 3
-        for name, sizes in zip(("the process", "tensors on the GPU"), zip(*settled, strict=True), strict=False):
+        """At the end: the last third of the problems is compared with the first."""
+        third = len(self.samples) // 3
+        for name, sizes in zip(("the process", "tensors on the GPU"), zip(*self.samples, strict=True), strict=False):
             grown = median(sizes[-third:]) - median(sizes[:third]) if third else 0
             assert grown <= self.allowed, f"{name} grew by {grown / 2**20:.0f} MiB in {self.problems} problems: {sizes}"
 
 
-@pytest.fixture(scope="session")
-def memory() -> Iterator[Memory]:
-    """One of each process."""
-    memory = Memory()
-    yield memory
-    memory.check()
-
-
 @dataclass(frozen=True)
 class Trials:
-    """A backend and the problems that a property is tried on."""
+    """A backend and the problems that a property is tried on; twice where memory is watched.
+
+    By the second time kernels are compiled and caches full: nothing may grow.
+    """
 
     rig: Rig
     space: Space
     examples: int
     seed: str
-    memory: Memory
+    memory: Memory | None = None
     phases: tuple[Phase, ...] = tuple(Phase)
 
     def __call__(self, holds: Callable[[Problem, Rig], None], packed: bool = False) -> None:
         """Try a property; hypothesis shrinks the problem where it fails."""
 
-        @seed(self.seed)
-        @settings(max_examples=self.examples, phases=self.phases, suppress_health_check=list(HealthCheck))
-        @given(problems(self.space, packed))
-        def solve(problem: Problem) -> None:
-            holds(problem, self.rig)
-            self.memory.look()
+        def tried(after: Callable[[], None]) -> None:
+            @seed(self.seed)
+            @settings(max_examples=self.examples, phases=self.phases, suppress_health_check=list(HealthCheck))
+            @given(problems(self.space, packed))
+            def solve(problem: Problem) -> None:
+                holds(problem, self.rig)
+                after()
 
-        solve()
+            solve()
+
+        tried(lambda: None)
+        if self.memory is not None:
+            tried(self.memory.look)
+            self.memory.check()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -128,13 +125,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def trials(request: pytest.FixtureRequest, memory: Memory, record_property: Callable[[str, object], None]) -> Iterator[Trials]:
+def trials(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Iterator[Trials]:
     """Few problems in the suite, a hundred for each part in a soak; ``--hypothesis-seed`` draws others."""
     rig, part = request.param
     if rig.obstacle:
         pytest.skip(rig.obstacle)
     soaking = settings.get_current_profile_name() == "soak"
     examples = settings.default.max_examples if soaking else 3 if INTERPRETED else 20
-    drawn = f"{request.config.getoption('--hypothesis-seed') or 0}:{part}"
+    drawn, memory = f"{request.config.getoption('--hypothesis-seed') or 0}:{part}", Memory() if soaking else None
     yield Trials(rig, space_of(rig, part, soaking), examples, drawn, memory)
-    record_property("memory", memory.samples[-1:])
+    if memory is not None:
+        record_property("memory", memory.samples)

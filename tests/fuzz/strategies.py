@@ -156,7 +156,7 @@ def policies(space: Space, block: int, heads: int) -> st.SearchStrategy[Policy]:
     size = {"block_size": st.just(block)}
     if space.presets:
         stem = st.sampled_from([make(block_size=block) for make in (Stem, Stem.paper, Stem.angelslim)])
-        mass = st.builds(Mass, key_pool=st.just(16), head_factors=factors(heads), **size)
+        mass = st.builds(Mass, key_pool=st.sampled_from((32, 16)), head_factors=factors(heads), **size)
     else:
         stem, mass = stems(block), masses(block, heads)
     few, more = st.integers(0, 3), st.integers(1, 4)

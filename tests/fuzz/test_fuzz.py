@@ -1,4 +1,4 @@
-"""Any problem is right: the blocks that a policy keeps, attention over any lists, a prompt in chunks, and a packed batch."""
+"""Any problem is right: the blocks that a policy keeps, attention over any lists and its gradients, chunks, a packed batch."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from stem_attention import Mass, Stem, block_sparse_attention, select_blocks, st
 from stem_attention.policies import BigBird, Dense, Longformer, SinkWindow, Strided
 from stem_attention.testing import assert_accurate, pack, random_selection
 
-from .judge import assert_selected
+from .judge import assert_gradients, assert_selected
 from .poison import surrounded, undisturbed
 
 INVARIANT = (Mass, Stem, Dense, SinkWindow, Strided, Longformer, BigBird)
@@ -24,6 +24,23 @@ def attention_over_any_lists(problem, rig):
         result = block_sparse_attention(q, k, v, selection, return_lse=problem.return_lse, backend=rig.backend, **extra)
     out, lse = result if problem.return_lse else (result, None)
     assert_accurate(out, lse, q, k, v, selection, **extra)
+
+
+def gradients_over_any_lists(problem, rig):
+    """Of q, k, v and sinks, as exact as those of plain attention."""
+    q, k, v = problem.qkv(rig.device)
+    if q.dtype == torch.float16:  # loud values would overflow in the products of the gradient
+        v = v / v.abs().max().clamp(min=1)
+    shape = len(problem.lengths), problem.heads, *problem.lengths[0], problem.policy.block_size
+    selection = random_selection(*shape, problem.density, rig.device, problem.seed)
+    extra, inputs = problem.extra(rig.device), [x.detach().requires_grad_() for x in (q, k, v)]
+    inputs += [] if extra["sinks"] is None else [extra["sinks"].requires_grad_()]
+    draw = torch.Generator().manual_seed(problem.seed)
+    d_out = torch.randn((*q.shape[:3], v.shape[3]), generator=draw).to(q.device, q.dtype)
+    with undisturbed(q, k, v, d_out, selection.indices, selection.counts, poisoned=problem.poisoned):
+        out = block_sparse_attention(*inputs[:3], selection, backend=rig.backend, **extra)
+        found = torch.autograd.grad(out, inputs, d_out)
+    assert_gradients(found, d_out, q, k, v, selection, *(x.detach() for x in inputs[3:]), softcap=problem.softcap)
 
 
 def assert_right(problem, rig, q, k, v, prompt_len):
@@ -92,6 +109,10 @@ def any_packed_batch(problem, rig):
 
 def test_attention_over_any_lists_is_right(trials):
     trials(attention_over_any_lists)
+
+
+def test_gradients_over_any_lists_are_right(trials):
+    trials(gradients_over_any_lists)
 
 
 def test_any_call_is_right(trials):

@@ -17,7 +17,7 @@ from .conftest import Memory, Trials, space_of
 from .judge import assert_selected
 from .poison import new_memory_is_nan, surrounded, undisturbed
 from .strategies import Space
-from .test_fuzz import a_prompt_in_chunks, any_call, any_packed_batch, attention_over_any_lists
+from .test_fuzz import a_prompt_in_chunks, any_call, any_packed_batch, attention_over_any_lists, gradients_over_any_lists
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="plants its faults in the torch backend")
 
@@ -61,7 +61,7 @@ def test_poison_is_where_it_should_be():
 
 def tried(holds, packed=False, rig=RIG):
     phases = Phase.generate, Phase.shrink  # to explain a failure takes long
-    Trials(rig, space_of(rig, 0, soaking=False), 12, "planted", Memory(), phases)(holds, packed)
+    Trials(rig, space_of(rig, 0, soaking=False), 12, "planted", phases=phases)(holds, packed)
 
 
 @pytest.fixture
@@ -99,6 +99,29 @@ def test_numbers_that_are_off_by_a_hundredth_are_found(plant):
         tried(any_call)
 
 
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+def test_a_gradient_that_is_off_by_a_hundredth_is_found(which, monkeypatch):
+    honest = TorchBackend.backward
+
+    def faulty(*arguments):
+        results = honest(*arguments)
+        results[which][:, -1].mul_(1.01)
+        return results
+
+    monkeypatch.setattr(TorchBackend, "backward", faulty)
+    with pytest.raises(AssertionError, match="the gradient of . is off"):
+        tried(gradients_over_any_lists)
+
+
+def test_growing_memory_is_found_the_second_time():
+    kept, memory = [], Memory(every=1, allowed=8 << 20)
+    trials = Trials(RIG, space_of(RIG, 0, soaking=False), 12, "kept", memory)
+    trials(lambda problem, rig: None)
+    assert memory.problems == len(memory.samples) > 0
+    with pytest.raises(AssertionError, match="the process grew"):
+        trials(lambda problem, rig: kept.append(torch.ones(1 << 20)))
+
+
 def test_growing_memory_is_found():
     memory = Memory(every=1)
     memory.look()
@@ -108,7 +131,7 @@ def test_growing_memory_is_found():
     memory.check()
     for grown in ((5 * mib, 0), (0, 5 * mib)):
         memory.samples = [(process + i * grown[0], gpu + i * grown[1]) for i in range(90)]
-        with pytest.raises(AssertionError, match="grew by 150 MiB"):
+        with pytest.raises(AssertionError, match="grew by 300 MiB"):
             memory.check()
 
 
@@ -116,7 +139,7 @@ def test_growing_memory_is_found():
 def test_problems_are_of_every_kind(space):
     """Each of these is drawn, sooner or later, and a policy survives JSON."""
     found = []
-    Trials(RIG, space, 400, "kinds", Memory(every=1000))(lambda problem, rig: found.append(problem), packed=True)
+    Trials(RIG, space, 400, "kinds")(lambda problem, rig: found.append(problem), packed=True)
     for problem in found:
         assert policy_from_json(problem.policy.to_json()) == problem.policy
         problem.policy.check_heads(problem.heads)

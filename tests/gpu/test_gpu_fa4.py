@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from stem_attention import Mass, block_sparse_attention, explain, select_blocks, stem_attention
+from stem_attention.backends import Request
+from stem_attention.backends.fa4.lists import shared_lists
+from stem_attention.call import Call
+from stem_attention.policies import Dense
 from stem_attention.testing import assert_accurate, random_selection, worst_row_error
 
 from .common import on_gpu, random_qkv
@@ -34,11 +38,43 @@ def test_its_attention_is_exact_over_the_selection(size, dim, dtype, q_len, kv_l
 
 
 @pytest.mark.usefixtures("_fa4")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(2048, 2048), (1000, 1000), (512, 1024)])
+def test_lists_that_256_queries_share_are_exact(q_len, kv_len, size):
+    """Blackwell reads such lists, under a mask that answers for 32 keys. Hopper refuses that mask: this one answers for one."""
+    from cutlass import Int32, cute
+    from flash_attn.cute.utils import scalar_to_ssa
+
+    from stem_attention.backends.fa4.attention import TILE, _attend
+
+    @cute.jit
+    def mask(batch, head, query, key, lengths, tensors):
+        kept = scalar_to_ssa(Int32(tensors[0][batch[0], head[0], query[0] // size, key[0] // size]), Int32)
+        return key <= (query + (lengths.seqlen_k - lengths.seqlen_q)) * kept + (kept - 1)
+
+    q, k, v = random_qkv(2, q_len, kv_len, 4, 2, 128)
+    selection = random_selection(2, 4, q_len, kv_len, size, density=0.3, device="cuda")
+    fields, kept = shared_lists(selection, *TILE)
+    call = Call(q, k, v, Dense(size), 128**-0.5, kv_len, None)
+    out, _ = _attend(call, fields, mask_mod=mask, aux_tensors=[kept])
+    assert_accurate(out, None, q, k, v, selection)
+
+
+@pytest.mark.usefixtures("_fa4")
 def test_a_whole_call_selects_and_attends():
     q, k, v = random_qkv(1, 3000, 3000, 8, 2, 128)
     out = stem_attention(q, k, v, policy=Mass(), dense_below=0, backend="fa4")
     selection = select_blocks(q, k, v, policy=Mass())
     assert worst_row_error(out, block_sparse_attention(q, k, v, selection, backend="triton")) < 2e-2
+
+
+@pytest.mark.usefixtures("_fa4")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (96, torch.bfloat16), (128, torch.bfloat16)])
+def test_it_passes_the_trial_that_other_cards_ask_for(size, dim, dtype):
+    from stem_attention.backends.fa4.trial import obstacle
+
+    assert obstacle(Request(torch.device("cuda"), dtype, dim, size)) is None
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1024, 1024), (1000, 1000), (700, 1212), (300, 555)])

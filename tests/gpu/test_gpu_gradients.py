@@ -79,7 +79,10 @@ def test_soft_caps_and_values_of_another_dimension(dim, value_dim, softcap, bloc
     exact = gradients(exact_attention(*doubles[:3], mask, sinks=doubles[3], softcap=softcap)[:1], doubles)
     for mine, its, judge in zip(ours, theirs, exact, strict=False):
         assert relative_error(mine, judge) <= 2 * relative_error(its, judge)
-    assert relative_error(ours[3], exact[3]) < 1e-2
+    # Terms of random signs would nearly cancel, and their rounding be judged by what is left; those of squares have one sign.
+    squares = sa.block_sparse_attention(*inputs, selection, sinks=sinks, softcap=softcap).float().square().sum()
+    exactly = exact_attention(*doubles[:3], mask, sinks=doubles[3], softcap=softcap)[0].square().sum()
+    assert relative_error(torch.autograd.grad(squares, sinks)[0], torch.autograd.grad(exactly, doubles[3])[0]) < 1e-2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,10 +1,13 @@
 """Masks of a model on "stem" are what hosts expect of a mask, however they treat it, and windows cost what they hide."""
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 from torch import Tensor
 
-from stem_attention import UnsupportedError
+from stem_attention import BlockSelection, UnsupportedError
 from stem_attention.integrations.transformers import attention, dense, mask
 from stem_attention.integrations.transformers.mask import CausalMask, stem_mask
 
@@ -18,6 +21,7 @@ SHARED = {  # the layout of Gemma 4 E2B and E4B: the last layers reuse the keys 
     **SMALL, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24,
     "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97, "global_head_dim": 16,
 }  # fmt: skip
+FOUR = ["sliding_attention"] * 3 + ["full_attention"]
 MODELS = {"qwen3": tiny.QWEN3, "gemma3": tiny.GEMMA3, "gemma4": transformers.Gemma4TextConfig(**SHARED)}
 KEPT = {
     "contiguous": lambda x: x.contiguous(),
@@ -128,6 +132,21 @@ def test_windows_are_exact_however_long(models, way, padded, monkeypatch):
         assert {call.layer: call.reason for call in calls} == reasons
         assert not any(call.sparse for call in calls if call.reason == "sliding window")
     assert {x is not None for x in ran} == {"one mask": {False}, "pieces": set(), "kernel": {False, True}}[way]
+
+
+def test_layers_with_a_window_share_its_blocks_for_a_prefill_and_no_longer(monkeypatch):
+    """Rows of two lengths have lists of their own; nothing outlives the masks."""
+    built, make = [], BlockSelection.of_window
+    monkeypatch.setattr(BlockSelection, "of_window", lambda *a, **b: built.append(ref(blocks := make(*a, **b))) or blocks)
+    monkeypatch.setattr(mask, "WHOLE_MASK_ENTRIES", 0)
+    model = build(transformers.Gemma3TextConfig(**{**SMALL, "num_hidden_layers": 4}, sliding_window=24, layer_types=FOUR))
+    for lengths, expected in (([320, 320], 1), ([320, 230], 2), ([320, 320], 1)):
+        _, calls = observed(model, input_ids=tokens(2), attention_mask=left_padding(lengths, 320))
+        assert sum(call.reason == "sliding window" for call in calls) == 3 * expected
+        assert len(built) == expected
+        gc.collect()
+        assert not any(blocks() for blocks in built)
+        built.clear()
 
 
 @pytest.mark.parametrize("config", [

@@ -5,19 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.rigs import peaked
 
 from stem_attention import Mass, Stem, select_blocks, stem_attention
 from stem_attention.policies.mass import block_masses
-from stem_attention.testing import make_qkv
 
 SMALL = Mass(block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1)
 FACTORS = (0.2, 1.0, 1.7, 6.0)
-
-
-def peaked(batch, q_len, kv_len, heads, dim, dtype=torch.float32):
-    """Queries and keys whose attention is far from even, so that something is dropped."""
-    q, k, v = make_qkv(batch, q_len, kv_len, *heads, dim)
-    return (3 * q).to(dtype), (3 * k).to(dtype), v.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -35,7 +29,7 @@ def peaked(batch, q_len, kv_len, heads, dim, dtype=torch.float32):
     ids=["plain", "higher-share", "whole-blocks", "no-pools", "block-32", "means-alone", "factors"],
 )
 def test_both_ways_of_writing_it_keep_the_same(policy, batch, q_len, kv_len, heads, dim, prompt_len, dtype):
-    q, k, v = peaked(batch, q_len, kv_len, heads, dim, dtype)
+    q, k, v = peaked(batch, q_len, kv_len, *heads, dim, dtype=dtype)
     fast, plain = (
         select_blocks(q, k, v, policy=policy, prompt_len=prompt_len, backend=backend) for backend in ("torch", "reference")
     )
@@ -55,7 +49,7 @@ def test_a_key_that_its_pools_mean_hides_is_noticed():
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_each_head_keeps_what_its_own_share_keeps(backend):
-    q, k, v = peaked(2, 90, 200, (4, 2), 16)
+    q, k, v = peaked(2, 90, 200, 4, 2, 16)
     chosen = select_blocks(q, k, v, policy=replace(SMALL, head_factors=(FACTORS,)), backend=backend).to_mask()
     kept = []
     for head, factor in enumerate(FACTORS):
@@ -72,7 +66,7 @@ def test_each_head_keeps_what_its_own_share_keeps(backend):
     ids=str,
 )  # fmt: skip
 def test_every_field_changes_the_result(change):
-    q, k, v = peaked(1, 330, 330, (2, 1), 16)
+    q, k, v = peaked(1, 330, 330, 2, 1, 16)
     policy = replace(SMALL, share=3.0)
     before, after = (stem_attention(q, k, v, policy=p, dense_below=0) for p in (policy, replace(policy, **change)))
     assert not torch.equal(before, after)
@@ -81,7 +75,7 @@ def test_every_field_changes_the_result(change):
 def test_masses_are_summed_in_fp64_on_a_cpu():
     """So that a chunk of a prompt estimates to the last bit what the whole does, whatever the shapes of its products."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        ((_, mass),) = block_masses(*peaked(1, 128, 128, (2, 1), 16, dtype)[:2], Mass(), 0.25)
+        ((_, mass),) = block_masses(*peaked(1, 128, 128, 2, 1, 16, dtype=dtype)[:2], Mass(), 0.25)
         assert mass.dtype == torch.float64
 
 
@@ -141,7 +135,7 @@ def test_a_policy_fits_the_models_that_it_was_made_for():
 @pytest.mark.parametrize(("factors", "got"), [(LAYERS, "2 x 4"), ((LAYERS[0][:3],), "1 x 3")], ids=["layers", "heads"])
 def test_a_call_of_one_layer_takes_the_factors_of_one_layer(factors, got):
     Mass(head_factors=LAYERS[:1]).check_heads(4)
-    policy, inputs = Mass(head_factors=factors), peaked(1, 9, 9, (4, 2), 8)
+    policy, inputs = Mass(head_factors=factors), peaked(1, 9, 9, 4, 2, 8)
     said = rf"^policy: expected .*one layer and the 4 query heads of q, got {got} of them; pass policy.for_layer\(layer\)"
     for call in (lambda: policy.check_heads(4), lambda: policy(*inputs)):
         with pytest.raises(ValueError, match=said):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from stem_attention import BlockSelection, Policy, block_sparse_attention, select_blocks, stem_attention
 from stem_evals.bench.checks import check, dense_problem, difference_problem, differing_blocks, sparse_problem
-from stem_evals.bench.inputs import random_inputs
 from stem_evals.bench.peers import EAGER, FLEX, STEM, admit, dense_peers, flex_peer
 from stem_evals.bench.setup import Setup
 from stem_evals.bench.timing import Call, medians, round_count, time_in_turn
@@ -24,7 +23,7 @@ LONGEST_DENSE = 262144
 @dataclass(frozen=True)
 class _Problem:
     setup: Setup
-    qkv: tuple[Tensor, Tensor, Tensor]
+    qkv: list[Tensor]
     policy: Policy
     selection: BlockSelection
 
@@ -62,7 +61,7 @@ def run_layers(suite: str, setup: Setup) -> dict[str, Any]:
 
 def _time_layer(suite: str, setup: Setup, length: int) -> dict[str, Any]:
     on_step = setup.start(f"{length} tokens", 1 + round_count(setup.device, setup.rounds))
-    qkv, policy = random_inputs(setup.shape(length), setup.seed), setup.spec.at(length)
+    qkv, policy = setup.inputs(length), setup.spec.at(length)
     checked = check(*qkv, policy, setup.seed)
     checked.confirm(setup.dtype, f"{length} tokens")
     selection = select_blocks(*qkv, policy=policy)

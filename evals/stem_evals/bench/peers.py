@@ -100,23 +100,11 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
 def flex_peer(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Callable[[], Tensor]:
     """FlexAttention over the lists of ``selection``, compiled: eager FlexAttention runs dense whatever the lists say."""
     # torch.compile takes seconds to load.
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     torch.compiler.reset()  # else the ninth length would run into the limit of recompilations
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    pad = torch.nn.functional.pad
-    grid = selection.grid
-    diagonal = torch.arange(grid.first_row, grid.end_row, dtype=torch.int32, device=q.device).expand(selection.counts.shape)
-    mask = BlockMask.from_kv_blocks(
-        kv_num_blocks=torch.ones_like(selection.counts),
-        kv_indices=pad(diagonal[..., None], (0, grid.key_blocks - 1)),  # it takes lists of full width only
-        full_kv_num_blocks=selection.counts - 1,  # lists ascend, so the diagonal is the last entry
-        full_kv_indices=pad(selection.indices.clamp(min=0), (0, grid.key_blocks - selection.indices.shape[3])),
-        BLOCK_SIZE=selection.block_size,
-        mask_mod=_causal,
-        seq_lengths=(selection.q_len, selection.kv_len),
-        compute_q_blocks=False,  # for the backward pass only
-    )
+    compiled, mask = torch.compile(flex_attention, dynamic=False, fullgraph=True), selection.to_block_mask()
+    mask.mask_mod = _causal  # cheaper, and enough where compiled code skips what is not listed
     # The GPU kernel's own tiles are of 128 queries, which a smaller block cannot hold.
     small = q.device.type == "cuda" and selection.block_size < 128
     options: Any = {"BLOCK_M": selection.block_size, "BLOCK_N": selection.block_size} if small else None

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stem_attention import __version__, explain
 from stem_attention.backends import Explanation
-from stem_attention.cli.system import cpu_model, version
+from stem_attention.cli.system import device_name, version
 from stem_attention.models.shapes import Heads
 from stem_attention.policies import PolicySpec
-from stem_evals.bench.inputs import Shape
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CPU_REPEATS, _GPU_REPEATS = 5, 20
@@ -55,9 +55,14 @@ class Setup:
         """Timed rounds of a layer's attention."""
         return self.repeats or (_CPU_REPEATS if self.device.type == "cpu" else _GPU_REPEATS)
 
-    def shape(self, length: int) -> Shape:
-        """Return one layer's problem."""
-        return Shape(length, **vars(self.heads), dtype=self.dtype, device=self.device)
+    def inputs(self, length: int) -> list[Tensor]:
+        """Draw one layer's normal q, k and v, ``(1, length, heads, dim)``, the same on the same kind of device.
+
+        Drawn where they are used: at a million tokens the CPU would need minutes and more memory than it may have.
+        """
+        draw, (heads, kv_heads, dim) = torch.Generator(self.device).manual_seed(self.seed), vars(self.heads).values()
+        sizes = [(1, length, count, dim) for count in (heads, kv_heads, kv_heads)]
+        return [torch.randn(size, generator=draw, dtype=self.dtype, device=self.device) for size in sizes]
 
     def explained(self, length: int) -> Explanation:
         """Return which backend runs a length's policy, and below which length attention is dense."""
@@ -66,15 +71,15 @@ class Setup:
 
     def facts(self) -> dict[str, Any]:
         """Return what a benchmark runs on and with, as plain JSON types; the policy is that of the first length."""
-        on_cpu, known = self.device.type == "cpu", self.explained(self.lengths[0])
+        known = self.explained(self.lengths[0])
         return {
             "stem_attention": __version__,
             "torch": torch.__version__,
             "triton": version("triton"),
             "python": platform.python_version(),
-            "driver": None if on_cpu else _driver(),
+            "driver": None if self.device.type == "cpu" else _driver(),
             "device": str(self.device),
-            "device_name": cpu_model() if on_cpu else torch.get_device_module(self.device).get_device_name(self.device),
+            "device_name": device_name(self.device),
             "threads": torch.get_num_threads(),
             "backend": known.chosen,
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stem_attention.models.shapes import MODELS, Heads
-from stem_evals.bench.timing import wait
+from stem_evals.bench.timing import host_seconds
 
 
 class Architecture(NamedTuple):
@@ -79,8 +79,4 @@ def prefill(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 def prefill_seconds(model: PreTrainedModel, tokens: Tensor) -> float:
     """From the call to the logits, the host's part included."""
-    wait(tokens.device)
-    start = perf_counter()
-    prefill(model, tokens)
-    wait(tokens.device)
-    return perf_counter() - start
+    return host_seconds(tokens.device, partial(prefill, model, tokens))

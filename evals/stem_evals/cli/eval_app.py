@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from stem_attention.cli import options
 from stem_attention.cli.errors import UserError, blaming
-from stem_attention.cli.system import cpu_model, output, progress_console
+from stem_attention.cli.system import device_name, output, progress_console
 from stem_attention.errors import nearest
 from stem_attention.models.prompts import KINDS
 from stem_evals.contender import Contender, parse_contender
@@ -113,8 +113,6 @@ def evaluate(
 
     Records are kept as they come: an interrupted command goes on where it stopped when it is given again.
     """
-    import torch
-
     from stem_attention.cli.job import open_model
     from stem_attention.models.load import context_length
     from stem_attention.models.texts import Text, stdlib_text
@@ -171,11 +169,10 @@ def evaluate(
         "ruler": lambda: Harness("ruler", loaded, tokenizer, tokens, limit, chosen, seed=seed),
         "longbench": lambda: Harness("longbench", loaded, tokenizer, tokens, limit, chosen, data),
     }
-    name = cpu_model() if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
     with _one_line("eval", out):
         with console.status("making the cases"):
             plan = make_plan([makers[one]() for one in dict.fromkeys(measures)], contenders, (share[0], share[1]))
-            facts = header(plan, source, loaded, name, texts, context.obj or sys.argv[1:], commit)
+            facts = header(plan, source, loaded, device_name(device), texts, context.obj or sys.argv[1:], commit)
             journal = open_journal(out, facts)
         left = _say_what_is_left(console, plan, journal)
         try:

@@ -80,7 +80,7 @@ def explain_request(
             reasons[name] = f"{reason}; {candidate.caveat}" if candidate.caveat else reason
     if chosen is None:
         return Explanation(request, None, reasons)
-    entered = ("stem_attention.api.stem_attention", "stem_attention.ops._forward", "stem_attention.backends.run.run")
+    entered = ("stem_attention.api.stem_attention", "stem_attention.ops._attention", "stem_attention.backends.run.run")
     path = (*entered, *chosen.path(policy or Mass()))
     return Explanation(request, chosen.name, reasons, chosen.dense_limit(dense_below), path)
 

@@ -16,8 +16,8 @@ from stem_attention.call import Call
 from stem_attention.selection import BlockSelection
 
 
-def run(call: Call) -> tuple[Tensor, Tensor]:
-    """Select and attend. Hosts call this eagerly; the torch operators end here.
+def run(call: Call, selection: BlockSelection | None = None) -> tuple[Tensor, Tensor]:
+    """Select and attend, or attend over given blocks. Hosts call this eagerly; the torch operators end here.
 
     Returns:
         ``out`` like ``call.q``, ``call.out`` where that is given, and ``lse``, fp32 ``(batch, q_heads, q_len)`` or packed
@@ -26,6 +26,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     if call.q.numel() == 0:
         return call.empty_results()
     with _device_of(call.q), without_autocast(call.q.device):
+        if selection is not None:
+            return backend_of(call).attend(call, selection)
         if call.k_scale is not None:
             call = _dequantised(call)
         out, lse = backend_of(call).runner(call)(call)
@@ -40,42 +42,23 @@ def select(call: Call) -> BlockSelection:
         return check_chosen(call, backend_of(call).select(call))
 
 
-def attend(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
-    """Compute attention over given blocks. Returns as :func:`run`."""
-    if call.q.numel() == 0:
-        return call.empty_results()
-    with _device_of(call.q), without_autocast(call.q.device):
-        return backend_of(call).attend(call, selection)
-
-
-def run_kept(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def run_kept(call: Call, selection: BlockSelection | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Run a call whose gradient will be asked for. Returns ``out`` and ``lse`` as :func:`run`, and what was kept, as bits."""
     if call.q.numel() == 0:
-        return _nothing_kept(call)
+        kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
+        return *replace(call, return_lse=True).empty_results(), kept
     with _device_of(call.q), without_autocast(call.q.device):
-        return backend_of(call).forward_kept(call)
-
-
-def attend_kept(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute attention over given blocks; returns as :func:`run_kept`."""
-    if call.q.numel() == 0:
-        return _nothing_kept(call)
-    with _device_of(call.q), without_autocast(call.q.device):
-        return backend_of(call).attend_kept(call, selection)
+        backend = backend_of(call)
+        return backend.forward_kept(call) if selection is None else backend.attend_kept(call, selection)
 
 
 def backward(call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v of a call that :func:`run_kept` or :func:`attend_kept` ran; see the backend's."""
+    """Return the gradients of q, k and v of a call that :func:`run_kept` ran; see the backend's."""
     if call.q.numel() == 0:
         d_q, d_k, d_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
         return d_q, d_k, d_v
     with _device_of(call.q), without_autocast(call.q.device):
         return backend_of(call).backward(call, kept, results, d_results)
-
-
-def _nothing_kept(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
-    return *replace(call, return_lse=True).empty_results(), kept
 
 
 def backend_of(call: Call) -> Backend:

@@ -42,6 +42,11 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def device_name(device: torch.device) -> str:
+    """Look up the name of a device: of a CPU the processor's."""
+    return cpu_model() if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
+
+
 def accelerator() -> torch.device | None:
     """Find the kind of accelerator that torch can use here; None without one."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

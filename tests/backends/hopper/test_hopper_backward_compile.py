@@ -8,42 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from tests.backends.triton.offline import dumped, resources
-from triton.runtime import driver
+from tests.backends.triton.offline import Recorded, Recorder, dumped, resources, variants
 
 from stem_attention.backends.hopper import backward, backward_kernel
 from stem_attention.backends.hopper.backward import LAUNCHES
+from stem_attention.backends.triton import backward_kernels
 from stem_attention.backends.triton.layout import Layout
-from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies import Dense
 
-from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper, marks, place_of, windows
-
-pytestmark = pytest.mark.newest_triton
+from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, assert_workers_ordered, marks, place_of, windows
 
 # Bytes of stack: scalars of a column, needed in the loop but once, in blocks of 64. Triton 3.8 takes more in fp16.
 STACK = {(128, 64): 0, (128, 128): 16, (64, 64): 0, (64, 128): 32}
 
 
-@pytest.fixture(autouse=True)
-def _card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_active", _Hopper())
-
-
 def started(
-    monkeypatch: pytest.MonkeyPatch, block_size: int = 128, dim: int = 128, dtype: torch.dtype = torch.bfloat16,
-    packed: bool = False, softcap: float | None = None, expanded: bool = False, value_dim: int | None = None,
-) -> Any:  # fmt: skip
-    """What the host code would launch for 300 queries of 8 heads, compiled instead; None where it asks the portable kernel."""
-    kernel, results = backward.dkv_kernel, []
-
-    class Launcher:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **named: results.append(kernel.warmup(*args, grid=grid, **named))
-
-    monkeypatch.setattr(backward, "dkv_kernel", Launcher())
-    monkeypatch.setattr(backward, "start_portable_chunks", lambda *_: results.append(None))
+    block_size: int = 128, dim: int = 128, dtype: torch.dtype = torch.bfloat16, packed: bool = False,
+    softcap: float | None = None, expanded: bool = False, value_dim: int | None = None,
+) -> Recorded:  # fmt: skip
+    """What the host code launches for 300 queries of 8 heads."""
     q, k = torch.zeros(1, 300, 8, dim, dtype=dtype), torch.zeros(1, 300, 2, dim, dtype=dtype)
     v, d_out = (x[..., :value_dim].contiguous() for x in (k, q))
     call = Call(q, k, v, Dense(block_size), 0.1, 300)
@@ -54,18 +38,18 @@ def started(
     columns: Any = SimpleNamespace(
         lists=table, starts=table, longest=table[:1], chunks=table[:6], firsts=table, owners=table, slots=table
     )
-    launches, steepness = Launches(), None if softcap is None else 0.1 / softcap
+    launches, steepness = Recorder(), None if softcap is None else 0.1 / softcap
     backward.start_chunks(
         Layout.of(call, block_size, launches), block_size, (q, k, v, d_out, rows, rows), (k, v.clone(), sums, sums.clone()),
         columns, (0.1, 0.1, steepness), launches,
     )  # fmt: skip
-    return results[0]
+    return launches.recorded[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", LAUNCHES, ids=str)
-def test_every_variant_fits_and_waits_for_no_product_by_itself(shape, dtype, monkeypatch):
-    made, choice = started(monkeypatch, *shape, dtype), LAUNCHES[shape]
+@pytest.mark.parametrize("shape", variants(LAUNCHES, (64, 128)))
+def test_every_variant_fits_and_waits_for_no_product_by_itself(shape, dtype):
+    made, choice = started(*shape, dtype).warmed(), LAUNCHES[shape]
     assert choice.programs * (made.metadata.shared + 1024) <= SHARED_PER_MULTIPROCESSOR
     _, stack = resources(made.asm["cubin"])
     assert stack <= STACK[shape] + (64 if dtype == torch.float16 else 0)
@@ -76,22 +60,23 @@ def test_every_variant_fits_and_waits_for_no_product_by_itself(shape, dtype, mon
     assert len(waits) == 3 * shape[0] // 64
 
 
-@pytest.mark.parametrize("block_size", [64, 128])
-def test_what_warps_tell_each_other_is_ordered(block_size, monkeypatch):
-    found = marks(started(monkeypatch, block_size).asm["ptx"])
+@pytest.mark.parametrize("block_size", variants([64, 128], 64))
+def test_what_warps_tell_each_other_is_ordered(block_size):
+    found = marks(started(block_size).warmed().asm["ptx"])
     (store,) = windows(found, r"st\.shared", place_of(backward_kernel, "edge_s.index(s).store("))
     assert re.fullmatch(r"st\.shared.*; st\.shared.*; bar\.warp\.sync\s+-1; mbarrier\.arrive\.shared.*", store), store
     # A slot is given back when all four warps have read it.
     arrivals = windows(found, r"mbarrier\.arrive", place_of(backward_kernel, "mbarrier.arrive(empty.index(s)"))
     groups = [re.match(r"bar\.sync\s+(\d+), 128; mbarrier", text) for text in arrivals]
     assert len({group[1] for group in groups if group}) == len(groups) == block_size // 64, arrivals
+    assert_workers_ordered(found, "backward_kernel.py")
 
 
 @pytest.mark.parametrize(
     "other", [{"packed": True}, {"softcap": 50.0}, {"expanded": True}, {"dim": 256}, {"value_dim": 64}], ids=str
 )
-def test_the_portable_kernel_takes_the_rest(other, monkeypatch):
-    assert started(monkeypatch, **other) is None
+def test_the_portable_kernel_takes_the_rest(other):
+    assert started(**other).kernel is backward_kernels.dkv_kernel
 
 
 @pytest.mark.parametrize("shape", LAUNCHES, ids=str)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from tests.backends.triton.offline import Recorded, Recorder, resources
-from triton.runtime import driver
+from tests.backends.triton.offline import Recorded, Recorder, resources, variants
 
 from stem_attention import Mass
 from stem_attention.backends.hopper import HopperBackend, mass_kernel
@@ -19,17 +17,15 @@ from stem_attention.backends.triton import mass_kernels
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.call import Call, PackedBatch
 
-from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, _Hopper
+from .test_hopper_compile import SHARED_PER_MULTIPROCESSOR, assert_workers_ordered, marks
 
-pytestmark = pytest.mark.newest_triton
 REGISTERS_OF_ONE = 1 << 16
 THREADS = 3 * 128  # two warpgroups that compute, and one of which a warp copies
 DIMS = (64, 128, 256)
 
 
 @pytest.fixture(autouse=True)
-def _card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_active", _Hopper())
+def _portable_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portable, "architecture", lambda _: "sm90")
     monkeypatch.setattr(portable, "_head_shares", lambda *_: torch.empty((1, 8), device="meta"))
 
@@ -51,10 +47,6 @@ def launched(
     return launches.recorded[-1]
 
 
-def compiled(launch: Recorded, most: int) -> Any:
-    return launch.kernel.warmup(**launch.arguments, **launch.options, maxnreg=most, grid=(1,))
-
-
 VARIANTS = {
     **{f"dim-{dim}": {"dim": dim} for dim in DIMS},
     "short": {"length": 4000},
@@ -72,12 +64,12 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", variants(VARIANTS, "dim-128", "ragged-dim-256"))
 def test_every_variant_fits(variant):
     launch = launched(**VARIANTS[variant])
     two = launch.arguments["D"] == 128 and variant != "short"
     most = choose(launch.arguments["D"], 16384 + two).entry_registers
-    made = compiled(launch, most)
+    made = launch.warmed()
     assert (1 + two) * (made.metadata.shared + 1024) <= SHARED_PER_MULTIPROCESSOR
     registers, stack = resources(made.asm["cubin"])
     assert registers <= most
@@ -86,6 +78,7 @@ def test_every_variant_fits(variant):
     assert stack <= (256 if two else 0)
     assert set(re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k16", made.asm["ptx"])) == {"64"}
     assert "cp.async.bulk.tensor" in made.asm["ptx"]
+    assert_workers_ordered(marks(made.asm["ptx"]), "mass_kernel.py")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.rigs import peaked
 from torch import Tensor
 
 from stem_attention import BlockSelection, Mass, Policy, Stem
@@ -24,7 +25,7 @@ from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.program import Launches
 from stem_attention.call import Call, PackedBatch
 from stem_attention.policies.ranked import choose as eager_choose
-from stem_attention.testing import make_qkv, random_selection, relative_error, to_pages, worst_row_error
+from stem_attention.testing import make_qkv, pack, random_selection, relative_error, to_pages, worst_row_error
 
 from .choosing import choose
 
@@ -103,12 +104,6 @@ def test_selection_is_the_references(config, batch, q_len, kv_len, heads, dim):
 BY_MASS = Mass(block_size=16, query_pool=4, key_pool=8, tail_blocks=1, local_blocks=1, share=1.5, spread=0.1)
 
 
-def peaked(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys whose attention is far from even, so that something is dropped."""
-    q, k, v = make_qkv(*shape)
-    return (3 * q).to(dtype), (3 * k).to(dtype), v.to(dtype)
-
-
 @pytest.mark.parametrize(
     ("config", "shape", "prompt_len"),
     [
@@ -131,7 +126,7 @@ def test_selection_by_mass_is_the_references(config, shape, prompt_len):
     ids=["stem", "mass", "means-alone"],
 )  # fmt: skip
 def test_a_selection_under_a_soft_cap_is_the_references(policy, softcap):
-    q, k, v = peaked(2, 90, 149, 4, 2, 32)
+    q, k, v = peaked(1, 90, 149, 2, 1, 32)
     v[:, 20:50] *= 30  # values decide where scores are small
     under, without = (keeps_what_the_reference_keeps(q, k, v, policy, softcap=cap).to_mask() for cap in (softcap, None))
     assert not torch.equal(under, without)
@@ -158,7 +153,7 @@ def test_each_head_keeps_what_its_own_share_keeps():
 @pytest.mark.parametrize(("page", "factors"), [(0, None), (1, ((0.2, 5.0),)), (12, None)])
 def test_a_packed_batch_keeps_by_mass_what_each_sequence_keeps(page, factors):
     config = replace(BY_MASS, head_factors=factors)
-    lengths = [(40, 90), (0, 20), (161, 161), (3, 50)]
+    lengths = [(40, 90), (0, 20), (69, 69), (3, 50)]
     single = [peaked(1, q_len, kv_len, 2, 1, 16) for q_len, kv_len in lengths]
     q, k, v, batch = packed(single, page)
     kept = torch.ones(1, dtype=torch.int64)
@@ -201,12 +196,12 @@ def test_a_block_with_nan_in_its_values_ranks_first(magnitude):
 
 @pytest.mark.parametrize("first_row", [0, 7])
 def test_scores_of_any_policy_are_chosen_from_like_the_eager_twin(first_row):
-    scores = torch.randint(-3, 4, (2, 3, 40, first_row + 40)).float()  # many ties
-    scores[0, 0, 5, 2], scores[1, 2, 30, 9] = math.nan, -math.inf
+    scores = torch.randint(-3, 4, (1, 2, 40, first_row + 40)).float()  # many ties
+    scores[0, 0, 5, 2], scores[0, 1, 30, 9] = math.nan, -math.inf
     budgets = [min(first_row + row + 1, max(5, 9 - row // 8)) for row in range(40)]
     indices, counts = choose(scores, first_row, budgets, 2, 3)
     assert torch.equal(indices.long(), eager_choose(scores, first_row, budgets, 2, 3))
-    assert torch.equal(counts.long(), torch.tensor(budgets).expand(2, 3, -1))
+    assert torch.equal(counts.long(), torch.tensor(budgets).expand(1, 2, -1))
 
 
 def test_infinite_scores_are_ranked():
@@ -268,11 +263,11 @@ def test_attention_with_sinks(dtype):
     assert torch.equal(out[:, :, 1], attended(q, k, v, selection)[0][:, :, 1])
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(32, 16), (24, 48), (16, 40)])
-@pytest.mark.parametrize("page", [0, 12])
+@pytest.mark.parametrize(("dim", "value_dim", "page"), [(32, 16, 0), (24, 48, 12), (16, 40, 12)])
 def test_values_of_another_dimension(dim, value_dim, page):
     """Selection and attention, of a call and of each sequence of a packed batch."""
-    single = [make_qkv(1, a, b, 2, 1, dim, seed=i, value_dim=value_dim) for i, (a, b) in enumerate(LENGTHS)]
+    lengths = ((20, 20), (0, 30), (18, 75))
+    single = [make_qkv(1, a, b, 2, 1, dim, seed=i, value_dim=value_dim) for i, (a, b) in enumerate(lengths)]
     q, k, v, batch = packed(single, page)
     indices, counts = select(q, k, v, SMALL, batch=batch)
     out, _ = attend(q, k, v, indices, counts, 16, batch=batch)
@@ -297,13 +292,14 @@ def test_attention_with_a_soft_cap(dtype, scale):
     torch.testing.assert_close(lse, expected_lse.float(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [1, 16, 17, 31, 64, 500])
-@pytest.mark.parametrize("page", [None, 0, 16])
+@pytest.mark.parametrize(
+    ("page", "window"), [*((None, window) for window in (1, 16, 17, 31, 64, 500)), (0, 17), (0, 500), (16, 1), (16, 64)]
+)
 def test_attention_under_a_window(page, window):
     """A rectangular batch (None), a packed one (0), one in pages; over the blocks that the window touches and others."""
-    q, k, v = make_qkv(1, 50, 101, 4, 2, 16, torch.float32)
-    band = BlockSelection.of_window(window, block_size=16, q_len=50, kv_len=101, q_heads=4)
-    for selection in (band, random_selection(1, 4, 50, 101, 16)):
+    q, k, v = make_qkv(1, 50, 101, 2, 1, 16, torch.float32)
+    band = BlockSelection.of_window(window, block_size=16, q_len=50, kv_len=101, q_heads=2)
+    for selection in (band, random_selection(1, 2, 50, 101, 16)):
         expected, norms = REFERENCE.attend(Call(q, k, v, SMALL, 0.25, 101, return_lse=True, window=window), selection)
         lists = selection.indices.contiguous(), selection.counts.contiguous(), 16
         if page is None:
@@ -363,26 +359,11 @@ Problem = tuple[Tensor, Tensor, Tensor]
 
 def packed(single: list[Problem], page: int = 0, still_to_come: int = 0) -> tuple[Tensor, Tensor, Tensor, PackedBatch]:
     """Sequences packed; with pages, shuffled ones, NaN wherever no key lies."""
-    q, k, v = (torch.cat(x, 1)[0] for x in zip(*single, strict=True))
+    given = pack(single, page)
     q_lens, kv_lens = ([x[i].shape[1] for x in single] for i in (0, 1))
-    table = None
-    if page:
-        needed = [-(-length // page) for length in kv_lens]
-        free = torch.randperm(sum(needed) + 5, generator=torch.Generator().manual_seed(0)).tolist()
-        table = torch.full((len(needed), max(needed)), 1 << 30, dtype=torch.int32)
-        for i, count in enumerate(needed):
-            table[i, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
-        k, v = (_scattered([x[i][0] for x in single], table, page, sum(needed) + 5) for i in (1, 2))
     prompts = [length + still_to_come for length in kv_lens]
+    q, k, v, table = (given[name] for name in ("q", "k", "v", "page_table"))
     return q, k, v, PackedBatch.plan(q_lens, kv_lens, prompt_lens=prompts, page_table=table, device=q.device)
-
-
-def _scattered(rows: list[Tensor], table: Tensor, page: int, pages: int) -> Tensor:
-    cache = torch.full((pages, page, *rows[0].shape[1:]), math.nan, dtype=rows[0].dtype)
-    for i, row in enumerate(rows):
-        for j, run in enumerate(row.split(page)):
-            cache[int(table[i, j]), : len(run)] = run
-    return cache
 
 
 def some() -> list[Problem]:

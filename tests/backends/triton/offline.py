@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ _TYPES = {
     torch.int32: "i32",
     torch.float8_e4m3fn: "fp8e4nv",
 }
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
+    """Parameters of which some are compiled with the newest Triton too: one of each kernel, and what its other forms add."""
+    return [pytest.param(name, marks=[pytest.mark.newest_triton] * (name in newest), id=str(name)) for name in names]
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,10 @@ class Recorded:
     def changed(self, **arguments: Any) -> Recorded:
         """The same launch with other arguments."""
         return replace(self, arguments={**self.arguments, **arguments})
+
+    def warmed(self) -> Any:
+        """What Triton compiles for the launch on the card that its driver names."""
+        return self.kernel.warmup(**self.arguments, **self.options, grid=(1,))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """Every kernel compiles for every family of cards, fits its shared memory and keeps its numbers in registers."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -21,14 +19,10 @@ from .offline import (
     record_backward,
     record_packing,
     record_selection,
+    variants,
 )
 
 FP16 = torch.float16
-
-
-def variants(names: Iterable[Any], *newest: Any) -> list[Any]:
-    """Parameters of which some are compiled with the newest Triton too."""
-    return [pytest.param(name, marks=[pytest.mark.newest_triton] * (name in newest), id=str(name)) for name in names]
 
 
 # Bytes of stack that were measured to be worth it, by card, head_dim and block size, on an H200. Blocks of 64: four warps
@@ -41,7 +35,7 @@ CAP_SPILLS = {("sm80", 256, 128): 8, ("sm120", 256, 128): 8, ("sm90", 256, 64): 
 WINDOW_SPILLS = {("sm80", 64, 64): 8, ("sm120", 256, 128): 8}
 # Of the gradient's, by the same: two words, beside 128 registers of sums. Under a cap, and for keys of 192 over values of 128,
 # what fits was not looked for.
-BACKWARD_SPILLS = {("sm90", 128, 64): 8, ("sm90", 80, 64): 8, ("sm90", 192, 128): 112}
+BACKWARD_SPILLS = {("sm90", 128, 64): 8, ("sm90", 192, 128): 112}
 CAP_BACKWARD_SPILLS = {("sm90", 128, 128): 8, ("sm90", 128, 64): 8, ("sm90", 256, 128): 168}
 # Triton 3.8's ptxas takes 64, 80 or 128 registers, so that two programs fit on a multiprocessor, and some bytes of stack for
 # it.
@@ -81,32 +75,28 @@ def test_attention(target, shape):
     assert matrix_unit.get(target, "v_mfma_f32") in compiled.assembly
 
 
+# What one launch shows is not shown by another again: what holds with a window, pages or a cap holds without.
 VARIANTS = {
-    "fp16-no-lse": {"dtype": FP16, "lse": False},
-    "ragged": {"ragged": True},
     "page-16": {"page": 16},
     "page-128": {"page": 128},
     "page-128-dim-256": {"page": 128, "dim": 256},
     "page-1-block-64": {"page": 1, "block_size": 64},
-    "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
-    "sinks-dim-64-block-64": {"dim": 64, "block_size": 64, "sinks": torch.bfloat16},
+    "ragged-dim-80-fp16-no-lse": {"ragged": True, "dim": 80, "dtype": FP16, "lse": False},
     "cap-dim-256": {"dim": 256, "softcap": 50.0},
     "cap-dim-256-block-64-page-64": {"dim": 256, "block_size": 64, "page": 64, "softcap": 50.0},
     "cap": {"softcap": 50.0},
     "dim-192-values-128": {"dim": 192, "value_dim": 128},
-    "dim-192-values-128-block-64": {"dim": 192, "value_dim": 128, "block_size": 64},
     "dim-192-values-128-block-64-page-64": {"dim": 192, "value_dim": 128, "block_size": 64, "page": 64},
     "dim-64-values-256": {"dim": 64, "value_dim": 256},
     "dim-256-values-16-block-64-page-64": {"dim": 256, "value_dim": 16, "block_size": 64, "page": 64},
     "sinks-page-64": {"page": 64, "sinks": torch.float32},
-    "window": {"window": 1000},
     "window-dim-256": {"dim": 256, "window": 1000},
     "window-block-64-dim-64-sinks": {"block_size": 64, "dim": 64, "window": 128, "sinks": torch.bfloat16},
     "window-ragged": {"ragged": True, "window": 1000},
 }
 
 
-@pytest.mark.parametrize("variant", variants(VARIANTS, "page-128-dim-256", "ragged-dim-80-fp16"))
+@pytest.mark.parametrize("variant", variants(VARIANTS, "page-128-dim-256", "ragged-dim-80-fp16-no-lse"))
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_in_packed_batches_and_caches(target, variant):
     fits(target, record_attention(target, **VARIANTS[variant]))
@@ -125,14 +115,11 @@ SELECTIONS = {
     "short": {"length": 4000, "implicit": False},
     "million": {"length": 1 << 20},
     "million-block-64": {"length": 1 << 20, "policy": Stem(block_size=64)},
-    "angelslim": {"policy": Stem.paper(stride=8, forced="extra"), "dtype": FP16, "length": 20001},
-    "block-64-dim-80": {"policy": Stem(block_size=64), "dim": 80},
-    "dim-256": {"dim": 256, "length": 9999},
-    "ragged": {"ragged": True, "length": 9999},
+    "angelslim-dim-256": {"policy": Stem.paper(stride=8, forced="extra"), "dtype": FP16, "length": 20001, "dim": 256},
+    "cap-block-64-dim-80": {"policy": Stem(block_size=64), "dim": 80, "softcap": 50.0},
+    "ragged-dim-192-values-128": {"ragged": True, "length": 9999, "dim": 192, "value_dim": 128},
     "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
-    "cap": {"softcap": 50.0},
-    "dim-192-values-128": {"dim": 192, "value_dim": 128},
 }
 
 
@@ -145,26 +132,24 @@ def test_selection(target, inputs):
         fits(target, launch)
 
 
-FACTORS = Mass(head_factors=[[0.5, 1, 2, 4, 0.25, 1, 3, 8]])
+FACTORS = {"head_factors": [[0.5, 1, 2, 4, 0.25, 1, 3, 8]]}
 MASSES = {
     "default": {},
     "million": {"length": 1 << 20},
-    "short-block-128-pools-of-8": {
-        "policy": Mass(block_size=128, query_pool=8, key_pool=8), "dtype": FP16, "length": 4000, "implicit": False,
+    "short-block-128-pools-of-8-dim-64": {
+        "policy": Mass(block_size=128, query_pool=8, key_pool=8), "dtype": FP16, "length": 4000, "implicit": False, "dim": 64,
     },
-    "means-alone-pools-of-a-block-dim-80": {"policy": Mass(query_pool=64, key_pool=64, spread=0.0), "dim": 80},
-    "dim-256": {"dim": 256, "length": 9999},
-    "ragged-dim-64": {"ragged": True, "length": 9999, "dim": 64},
-    "page-1-dim-256": {"page": 1, "dim": 256, "length": 9999},
+    "factors-means-alone-pools-of-a-block-dim-80": {
+        "policy": Mass(query_pool=64, key_pool=64, spread=0.0, **FACTORS), "dim": 80,
+    },
+    "ragged-dim-192-values-128": {"ragged": True, "length": 9999, "dim": 192, "value_dim": 128},
+    "factors-page-1-dim-256": {"policy": Mass(**FACTORS), "page": 1, "dim": 256, "length": 9999},
     "page-16": {"page": 16, "length": 300000},
     "cap-dim-256": {"dim": 256, "softcap": 50.0},
-    "dim-192-values-128": {"dim": 192, "value_dim": 128},
-    "factors": {"policy": FACTORS},
-    "factors-page-16-dim-256": {"policy": FACTORS, "page": 16, "dim": 256},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("inputs", variants(MASSES, "default", "factors-page-16-dim-256"))
+@pytest.mark.parametrize("inputs", variants(MASSES, "default", "factors-page-1-dim-256"))
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection_by_mass(target, inputs):
     launches = record_selection(target, **{"policy": Mass(), **MASSES[inputs]})
@@ -188,14 +173,17 @@ def test_packing_of_an_fp8_cache(target, dim):
 
 BACKWARD = {
     "fp16": {"dtype": FP16},
-    "ragged": {"ragged": True},
     "ragged-block-64": {"ragged": True, "block_size": 64},
     "ragged-dim-80-fp16": {"ragged": True, "dim": 80, "dtype": FP16},
     "ragged-dim-256": {"ragged": True, "dim": 256},
-    **{f"cap-block-{size}": {"block_size": size, "softcap": 50.0} for size in (64, 128)},
+    "cap-block-64": {"block_size": 64, "softcap": 50.0},
     "cap-dim-256": {"dim": 256, "softcap": 50.0},
     "values-of-128-dim-192": {"dim": 192, "value_dim": 128},
-    **{f"dim-{dim}-block-{size}": {"dim": dim, "block_size": size} for dim in (64, 128, 256) for size in (64, 128)},
+    "dim-64-block-64": {"dim": 64, "block_size": 64},
+    "dim-64-block-128": {"dim": 64},
+    "dim-128-block-64": {"block_size": 64},
+    "dim-256-block-64": {"dim": 256, "block_size": 64},
+    "dim-256-block-128": {"dim": 256},
 }
 KERNELS = {"delta_kernel", "pack_kernel", "rows_kernel", "columns_kernel", "dq_kernel", "dkv_kernel", "sum_kernel"}
 
@@ -206,14 +194,14 @@ def test_gradients(target, variant):
     launches = record_backward(target, **BACKWARD[variant])
     assert set(launches) == KERNELS
     for name, launch in launches.items():
-        if name not in ("dq_kernel", "dkv_kernel") and variant not in ("fp16", "ragged"):
+        if name not in ("dq_kernel", "dkv_kernel") and variant not in ("fp16", "ragged-dim-80-fp16"):
             continue  # they hardly differ
         compiled = fits(target, launch)
         descriptors = target in ("sm90", "sm100") and "ragged" not in variant and name in ("dq_kernel", "dkv_kernel")
         assert ("cp.async.bulk.tensor" in compiled.assembly) == descriptors
 
 
-@pytest.mark.parametrize("variant", ["ragged", "dim-128-block-64", "dim-256-block-128"])
+@pytest.mark.parametrize("variant", ["ragged-block-64", "dim-128-block-64", "dim-256-block-128"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_loop_with_two_sums_is_not_pipelined(target, variant):
     """Triton 3.6 makes wrong code of such a loop where its length is not known: two sums in fp32, several stages."""

@@ -1,32 +1,32 @@
 """The parts of bench: the check, the peers, the clock."""
 
 import math
-from dataclasses import replace
+from functools import partial
 from itertools import pairwise, permutations
 
 import pytest
 import torch
 
 from stem_attention import BlockSelection, Mass, Stem, select_blocks
+from stem_attention.testing import make_qkv
 from stem_evals.bench.checks import Check, WrongResultError, check, dense_problem, differing_blocks
-from stem_evals.bench.inputs import Shape, random_inputs
 from stem_evals.bench.peers import LeftOutError, admit, dense_peers
 from stem_evals.bench.timing import Times, medians, round_count, time_in_turn
 
 CPU = torch.device("cpu")
-SHAPE = Shape(1000, 4, 2, 64, torch.float32, CPU)
+inputs = partial(make_qkv, 1, 1000, 1000, 4, 2, 64)
 FACTORS = Mass(spread=0.0, share=1.0, head_factors=[[0.5, 3, 1.5, 2.5]])
 
 
 @pytest.mark.parametrize("policy", [Mass(), Stem(), Stem.paper(), Stem.angelslim(), FACTORS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_check_passes_on_what_the_library_computes(policy, dtype):
-    q, k, v = random_inputs(replace(SHAPE, dtype=dtype), seed=0)
+    q, k, v = inputs(dtype)
     check(q, k, v, policy).confirm(dtype, "1000 tokens")
 
 
 def test_check_knows_each_heads_share():
-    q, k, v = random_inputs(SHAPE, seed=0)
+    q, k, v = inputs()
     kept = select_blocks(q, k, v, policy=FACTORS).counts[0].sum(1)
     assert len(set(kept.tolist())) == 4  # or these factors show nothing
     assert all(check(q, k, v, FACTORS, seed).different_blocks == 0 for seed in range(8))  # whichever rows are drawn
@@ -36,13 +36,13 @@ def test_check_knows_each_heads_share():
 def test_check_refuses_wrong_results(error, different):
     with pytest.raises(WrongResultError, match="wrong result at 8 tokens"):
         Check(3, error, 1e-6, different).confirm(torch.float32, "8 tokens")
-    q, k, v = random_inputs(SHAPE, seed=0)
+    q, k, v = inputs()
     v[0, 0, 0, 0] = math.nan
     assert check(q, k, v, Mass()).problem(torch.float32) is not None
 
 
 def test_dense_peer_is_right_or_reported():
-    q, k, v = random_inputs(SHAPE, seed=0)
+    q, k, v = inputs()
     ((name, peer),) = dense_peers(q, k, v).items()
     calls, left_out = admit({name: peer}, lambda out: dense_problem(out, q, k, v, 128))
     assert (list(calls), left_out) == (["dense SDPA"], {})

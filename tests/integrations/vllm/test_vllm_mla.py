@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -92,8 +93,18 @@ def built(settings: dict[str, Any], asked: bool = True) -> Any:
     return mla.StemMLAPrefill(num_heads=HEADS, scale=DIM**-0.5, **sizes, vllm_config=config)
 
 
+@dataclass
+class Vllm026Step:
+    """A step's prefill metadata as vLLM 0.26 has them: lengths are on the device, those of earlier chunks are cut in pieces."""
+
+    query_start_loc: torch.Tensor
+    max_query_len: int
+    chunked_context: Any
+
+
+@pytest.mark.parametrize("is_026", [False, True], ids=["0.32", "0.26"])
 @pytest.mark.parametrize("context", [None, [0, 90, 0, 0], [0, 0, 0, 64], [10] * 4], ids=["none", "middle", "last", "all"])
-def test_rows_with_earlier_chunks_are_the_hosts_and_all_have_the_log_sum_exp(context, calls, monkeypatch):
+def test_rows_with_earlier_chunks_are_the_hosts_and_all_have_the_log_sum_exp(context, is_026, calls, monkeypatch):
     """Two steps after one another, of four prompts, of which one is too short."""
     lengths = [70, 50, 9, 33]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
@@ -102,6 +113,9 @@ def test_rows_with_earlier_chunks_are_the_hosts_and_all_have_the_log_sum_exp(con
         block_table=torch.zeros(4, 1), query_start_loc=starts, max_query_len=70, chunked_context=chunked,
         query_lens_cpu=torch.tensor(lengths),
     )  # fmt: skip
+    if is_026:
+        pieces = torch.tensor([[min(n, 64) for n in context or []], [max(n - 64, 0) for n in context or []]])
+        step = Vllm026Step(starts, 70, None if context is None else SimpleNamespace(seq_lens=pieces))
     q, k = torch.randn(2, 162, HEADS, DIM)
     v = torch.randn(162, HEADS, 2 * VALUE_DIM)[..., VALUE_DIM:]  # as vLLM hands them over, beside the keys
     results, told = [], list[Any]()

@@ -44,10 +44,14 @@ class FA4Backend(TritonBackend):
         return None if fits else "FlashAttention-4 takes lists of blocks on compute capability 9, 10 and 11 alone"
 
     def only_by_name(self, request: Request) -> str | None:
-        """Leave Hopper to the hopper backend, and Blackwell to kernels that have run there."""
-        hopper = torch.cuda.get_device_capability(request.device)[0] == 9
-        why = "the library's own kernels are faster on Hopper" if hopper else "nobody has run it on this card"
-        return f"{why}; only by name"
+        """Leave Hopper to the hopper backend, and other cards to FlashAttention-4 once a trial has shown it right there."""
+        if torch.cuda.get_device_capability(request.device)[0] == 9:
+            return "the library's own kernels are faster on Hopper; only by name"
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return "FlashAttention-4 is not tried while a graph is made, and was not before; only by name"
+        from stem_attention.backends.fa4.trial import obstacle
+
+        return obstacle(request)
 
     def path(self, policy: Policy) -> tuple[str, ...]:
         """Name what selects and what attends; see :meth:`Backend.path`."""

@@ -1,6 +1,7 @@
 """The oracle: every equation as the paper states it, to be read beside it. Slow, any device, fp32 or fp64."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class ReferenceBackend(Backend):
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Take a masked softmax, one query block at a time."""
-        out, lse = attend(call.q, call.k, call.v, selection, call.scale, call.sinks, call.softcap, call.window)
+        out, lse = attend(call, selection)
         return out, lse if call.return_lse else lse.new_empty(0)
 
     def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +56,6 @@ class ReferenceBackend(Backend):
             return super().backward(call, kept, results, d_results)
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
-            again = attend(q, k, v, unpack(kept, call.grid), call.scale, call.sinks, call.softcap)
+            again = attend(replace(call, q=q, k=k, v=v), unpack(kept, call.grid))
         d_q, d_k, d_v = torch.autograd.grad(again, (q, k, v), d_results)
         return d_q, d_k, d_v

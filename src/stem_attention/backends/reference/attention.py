@@ -7,22 +7,14 @@ Under a window w just keys j > i - w are seen.
 import torch
 from torch import Tensor
 
+from stem_attention.call import Call
 from stem_attention.policies.metric import accumulator_dtype
 from stem_attention.selection import BlockSelection
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    scale: float,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``; fp64 inputs are computed in fp64, all others in fp32."""
-    dtype = accumulator_dtype(q)
+    (q, k, v), sinks, dtype = (call.q, call.k, call.v), call.sinks, accumulator_dtype(call.q)
     group = q.shape[2] // k.shape[2]
     start, size = k.shape[1] - q.shape[1], selection.block_size
     keys = torch.arange(k.shape[1], device=q.device)
@@ -36,12 +28,12 @@ def attend(
                 block = selection.first_row + row
                 rows = torch.arange(max(block * size, start), min((block + 1) * size, k.shape[1]), device=q.device)
                 kept = keys[mask[b, h, row].repeat_interleave(size)[: k.shape[1]]]
-                scores = scale * (q[b, rows - start, h].to(dtype) @ kh[kept].T)
-                if softcap is not None:
-                    scores = softcap * (scores / softcap).tanh()
+                scores = call.scale * (q[b, rows - start, h].to(dtype) @ kh[kept].T)
+                if call.softcap is not None:
+                    scores = call.softcap * (scores / call.softcap).tanh()
                 scores = scores.masked_fill(kept > rows[:, None], -torch.inf)
-                if window is not None:
-                    scores = scores.masked_fill(kept <= rows[:, None] - window, -torch.inf)
+                if call.window is not None:
+                    scores = scores.masked_fill(kept <= rows[:, None] - call.window, -torch.inf)
                 if sinks is not None:
                     scores = torch.cat([scores, sinks[h].to(dtype).expand(len(rows), 1)], 1)
                 out[b, rows - start, h] = (scores.softmax(-1)[:, : len(kept)] @ vh[kept]).to(q.dtype)

@@ -21,8 +21,7 @@ class TorchBackend(Backend):
 
     def attend(self, call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
         """Gather the kept blocks of each row and multiply."""
-        forms = call.sinks, call.softcap, call.window
-        return attend(call.q, call.k, call.v, selection, call.scale, call.return_lse, *forms)
+        return attend(call, selection)
 
     def backward(self, call: Call, kept: Tensor, results: Results, d_results: Results) -> tuple[Tensor, Tensor, Tensor]:
         """Gather the kept blocks of each row again, and add what each row says of their keys and values."""
@@ -30,4 +29,4 @@ class TorchBackend(Backend):
             return super().backward(call, kept, results, d_results)
         (out, lse), (d_out, d_lse) = results, d_results
         delta = row_sums(out, d_out, d_lse)
-        return gradients(call.q, call.k, call.v, unpack(kept, call.grid), lse, d_out, delta, call.scale, call.softcap)
+        return gradients(call, unpack(kept, call.grid), lse, d_out, delta)

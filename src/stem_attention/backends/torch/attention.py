@@ -9,6 +9,7 @@ costs several times their work.
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby, product
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from stem_attention.backends.torch.workers import run_all
 from stem_attention.blocks import BlockGrid
+from stem_attention.call import Call
 from stem_attention.policies.metric import accumulator_dtype, runs
 from stem_attention.selection import BlockSelection
 
@@ -39,21 +41,9 @@ class _Scratch(threading.local):
         return self._flat[name][:size].view(shape)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    scale: float,
-    return_lse: bool,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend(call: Call, selection: BlockSelection) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``, ``lse`` empty unless asked for; fp64 inputs are computed in fp64, all others in fp32."""
-    (batch, q_len, heads, _), kv_heads = q.shape, k.shape[2]
-    out = q.new_empty((batch, q_len, heads, v.shape[3]))
-    lse = q.new_empty((batch, heads, q_len) if return_lse else 0, dtype=torch.float32)
+    (batch, _, heads, _), kv_heads, (out, lse) = call.q.shape, call.k.shape[2], call.empty_results()
     # The longest lists first, so that no thread is left with one of them at the end.
     counts, order = torch.unflatten(selection.counts, 1, (kv_heads, -1)).flatten(2).sort(descending=True, stable=True)
     lengths = counts.tolist()
@@ -61,26 +51,27 @@ def attend(
     for b, g in product(range(batch), range(kv_heads)):
         own = slice(g * heads // kv_heads, (g + 1) * heads // kv_heads)
         lists = selection.indices[b, own].flatten(0, 1)[order[b, g]]
-        tensors = q[b : b + 1, :, own], k[b : b + 1, :, g : g + 1], v[b : b + 1, :, g : g + 1], out[b, :, own]
-        mine = lse[b, own] if return_lse else None, None if sinks is None else sinks[own]
-        _attend_group(*tensors, *mine, order[b, g], lists, lengths[b][g], selection.grid, scale, softcap, window)
+        k, v = (x[b : b + 1, :, g : g + 1] for x in (call.k, call.v))
+        part = replace(call, q=call.q[b : b + 1, :, own], k=k, v=v, sinks=None if call.sinks is None else call.sinks[own])
+        results = out[b, :, own], lse[b, own] if call.return_lse else None
+        _attend_group(part, *results, order[b, g], lists, lengths[b][g], selection.grid)
     return out, lse
 
 
 def _attend_group(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None, order: Tensor, lists: Tensor,
-    counts: list[int], grid: BlockGrid, scale: float, softcap: float | None, window: int | None,
-) -> None:  # fmt: skip
-    """Fill ``out (q_len, heads, dim)`` and ``lse (heads, q_len)`` for the query heads of one kv head of a sequence.
+    call: Call, out: Tensor, lse: Tensor | None, order: Tensor, lists: Tensor, counts: list[int], grid: BlockGrid
+) -> None:
+    """Fill ``out (q_len, heads, dim)`` and ``lse (heads, q_len)`` for a call of the query heads of one kv head of a sequence.
 
     ``order`` numbers the query blocks of all these heads by how many key blocks they keep, the most first; ``lists`` and
     ``counts`` are in that order.
     """
-    dtype, size, heads, before = accumulator_dtype(q), grid.block_size, q.shape[2], grid.start % grid.block_size
+    q, sinks, softcap, window, dtype = call.q, call.sinks, call.softcap, call.window, accumulator_dtype(call.q)
+    size, heads, before = grid.block_size, q.shape[2], grid.start % grid.block_size
     blocks = runs(q, grid.start, size, size)[0].permute(2, 0, 1, 3)
-    queries = torch.empty(blocks.shape, dtype=dtype, device=q.device).copy_(blocks).mul_(scale).flatten(0, 1)
+    queries = torch.empty(blocks.shape, dtype=dtype, device=q.device).copy_(blocks).mul_(call.scale).flatten(0, 1)
     # [blocks, size, dim]: a kept one is one run.
-    keys, values = (runs(x, 0, size, size)[0, :, :, 0].to(dtype).contiguous() for x in (k, v))
+    keys, values = (runs(x, 0, size, size)[0, :, :, 0].to(dtype).contiguous() for x in (call.k, call.v))
     results = queries.new_empty((*queries.shape[:2], values.shape[2]))
     norms = None if lse is None and sinks is None else queries.new_empty(queries.shape[:2])
     future = torch.ones((size, size), dtype=torch.bool, device=q.device).triu(1)

@@ -6,29 +6,26 @@ import torch
 from torch import Tensor
 
 from stem_attention.backends.torch.attention import query_units
+from stem_attention.call import Call
 from stem_attention.policies.metric import accumulator_dtype, runs
 from stem_attention.selection import BlockSelection
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, lse: Tensor, d_out: Tensor, delta: Tensor, scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    call: Call, selection: BlockSelection, lse: Tensor, d_out: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v; fp64 inputs are computed in fp64, all others in fp32.
 
     Memory grows with the kept pairs of one unit of query blocks, never with the square of the length.
 
     Args:
-        q: ``(batch, q_len, q_heads, dim)``.
-        k: ``(batch, kv_len, kv_heads, dim)``.
-        v: ``(batch, kv_len, kv_heads, value_dim)``.
+        call: The call, which is not packed.
         selection: The kept blocks.
         lse: ``(batch, q_heads, q_len)``; weights are ``exp(scores - lse)``, whatever else it counts.
         d_out: The gradient of the output, like it.
         delta: ``(batch, q_heads, q_len)``, of :func:`row_sums`.
-        scale: Softmax scale.
-        softcap: Bound of the scaled scores, or None.
     """
+    (q, k, v), scale, softcap = (call.q, call.k, call.v), call.scale, call.softcap
     heads, kv_heads, dtype = q.shape[2], k.shape[2], accumulator_dtype(q)
     grid, size = selection.grid, selection.block_size
     before = grid.start % size

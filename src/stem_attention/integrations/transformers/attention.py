@@ -13,9 +13,9 @@ from stem_attention.api import block_sparse_attention, select_blocks, stem_atten
 from stem_attention.backends import Request, get_backend
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.transformers.dense import OURS, HostCall, Output, autocast, host_attention, needs_eager
+from stem_attention.integrations.transformers.mask import CausalMask
 from stem_attention.integrations.transformers.settings import LayerCall, Now, goes_backward, settings_now
 from stem_attention.policies import Policy
-from stem_attention.selection import BlockSelection
 
 MIN_QUERY_LEN = 32
 """Fewest query tokens of a sparse call: shorter ones, such as the verification of drafted tokens, belong to decoding."""
@@ -172,8 +172,8 @@ def _attend(
     """Select and attend, below ``limit`` tokens densely; apart if someone wants to see the selection."""
     (q, k, v), scores = qkv, _scores(call)
     q_len, kv_len = q.shape[1], k.shape[1]
-    if call.window is not None:
-        return _windowed(call, now, qkv, call.window)
+    if call.causal is not None and call.window is not None:
+        return _windowed(call, now, qkv, call.causal, call.window)
     choice: dict[str, Any] = {"policy": policy, "prompt_len": prompt_len}
     if now.observer is None:
         whole: Tensor = stem_attention(q, k, v, dense_below=limit, **choice, **scores)
@@ -190,13 +190,13 @@ def _attend(
     return out
 
 
-def _windowed(call: HostCall, now: Now, qkv: tuple[Tensor, Tensor, Tensor], window: int) -> Tensor:
+def _windowed(call: HostCall, now: Now, qkv: tuple[Tensor, Tensor, Tensor], mask: CausalMask, window: int) -> Tensor:
     """Attend to every key of a sliding window, and to the blocks that hold none not at all."""
     (q, k, v), start = qkv, perf_counter()
     (batch, q_len, heads, _), kv_len = q.shape, k.shape[1]
     size = _NARROW_BLOCK if window < _NARROW else _WIDE_BLOCK
     shape: dict[str, Any] = {"block_size": size, "q_len": q_len, "kv_len": kv_len, "batch": batch, "q_heads": heads}
-    blocks = BlockSelection.of_window(window, **shape, device=q.device)
+    blocks = mask.window_blocks(window, **shape, device=q.device)
     out: Tensor = block_sparse_attention(q, k, v, blocks, window=window, **_scores(call))
     if now.observer is not None:
         now.observer(LayerCall(call.layer, q_len, kv_len, False, WINDOW, None, perf_counter() - start))

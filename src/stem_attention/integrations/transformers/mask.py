@@ -15,6 +15,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.transformers.model import is_eager_only
+from stem_attention.selection import BlockSelection
 
 # Entries of a mask are built whole, and kept, up to this many: at 128K tokens they would take 16 GiB.
 WHOLE_MASK_ENTRIES = 1 << 24
@@ -75,6 +76,17 @@ class CausalMask(Tensor):
     def seen_part(self) -> CausalMask:
         """The mask without the keys that do not exist yet: a static cache may have room for many."""
         return self.part(_ALL, slice(self.seen))
+
+    def window_blocks(self, window: int, **shape: Any) -> BlockSelection:
+        """Call :meth:`BlockSelection.of_window`, once for all layers with this mask, which a prefill has for itself."""
+        key = window, *sorted(shape.items())
+        if key not in self._window_blocks:
+            self._window_blocks[key] = BlockSelection.of_window(window, **shape)
+        return self._window_blocks[key]
+
+    @cached_property
+    def _window_blocks(self) -> dict[tuple[Any, ...], BlockSelection]:
+        return {}
 
     def entries(self) -> Tensor:
         """Build the mask as a plain tensor, which is kept unless it is large."""

@@ -73,8 +73,7 @@ class StemMLAPrefill(_Host):
         self._plan = None if self._dense_below is None else self._planned(prefill_metadata)
 
     def _planned(self, step: Any) -> _Plan | None:
-        lengths, context = step.query_lens_cpu.tolist(), step.chunked_context
-        before = [0] * len(lengths) if context is None else context.context_lens_list
+        lengths, before = _lengths(step)
         rows = [Row(n, n + m, 0, EARLIER if m else None) for n, m in zip(lengths, before, strict=True)]
         sparse, dense = split(rows, self._settings.min_query_len, self._dense_below or 0)
         COUNTERS.dense_rows += Counter(dense.values())
@@ -88,7 +87,9 @@ class StemMLAPrefill(_Host):
             return _Plan(taken, None)
         rest = [lengths[i] for i in dense]
         starts = torch.tensor([0, *rest], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
-        part = replace(step, query_start_loc=starts, max_query_len=max(rest), query_lens_cpu=step.query_lens_cpu[list(dense)])
+        part = replace(step, query_start_loc=starts, max_query_len=max(rest))
+        if hasattr(step, "query_lens_cpu"):
+            part.query_lens_cpu = step.query_lens_cpu[list(dense)]
         return _Plan(taken, (index_rows(rows, list(dense), device)[1], part))
 
     def run_prefill_new_tokens(
@@ -122,3 +123,16 @@ class StemMLAPrefill(_Host):
             return found
         lse[:, tokens] = part_lse
         return found, lse
+
+
+def _lengths(step: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that each prompt has in this step, and those that it had before.
+
+    vLLM 0.26 keeps the former on the device alone: reading them waits for it, once a step with a prompt.
+    """
+    context = step.chunked_context
+    if hasattr(step, "query_lens_cpu"):
+        lengths = step.query_lens_cpu.tolist()
+        return lengths, [0] * len(lengths) if context is None else context.context_lens_list
+    lengths = step.query_start_loc.diff().tolist()
+    return lengths, [0] * len(lengths) if context is None else context.seq_lens.sum(0).tolist()
