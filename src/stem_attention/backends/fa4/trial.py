@@ -16,18 +16,23 @@ _WORST = 1e-2  # of the results' norm; two kernels in bf16 differ by some 3e-3
 _TURN = Lock()
 
 
-@cache
 def obstacle(request: Request) -> str | None:
     """Say what is wrong with FlashAttention-4's result for a small problem; None where it is the portable kernel's.
 
     A process asks once for each request, which waits for the device, and keeps to the answer: calls run what they ran first,
     and :func:`stem_attention.explain` says the same. What is compiled here is what the first call needs.
     """
+    with _TURN:  # or threads that ask at once would each hold a trial
+        return _answer(request)
+
+
+@cache
+def _answer(request: Request) -> str | None:
     on_gpu = request.device.type == "cuda"
     if torch.compiler.is_compiling() or (on_gpu and torch.cuda.is_current_stream_capturing()):
         return "FlashAttention-4 is not tried while a graph is made, and was not before; only by name"
     # The caller's autocast, vmap, fake tensors and modes end at its thread, and would change the trial or forbid it.
-    with _TURN, ThreadPoolExecutor(1) as aside:
+    with ThreadPoolExecutor(1) as aside:
         return aside.submit(_try, request).result()
 
 
