@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy import stats
 
 from stem_evals.intervals import Estimate, share_difference_interval
 
@@ -94,8 +95,8 @@ def ruler_loss() -> Estimate:
         scores[record["task"]][record["contender"]] = dict(zip(record["docs"], record["sample_scores"], strict=True))
     tasks = [[score - by["dense"][doc] for doc, score in by["mass"].items() if doc in by["dense"]] for by in scores.values()]
     mean = statistics.mean(map(statistics.mean, tasks))
-    half = 1.96 * math.sqrt(sum(statistics.variance(task) / len(task) for task in tasks)) / len(tasks)
-    return Estimate(mean, mean - half, mean + half, sum(map(len, tasks)))
+    error = math.sqrt(sum(stats.sem(task) ** 2 for task in tasks)) / len(tasks)
+    return Estimate(mean, *map(float, stats.norm.interval(0.95, mean, error)), sum(map(len, tasks)))
 
 
 def needles(run: str, length: int) -> dict[str, dict[str, bool]]:
