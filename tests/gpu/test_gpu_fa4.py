@@ -74,7 +74,7 @@ def test_a_whole_call_selects_and_attends():
 def test_it_passes_the_trial_that_other_cards_ask_for(size, dim, dtype):
     from stem_attention.backends.fa4.trial import obstacle
 
-    assert obstacle(Request(torch.device("cuda"), dtype, dim, size)) is None
+    assert obstacle(Request(torch.device("cuda:0"), dtype, dim, size)) is None
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1024, 1024), (1000, 1000), (700, 1212), (300, 555)])
