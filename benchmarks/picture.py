@@ -1,12 +1,14 @@
 """Draw README's picture, docs/assets/speed.png, from evidence: `python benchmarks/picture.py`.
 
-Left what is gained, a whole model's time to first token; right what it costs, needles that are no longer found. Needs the
-distribution in evals/.
+Left what is gained, a whole model's time to first token; right what it costs, needles that are no longer found and points lost
+on RULER. Needs the distribution in evals/.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy import stats
 
-from stem_evals.intervals import share_difference_interval
+from stem_evals.intervals import Estimate, share_difference_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURE = ROOT / "evidence", ROOT / "docs" / "assets" / "speed.png"
@@ -61,21 +64,39 @@ def draw_speed(axes: Axes, record: dict[str, Any]) -> None:
 
 
 def draw_loss(axes: Axes, lengths: tuple[int, ...]) -> None:
-    """Points that each policy loses against dense on the same prompts, with 95 % intervals."""
-    counts = []
-    for place, length in enumerate(lengths):
-        for side, (label, policy, run, colour) in zip((-0.3, -0.1, 0.1, 0.3), LOSSES, strict=True):
-            found = needles(run.format(length // 1024), length)
-            differences = [hit - found["dense"][case] for case, hit in found[policy].items() if case in found["dense"]]
-            loss = share_difference_interval(differences)
-            counts.append(loss.count)
-            axes.bar(place + side, 100 * loss.mean, 0.18, color=colour, label=label if place == 0 else None)
-            axes.plot([place + side] * 2, [100 * loss.low, 100 * loss.high], color="black", linewidth=1)
+    """Points that each policy loses against dense on the same prompts, with 95 % intervals: needles, then RULER's tasks."""
+    bars = [
+        (place + side, needle_loss(run, policy, length), colour, label if place == 0 else None)
+        for place, length in enumerate(lengths)
+        for side, (label, policy, run, colour) in zip((-0.3, -0.1, 0.1, 0.3), LOSSES, strict=True)
+    ]
+    bars.append((len(lengths), ruler_loss(), MASS, None))
+    for place, loss, colour, label in bars:
+        axes.bar(place, 100 * loss.mean, 0.18, color=colour, label=label)
+        axes.plot([place] * 2, [100 * loss.low, 100 * loss.high], color="black", linewidth=1)
     axes.axhline(0, color=DENSE, linewidth=1)
-    axes.set_xticks(range(len(lengths)), [f"{length // 1024}K" for length in lengths])
-    axes.set_ylabel("needles found minus dense, points (higher is better)")
-    axes.set_xlabel("tokens of the prompt")
-    axes.set_title(f"Accuracy: Qwen2.5-Coder, n {min(counts)} to {max(counts)} prompts", fontsize=10)
+    ticks = [f"needles\n{length // 1024}K" for length in lengths]
+    axes.set_xticks(range(len(lengths) + 1), [*ticks, "RULER\n16K"])
+    axes.set_ylabel("found minus dense, points (higher is better)")
+    axes.set_title("Accuracy: Qwen2.5-Coder, 95 % intervals", fontsize=10)
+
+
+def needle_loss(run: str, policy: str, length: int) -> Estimate:
+    """What a policy finds minus what dense finds, one of four numbers asked for."""
+    found = needles(run.format(length // 1024), length)
+    dense = found["dense"]
+    return share_difference_interval([hit - dense[case] for case, hit in found[policy].items() if case in dense])
+
+
+def ruler_loss() -> Estimate:
+    """The mean of RULER's tasks with Mass() minus dense's; the interval adds up the variances within tasks."""
+    scores: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for record in map(json.loads, (RESULTS / "eval" / "qwen15-ruler" / "records.jsonl").read_text().splitlines()):
+        scores[record["task"]][record["contender"]] = dict(zip(record["docs"], record["sample_scores"], strict=True))
+    tasks = [[score - by["dense"][doc] for doc, score in by["mass"].items() if doc in by["dense"]] for by in scores.values()]
+    mean = statistics.mean(map(statistics.mean, tasks))
+    error = math.sqrt(sum(stats.sem(task) ** 2 for task in tasks)) / len(tasks)
+    return Estimate(mean, *map(float, stats.norm.interval(0.95, mean, error)), sum(map(len, tasks)))
 
 
 def needles(run: str, length: int) -> dict[str, dict[str, bool]]:

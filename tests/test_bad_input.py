@@ -74,7 +74,7 @@ OTHER_FACTORS = [[1.0] * 4] * 2, [[1.0] * 3], [[1.0] * 5]  # of two layers; of o
 @pytest.mark.parametrize(
     ("name", "value", "way_out"),
     [
-        ("prompt_len", 49, "every token of the prompt"),
+        *(("prompt_len", length, "every token of the prompt") for length in (49, 2**31, 2**70)),
         *(("policy", sa.Mass(head_factors=factors), "pass policy.for_layer(layer)") for factors in OTHER_FACTORS),
         ("scale", float("nan"), "leave it out"),
         *(("softcap", cap, "without a cap") for cap in (0.0, -1, 201.0, float("inf"), True, "50")),
@@ -84,6 +84,13 @@ OTHER_FACTORS = [[1.0] * 4] * 2, [[1.0] * 3], [[1.0] * 5]  # of two layers; of o
 def test_other_arguments(name, value, way_out, call):
     with pytest.raises(ValueError, match=f"^{name}: expected .+, got .+; .*{re.escape(way_out)}"):
         call(*make_qkv(2, 40, 50, 4, 2, 16), **{name: value})
+
+
+def test_a_limit_above_64_bits_runs_every_prompt_dense():
+    q, k, v = make_qkv(2, 40, 50, 4, 2, 16)
+    expected = sa.stem_attention(q, k, v, dense_below=51, return_lse=True)
+    assert all(map(torch.equal, sa.stem_attention(q, k, v, dense_below=2**70, return_lse=True), expected))
+    assert torch.equal(varlen(dense_below=2**70), varlen(dense_below=41))
 
 
 def test_a_selection_for_other_shapes_or_on_another_device():
@@ -127,6 +134,7 @@ BAD_BATCHES = {
     "max_k_too_small": ("max_seqlen_k", {"max_seqlen_k": 39}, "take it from cu_seqlens_k"),
     "prompt_lens_tensor": ("prompt_lens", {"prompt_lens": torch.tensor([40, 20])}, ".tolist()"),
     "prompt_lens_too_short": ("prompt_lens", {"prompt_lens": [40, 19]}, "20 keys of sequence 1, got 19"),
+    "prompt_lens_too_long": ("prompt_lens", {"prompt_lens": [40, 2**70]}, "every token of the prompt"),
     "q_of_rank_4": ("q", {"q": torch.ones(1, 50, 4, 16)}, "(total, heads, dim)"),
 }
 BAD_PAGES = {

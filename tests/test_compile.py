@@ -106,6 +106,19 @@ def test_dynamic_shapes_are_compiled_once(function):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("function", [attention_with_lse, two_steps])
+def test_an_exported_program_takes_other_lengths(function, strict):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return function(q, k, v)
+
+    free, inputs = {1: torch.export.Dim("length", min=70, max=900)}, structured_qkv(2, 100, 100, 4, 2, 16)
+    exported = torch.export.export(Model(), inputs, dynamic_shapes=(free, free, free), strict=strict)
+    others = structured_qkv(2, 333, 333, 4, 2, 16)
+    assert same(exported.module()(*others), function(*others))
+
+
 def test_inductor_keeps_the_graph_whole_and_the_numbers_equal():
     inputs = structured_qkv(1, 200, 200, 4, 2, 16)
     compiled = torch.compile(two_steps, fullgraph=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from stem_attention.blocks import block_count
-from stem_attention.errors import UnsupportedError, bad_argument, describe, is_int
+from stem_attention.errors import UnsupportedError, bad_argument, describe, is_size
 from stem_attention.selection import BlockSelection
 
 _unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = unpack_dual
@@ -21,6 +21,7 @@ _MANY_HEADS = 256
 _COUNTS = "it counts every token of the prompt, also those still to come"
 _told_of_layout: list[tuple[int, ...]] = []
 
+_LONGEST = 2**31  # a bound of prompts: blocks of longer ones would fill the host's memory
 _HIGHEST_CAP = 200  # models have 30 and 50; the error of a capped score grows with the cap
 
 
@@ -99,7 +100,7 @@ def check_window(window: int | None, kv_len: int) -> int | None:
     """Return how many of ``kv_len`` keys a query sees; None for all, and for a window that hides none."""
     if window is None:
         return None
-    if not is_int(window) or window < 1:
+    if not is_size(window) or window < 1:
         fix = "count the query's own key; leave it out for none"
         raise bad_argument("window", "an integer >= 1 or None", repr(window), fix)
     return window if window < kv_len else None
@@ -138,18 +139,20 @@ def check_flag(name: str, value: bool) -> None:
 
 def check_dense_below(dense_below: int | None) -> int | None:
     """Return the prompt length under which a call runs dense; None leaves it to the backend."""
-    if dense_below is not None and (not is_int(dense_below) or dense_below < 0):
+    if dense_below is None:
+        return None
+    if not is_size(dense_below) or dense_below < 0:
         fix = "0 is always sparse; leave it out for the backend's own"
         raise bad_argument("dense_below", "an integer >= 0 or None", repr(dense_below), fix)
-    return dense_below
+    return min(dense_below, _LONGEST)  # operators take 64 bits
 
 
 def check_prompt_len(prompt_len: int | None, kv_len: int) -> int:
     """Return the length of the whole prompt, ``kv_len`` unless given."""
     if prompt_len is None:
         return kv_len
-    if not is_int(prompt_len) or prompt_len < kv_len:
-        raise bad_argument("prompt_len", f"an integer >= the {kv_len} keys given", repr(prompt_len), _COUNTS)
+    if not is_size(prompt_len) or prompt_len < kv_len or prompt_len >= _LONGEST:
+        raise bad_argument("prompt_len", f"an integer >= the {kv_len} keys given and < 2^31", repr(prompt_len), _COUNTS)
     return prompt_len
 
 
@@ -183,7 +186,7 @@ def read_borders(
     if borders[0] != 0 or min(lengths) < 0 or (total is not None and borders[-1] != total):
         end = "" if total is None else f" and end at {total}"
         raise bad_argument(name, f"cumulative lengths that start at 0, never fall{end}", borders, "use cumsum of the lengths")
-    if not is_int(longest) or max(lengths) > longest:
+    if not is_size(longest) or max(lengths) > longest:
         expected = f"an integer >= the longest sequence, {max(lengths)}"
         raise bad_argument(longest_name, expected, repr(longest), f"take it from {name}")
     return borders
@@ -203,8 +206,8 @@ def check_sequences(starts: list[int], key_starts: list[int], prompt_lens: Seque
         if keys < queries:
             fix = "queries are the last positions of the keys; pass the cached keys too"
             raise bad_argument("cu_seqlens_k", f"at least the {queries} positions of q in sequence {i}", keys, fix)
-        if prompt_lens is not None and (not is_int(prompt_lens[i]) or prompt_lens[i] < keys):
-            expected = f"an integer >= the {keys} keys of sequence {i}"
+        if prompt_lens is not None and (not is_size(prompt_lens[i]) or prompt_lens[i] < keys or prompt_lens[i] >= _LONGEST):
+            expected = f"an integer < 2^31 and >= the {keys} keys of sequence {i}"
             raise bad_argument("prompt_lens", expected, repr(prompt_lens[i]), _COUNTS)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import TypeGuard
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 
 class UnsupportedError(RuntimeError):
@@ -31,3 +31,8 @@ def describe(value: object) -> str:
 def is_int(value: object) -> TypeGuard[int]:
     """Tell integers from all else, ``True`` and ``False`` too."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Tell integers and those that ``torch.export`` knows by symbol from all else."""
+    return is_int(value) or isinstance(value, SymInt)

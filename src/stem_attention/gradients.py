@@ -11,16 +11,14 @@ Under a soft cap c a scaled score s became c · tanh(s / c), and dS is multiplie
 Between the passes lie q, k, v, O, L and a bit for each pair of blocks; P is worked out again, block by block.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stem_attention import backends, ops
-from stem_attention.backends.kept import WORD
+from stem_attention.backends.kept import kept_shape
 from stem_attention.backends.torch.backward import row_sums
-from stem_attention.blocks import BlockGrid, block_count, most_rows
 from stem_attention.errors import UnsupportedError
 
 
@@ -122,14 +120,9 @@ def _of_sinks(sinks: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_l
 
 def _fake_attention_kept(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     arguments = ops.Arguments(*given)
-    q, size = arguments.q, arguments.known.block_size
-    if arguments.q_starts is not None and arguments.k_starts is not None:
-        most_q, most_k = (max(b - a for a, b in pairwise(starts)) for starts in (arguments.q_starts, arguments.k_starts))
-        batch, rows, blocks = len(arguments.prompt_lens), most_rows(most_q, size), block_count(most_k, size)
-    else:
-        grid = BlockGrid.of(q, arguments.k, size)
-        batch, rows, blocks = q.shape[0], grid.key_blocks - grid.first_row, grid.key_blocks
-    kept = q.new_empty((batch, q.shape[-2], rows, block_count(blocks, WORD)), dtype=torch.int32)
+    starts = arguments.q_starts, arguments.k_starts
+    shape = kept_shape(arguments.q, arguments.k, arguments.known.block_size, *starts)
+    kept = arguments.q.new_empty(shape, dtype=torch.int32)
     return *ops.fake_attention(*arguments._replace(return_lse=True)), kept
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stem_attention.blocks import BlockGrid
-from stem_attention.errors import bad_argument, describe, is_int
+from stem_attention.errors import bad_argument, describe, is_int, is_size
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -286,7 +286,7 @@ class BlockSelection:
 
 def _check_lengths(block_size: int, q_len: int, kv_len: int) -> None:
     for name, value, least in (("block_size", block_size, 1), ("q_len", q_len, 0), ("kv_len", kv_len, 0)):
-        if not (is_int(value) or isinstance(value, torch.SymInt)) or value < least:
+        if not is_size(value) or value < least:
             fix = "pass the tokens per block, the length of q and the length of k"
             raise bad_argument(name, f"an integer >= {least}", repr(value), fix)
     if q_len > kv_len:

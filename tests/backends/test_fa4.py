@@ -1,11 +1,16 @@
 """What of the fa4 backend runs without a GPU: what it takes, what it says of the rest, and what it hands over."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from time import sleep
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from stem_attention import BlockSelection, explain
 from stem_attention.backends import Request, explain_request, fa4
@@ -82,9 +87,9 @@ def kernel(monkeypatch):
     stand_in.attend = torchs.attend
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     monkeypatch.setattr(trial, "TritonBackend", TorchBackend)
-    trial.obstacle.cache_clear()
+    trial._answer.cache_clear()
     yield stand_in
-    trial.obstacle.cache_clear()
+    trial._answer.cache_clear()
 
 
 def off(attend, by):
@@ -127,25 +132,96 @@ def test_the_trial_drops_blocks(kernel, monkeypatch):
     assert max(seen) < 0.9
 
 
+def in_vmap(ask):
+    said = []
+    torch.vmap(lambda x: (said.append(ask()), x)[1])(torch.ones(2))
+    return said[0]
+
+
+def in_make_fx(ask):
+    said = []
+    graph = make_fx(lambda x: (said.append(ask()), x)[1])(torch.ones(2)).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "output"]
+    return said[0]
+
+
+def within(*contexts):
+    def asked(ask):
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            return ask()
+
+    return asked
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        in_vmap,
+        in_make_fx,
+        within(FakeTensorMode()),
+        within(torch.autocast("cpu", torch.bfloat16)),
+        within(torch.inference_mode()),
+        within(torch.device("meta")),
+    ],
+    ids=["vmap", "make_fx", "fake", "autocast", "inference", "meta"],
+)
+def test_what_the_caller_is_in_does_not_reach_the_trial(kernel, asked):
+    state = torch.get_rng_state()
+    assert asked(lambda: trial.obstacle(CPU)) is None
+    trial._answer.cache_clear()
+    kernel.attend = off(kernel.attend, 0.1)
+    assert "off by" in asked(lambda: trial.obstacle(CPU))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_threads_try_one_after_the_other(kernel):
+    """A package that compiles at its first call need not take two at once; and one trial answers all."""
+    inside, most, attend = [], [], kernel.attend
+
+    def counted(call, selection):
+        inside.append(call)
+        most.append(len(inside))
+        sleep(0.05)
+        inside.pop()
+        return attend(call, selection)
+
+    kernel.attend = counted
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(trial.obstacle, [CPU, CPU, replace(CPU, block_size=128)])) == [None] * 3
+    assert max(most) == 1
+    assert len(most) == 2
+
+
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("verdict", [None, "off; only by name"])
 def test_auto_takes_it_on_blackwell_once_it_has_passed(monkeypatch, verdict):
+    asked = []
     card(monkeypatch, 10)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(trial, "obstacle", lambda request: verdict)
-    found = explain_request(Request(CUDA, torch.bfloat16, 96, 64))
-    assert found.chosen == ("fa4" if verdict is None else "triton")
-    assert verdict is None or found.reasons["fa4"] == verdict
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(trial, "obstacle", lambda request: (asked.append(request), verdict)[1])
+    for device, value_dim in ((CUDA, None), (torch.device("cuda:0"), 64)):  # one card, and one kernel to try
+        found = explain_request(Request(device, torch.bfloat16, 96, 64, value_dim))
+        assert found.chosen == ("fa4" if verdict is None else "triton")
+        assert verdict is None or found.reasons["fa4"] == verdict
+    assert len(set(asked)) == 1
 
 
 @pytest.mark.usefixtures("installed")
-def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
+def test_nothing_is_tried_while_a_graph_is_captured_and_explain_keeps_to_what_calls_run(monkeypatch):
     card(monkeypatch, 10)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(trial, "obstacle", fails)
-    found = explain_request(Request(CUDA, torch.bfloat16, 96, 64))
-    assert found.chosen == "triton"
-    assert "only by name" in found.reasons["fa4"]
+    monkeypatch.setattr(trial, "_try", lambda request: None)
+    request = Request(torch.device("cuda:0"), torch.bfloat16, 96, 64)
+    trial._answer.cache_clear()
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda here=capturing: here)
+        found = explain_request(request)
+        assert found.chosen == "triton"
+        assert "only by name" in found.reasons["fa4"]
+    trial._answer.cache_clear()
+    assert explain_request(request).chosen == "fa4"  # or this example shows nothing
+    trial._answer.cache_clear()
 
 
 def test_lists_too_long_to_share_go_to_the_portable_kernel(monkeypatch):

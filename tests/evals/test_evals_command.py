@@ -128,9 +128,9 @@ def test_a_model_that_gives_nan_ends_in_words(tmp_path, capsys):
         (["needle", "--depths", "deep"], "--depths: expected numbers with ',' between, got 'deep'"),
         (["needle", "--depths", "2"], "--depths: expected a number from 0 to 1"),
         (["needle", "--kinds", "magic"], "--kinds: expected one of single"),
-        (["needle", "--lengths", "100"], "for the question alone"),
-        (["perplexity", "--part", "0/8"], "part: expected I/N with I from 1 to N, got 0/8"),
-        (["perplexity", "--part", "9/8"], "part: expected I/N with I from 1 to N, got 9/8"),
+        (["needle", "--lengths", "100"], "stem-evals: --lengths: expected at least"),
+        (["perplexity", "--part", "0/8"], "stem-evals: --part: expected I/N with I from 1 to N, got 0/8"),
+        (["perplexity", "--part", "9/8"], "stem-evals: --part: expected I/N with I from 1 to N, got 9/8"),
         (["perplexity", "--part", "1/2/3"], "--part: expected I/N such as 2/8, got '1/2/3'"),
         (["needle", "--haystack", "absent.txt"], "--haystack: cannot read absent.txt"),
         (["ruler", "--data", "."], "--data: expected longbench among the measures"),
@@ -147,7 +147,8 @@ def test_mistakes_are_one_line(arguments, says, tiny_llama, tmp_path, monkeypatc
 
 
 def test_mistakes_of_report_are_one_line(complaint, tmp_path):
-    assert "made by stem-evals eval" in complaint(main, ["report", str(tmp_path)], 1)
+    assert "stem-evals: DIR: expected a directory made by stem-evals eval" in complaint(main, ["report", str(tmp_path)], 1)
+    assert "option '--out'; see" in complaint(main, ["eval", "perplexity"], 2)
     assert "--out: expected a directory" in complaint(main, ["report", str(tmp_path), str(tmp_path)], 1)
 
 

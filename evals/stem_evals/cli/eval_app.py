@@ -36,7 +36,10 @@ _COLUMNS = (_NAME, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), Tim
 
 _NEEDLES, _HARNESS = "Needles", "RULER and LongBench"  # groups of options in --help
 # By the argument that an error names.
-_OPTIONS = {"kind": "--kinds", "depth": "--depths", **{name: f"--{name}" for name in ("count", "data", "lengths", "tasks")}}
+_OPTIONS = {
+    "kind": "--kinds", "depth": "--depths", "tokens": "--lengths",
+    **{name: f"--{name}" for name in ("count", "data", "haystack", "lengths", "out", "part", "tasks")},
+}  # fmt: skip
 
 MEASURES = ("perplexity", "needle", "layers", "cost", "ruler", "longbench")
 
@@ -198,8 +201,9 @@ def report(
     if out is None and len(directories) > 1:
         raise UserError("--out: expected a directory for the report of several runs, got none; name one")
     target = out or directories[0]
-    with _one_line("report", target):
+    with blaming("report: ", out="DIR"):
         journals = [read_journal(directory) for directory in directories]
+    with _one_line("report", target):
         if not any(journal.records for journal in journals):
             raise UserError(f"report: {', '.join(map(str, directories))} hold no records yet; run `stem-evals eval` first")
         _show(write_report(journals, target), target)

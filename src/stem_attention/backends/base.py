@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stem_attention.backends.dense import dense_attention
-from stem_attention.backends.kept import kept_shape, pack
+from stem_attention.backends.kept import nothing_kept, pack
 from stem_attention.blocks import block_count
 from stem_attention.call import Call, PackedBatch
 from stem_attention.checks import check_selection
@@ -145,7 +145,7 @@ class Backend(ABC):
             )
             return self.attend_kept(call, selection)
         out, lse = replace(call, return_lse=True).empty_results()
-        kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
+        kept = nothing_kept(call)
         for i in _with_queries(call.batch):
             queries = slice(*call.batch.q_starts[i : i + 2])
             part_out, part_lse, bits = self.forward_kept(call.only(i))

@@ -4,6 +4,9 @@ Lists take 32 bits for every block that a row *may* keep, and nobody knows on th
 that is known beforehand, a small one, and lists by query block and by key block can be made of them alike.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -15,14 +18,23 @@ WORD = 32
 """Key blocks whose bits one int32 holds, the first in its lowest bit."""
 
 
-def kept_shape(call: Call) -> tuple[int, int, int, int]:
+def kept_shape(
+    q: Tensor, k: Tensor, block_size: int, q_starts: Sequence[int] | None = None, k_starts: Sequence[int] | None = None
+) -> tuple[int, int, int, int]:
     """Return ``(sequences, q_heads, rows, words)``: room for the rows and key blocks of the largest sequence of a call."""
-    size, batch = call.policy.block_size, call.batch
-    if batch is None:
-        grid = call.grid
-        return call.q.shape[0], call.q.shape[2], grid.key_blocks - grid.first_row, block_count(grid.key_blocks, WORD)
-    rows = most_rows(batch.max_q, size)
-    return batch.sequences, call.q.shape[1], rows, block_count(block_count(batch.max_k, size), WORD)
+    if q_starts is None or k_starts is None:
+        grid = BlockGrid.of(q, k, block_size)
+        return q.shape[0], q.shape[2], grid.key_blocks - grid.first_row, block_count(grid.key_blocks, WORD)
+    most_q, most_k = (max((end - start for start, end in pairwise(starts)), default=0) for starts in (q_starts, k_starts))
+    words = block_count(block_count(most_k, block_size), WORD)
+    return len(q_starts) - 1, q.shape[1], most_rows(most_q, block_size), words
+
+
+def nothing_kept(call: Call) -> Tensor:
+    """Return the bits of a call that keeps nothing yet, int32 of the shape of :func:`kept_shape`."""
+    starts = () if call.batch is None else (call.batch.q_starts, call.batch.k_starts)
+    shape = kept_shape(call.q, call.k, call.policy.block_size, *starts)
+    return torch.zeros(shape, dtype=torch.int32, device=call.q.device)
 
 
 def pack(selection: BlockSelection) -> Tensor:

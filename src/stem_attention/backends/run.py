@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stem_attention.backends.base import Backend, Request, Results, check_chosen
 from stem_attention.backends.dense import without_autocast
-from stem_attention.backends.kept import kept_shape
+from stem_attention.backends.kept import nothing_kept
 from stem_attention.backends.reference.packing import packed as reference_packed
 from stem_attention.backends.registry import get_backend
 from stem_attention.call import Call
@@ -45,8 +45,7 @@ def select(call: Call) -> BlockSelection:
 def run_kept(call: Call, selection: BlockSelection | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Run a call whose gradient will be asked for. Returns ``out`` and ``lse`` as :func:`run`, and what was kept, as bits."""
     if call.q.numel() == 0:
-        kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
-        return *replace(call, return_lse=True).empty_results(), kept
+        return *replace(call, return_lse=True).empty_results(), nothing_kept(call)
     with _device_of(call.q), without_autocast(call.q.device):
         backend = backend_of(call)
         return backend.forward_kept(call) if selection is None else backend.attend_kept(call, selection)

@@ -67,7 +67,7 @@ def run_app(app: typer.Typer, name: str, arguments: list[str]) -> int:
         typed = getattr(getattr(error, "param", None), "opts", None)
         named = f"{typed[0]}: {error.message}" if typed and error.message else error.format_message()
         asked = getattr(getattr(error, "ctx", None), "command_path", name)
-        code, message = 2, f"{named}; see `{asked} --help`"
+        code, message = 2, f"{named.removesuffix('.')}; see `{asked} --help`"
     except (UserError, UnsupportedError) as error:
         code, message = 1, str(error)
     except torch.OutOfMemoryError as error:

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stem_attention import Mass, Policy, Stem
-from stem_attention.backends.kept import kept_shape
+from stem_attention.backends.kept import nothing_kept
 from stem_attention.backends.triton import TritonBackend, attention, backward, mass, packing, stem
 from stem_attention.backends.triton.kept import pack
 from stem_attention.backends.triton.launch import BackwardLaunch, Launch
@@ -156,7 +156,7 @@ def record_backward(
             patch.setattr(backward, "backward_launch", lambda kernel, *_: launches[kernel])
         call = _call(Stem(block_size=block_size), 300, dim, dtype, "cpu", ragged, 0, value_dim)
         call = replace(call, softcap=softcap)
-        kept = torch.zeros(kept_shape(call), dtype=torch.int32)
+        kept = nothing_kept(call)
         out, lse = replace(call, return_lse=True).empty_results()
         indices = torch.zeros((1, 8, kept.shape[2], 3), dtype=torch.int32)
         pack(Layout.of(call, block_size, started), indices, indices[..., 0].contiguous(), block_size, kept, started)

@@ -1,6 +1,7 @@
 """FlashAttention-4's block-sparse kernel behind the Triton backend's selection, where ``flash-attn-4`` is installed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -47,11 +48,10 @@ class FA4Backend(TritonBackend):
         """Leave Hopper to the hopper backend, and other cards to FlashAttention-4 once a trial has shown it right there."""
         if torch.cuda.get_device_capability(request.device)[0] == 9:
             return "the library's own kernels are faster on Hopper; only by name"
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            return "FlashAttention-4 is not tried while a graph is made, and was not before; only by name"
         from stem_attention.backends.fa4.trial import obstacle
 
-        return obstacle(request)
+        index = torch.cuda.current_device() if request.device.index is None else request.device.index
+        return obstacle(replace(request, device=torch.device("cuda", index), value_dim=None))  # other values run portably
 
     def path(self, policy: Policy) -> tuple[str, ...]:
         """Name what selects and what attends; see :meth:`Backend.path`."""

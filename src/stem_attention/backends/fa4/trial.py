@@ -1,6 +1,8 @@
 """A trial of FlashAttention-4's kernel, which it must pass before ``auto`` chooses it on a card where nobody has run it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 
 import torch
 
@@ -11,14 +13,31 @@ from stem_attention.policies.mass import Mass
 
 _TOKENS = 1000  # no multiple of a block or of a tile
 _WORST = 1e-2  # of the results' norm; two kernels in bf16 differ by some 3e-3
+_TURN = Lock()
 
 
-@cache
 def obstacle(request: Request) -> str | None:
     """Say what is wrong with FlashAttention-4's result for a small problem; None where it is the portable kernel's.
 
-    A process asks once for each request, which waits for the device. What is compiled here is what the first call needs.
+    A process asks once for each request, which waits for the device, and keeps to the answer: calls run what they ran first,
+    and :func:`stem_attention.explain` says the same. What is compiled here is what the first call needs.
     """
+    with _TURN:  # or threads that ask at once would each hold a trial
+        return _answer(request)
+
+
+@cache
+def _answer(request: Request) -> str | None:
+    on_gpu = request.device.type == "cuda"
+    if torch.compiler.is_compiling() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return "FlashAttention-4 is not tried while a graph is made, and was not before; only by name"
+    # The caller's autocast, vmap, fake tensors and modes end at its thread, and would change the trial or forbid it.
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(_try, request).result()
+
+
+def _try(request: Request) -> str | None:
+    torch.get_device_module(request.device).set_device(request.device)  # kernels start on the current one, the thread's own
     draw = torch.Generator(request.device).manual_seed(0)
     q, k, v = (
         torch.randn(1, _TOKENS, heads, request.head_dim, device=request.device, generator=draw).to(request.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stem_attention.backends.base import Backend, Request, Results, qualified
-from stem_attention.backends.kept import kept_shape
+from stem_attention.backends.kept import nothing_kept
 from stem_attention.backends.triton.layout import Layout
 from stem_attention.backends.triton.pieces import pieces
 from stem_attention.backends.triton.program import Launches, Program, current_stream, form_of, repeatable
@@ -201,7 +201,7 @@ class TritonBackend(Backend):
         size, limit, selector = call.policy.block_size, self.dense_limit(call.dense_below), self.selector(call.policy)
         assert selector is not None  # or another method would be the runner
         out, lse = call.empty_results()
-        kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
+        kept = nothing_kept(call)
         for part, queries in parts:
             launches = Launches()
             layout = Layout.of(part, size, launches)
@@ -221,7 +221,7 @@ class TritonBackend(Backend):
 
         size = call.policy.block_size
         out, lse = self.kernel(call)(call, layout, indices, counts, size, heavy, launches)
-        kept = torch.zeros(kept_shape(call), dtype=torch.int32, device=call.q.device)
+        kept = nothing_kept(call)
         pack(layout, indices, counts, size, kept, launches)
         return out, lse, kept
 

@@ -130,9 +130,8 @@ def _lengths(step: Any) -> tuple[list[int], list[int]]:
 
     vLLM 0.26 keeps the former on the device alone: reading them waits for it, once a step with a prompt.
     """
-    context = step.chunked_context
-    if hasattr(step, "query_lens_cpu"):
-        lengths = step.query_lens_cpu.tolist()
-        return lengths, [0] * len(lengths) if context is None else context.context_lens_list
-    lengths = step.query_start_loc.diff().tolist()
-    return lengths, [0] * len(lengths) if context is None else context.seq_lens.sum(0).tolist()
+    context, on_host = step.chunked_context, hasattr(step, "query_lens_cpu")
+    lengths = (step.query_lens_cpu if on_host else step.query_start_loc.diff()).tolist()
+    if context is None:
+        return lengths, [0] * len(lengths)
+    return lengths, context.context_lens_list if on_host else context.seq_lens.sum(0).tolist()
