@@ -58,11 +58,11 @@ def compiled(
     return launches.recorded[0].warmed()
 
 
-def barriers_and_tickets(ptx: str) -> tuple[set[int], set[int]]:
+def barriers_and_tasks(ptx: str) -> tuple[set[int], set[int]]:
     """Offsets in shared memory of the barriers that are set up, and of what is loaded from a fixed place."""
     offsets = dict(re.findall(r"add\.s32 \t(%r\d+), %r\d+, (\d+);", ptx))
     barriers = {int(offsets.get(name, 0)) for name in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)", ptx)}
-    return barriers, {int(n) for n in re.findall(r"ld\.shared\.b32 \t%r\d+, \[global_smem\+(\d+)\]", ptx)}
+    return barriers, {int(n) for n in re.findall(r"ld\.shared\.v4\.b32 \t\{.*\}, \[global_smem\+(\d+)\]", ptx)}
 
 
 # What orders accesses to shared memory, these accesses, and where control may come from or go to.
@@ -88,9 +88,12 @@ def place_of(module: ModuleType, code: str) -> str:
 
 
 def windows(found: list[tuple[str, str]], access: str, place: str) -> list[str]:
-    """The mark before each such access to shared memory, the access, and the two marks behind it."""
-    spots = [i for i, (where, text) in enumerate(found) if re.match(access, text) and where.startswith(place)]
-    return [" ".join(text for _, text in found[i - 1 : i + 3]) for i in spots]
+    """The mark before each such run of accesses to shared memory, the first of them, and the two marks behind the run."""
+    inside = [bool(re.match(access, text)) and where.startswith(place) for where, text in found]
+    starts = [i for i, here in enumerate(inside) if here and not inside[i - 1]]
+    ends = [next(j for j in range(i, len(found)) if not inside[j]) for i in starts]
+    spots = [[i - 1, i, j, j + 1] for i, j in zip(starts, ends, strict=True)]
+    return [" ".join(found[at][1] for at in spot if at < len(found)) for spot in spots]
 
 
 def assert_workers_ordered(found: list[tuple[str, str]], kernel: str) -> None:
@@ -107,16 +110,19 @@ def assert_workers_ordered(found: list[tuple[str, str]], kernel: str) -> None:
 
 
 def assert_ordered(ptx: str, shape: tuple[int, int]) -> None:
-    """Tickets, plans and the state of Triton's workers are read and written only where a barrier has ordered them."""
+    """Tasks, plans and the state of Triton's workers are read and written only where a barrier has ordered them."""
     found, pairs = marks(ptx), LAUNCHES[shape].rows == 2
     consumers = LAUNCHES[shape].rows * shape[0] // 64
-    reads = windows(found, r"ld\.shared", place_of(schedule, "ticket_s.index(slot).load("))
+    # Of the first task and of the next ones.
+    reads = windows(found, r"ld\.shared", place_of(schedule, "task_s.index(slot).load("))
     read = r"mbarrier\.try_wait.*; ld\.shared.*; bar\.sync\s+(\d+), 128; mbarrier\.arrive\.shared.*"
     groups = [match[1] for text in reads if (match := re.fullmatch(read, text))]
-    assert len(reads) == len(groups) == len(set(groups)) == consumers, reads
-    writes = windows(found, r"st\.shared", place_of(schedule, "ticket_s.index(slot).store("))
-    assert len(writes) == 1
-    assert re.fullmatch(r"mbarrier\.try_wait.*; st\.shared.*; bar\.warp\.sync\s+-1; mbarrier\.arrive\.shared.*", writes[0])
+    assert len(reads) == len(groups) == 2 * len(set(groups)) == 2 * consumers, reads
+    # Of a task, and that there are no more.
+    writes = windows(found, r"st\.shared", place_of(schedule, "task_s.index(slot).store("))
+    assert len(writes) == 2
+    written = r"mbarrier\.try_wait.*; st\.shared.*; bar\.warp\.sync\s+-1; mbarrier\.arrive\.shared.*"
+    assert all(re.fullmatch(written, text) for text in writes), writes
 
     if pairs:
         # One load reads both words of a plan.
@@ -174,16 +180,16 @@ def test_every_variant_fits_and_keeps_its_numbers_in_registers(variant):
 
 @pytest.mark.newest_triton
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_a_ticket_never_lies_where_a_barrier_was(block_size):
+def test_a_task_never_lies_where_a_barrier_was(block_size):
     """PTX forbids to use a barrier's memory otherwise without mbarrier.inval. Rows were lost when Triton put tickets there."""
-    barriers, tickets = barriers_and_tickets(compiled(block_size=block_size, ragged=True).asm["ptx"])
+    barriers, tasks = barriers_and_tasks(compiled(block_size=block_size, ragged=True).asm["ptx"])
     choice = LAUNCHES[block_size, 128]
-    # A "full" and an "empty" one for every slot, two for queries, four for tickets, two for turns where there are partners.
+    # A "full" and an "empty" one for every slot, two for queries, four for tasks, two for turns where there are partners.
     # Pairs of rows have three rings, queries each, and 16 for plans.
     rest = 24 if choice.rows == 2 else 6 + (2 if block_size == 128 else 0)
     assert len(barriers) == 4 * (2 * choice.rows - 1) * choice.slots + rest
-    assert tickets
-    assert not any(start <= ticket < start + 8 for start in barriers for ticket in tickets)
+    assert tasks
+    assert not any(start < task + 16 and task < start + 8 for start in barriers for task in tasks)
 
 
 @pytest.mark.parametrize("variant", variants(VARIANTS, *NEWEST))

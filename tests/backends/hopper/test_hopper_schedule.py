@@ -46,29 +46,28 @@ def plain(monkeypatch):
     monkeypatch.setattr(schedule, "_block_of", schedule._block_of.fn)
 
 
-def tasks(lengths, heads, block, heavy, resident, ragged, each=1):
+def tasks(lengths, heads, block, heavy, abreast, ragged, each=1):
     """``(sequence, head, row)`` of every ticket's rows, ``each`` of them or fewer, in order, by the kernel's own functions."""
     cu_q, cu_k = (Numbers([sum(x[:i]) for i in range(len(x) + 1)]) for x in zip(*lengths, strict=True))
     rows = max(-(-k // block) - (k - q) // block if q else 0 for q, k in lengths)
     count, heavy = -(-rows // each), -(-min(heavy, rows) // each)
-    band = max(1, min(resident, count - heavy))
-    batch = (cu_q, cu_k, lengths[0][0], lengths[0][1], len(lengths), heads, rows, heavy, band)
+    batch = (cu_q, cu_k, *lengths[0], len(lengths), heads, rows, heavy, max(1, count - heavy), abreast)
     found = []
-    for ticket in range(len(lengths) * heads * (heavy + -(-(count - heavy) // band) * band)):
+    for ticket in range(len(lengths) * heads * count):
         z, head, from_end = task_of.fn(ticket, batch)
         _, row, *_ = place_of.fn(z, from_end, batch, block, ragged, each)
         found += [(z, head, row - i) for i in range(each) if row - i >= 0]
     return found
 
 
-@pytest.mark.parametrize("resident", [1, 5, 33, 1000])
+@pytest.mark.parametrize("abreast", [1, 2, 4])
 @pytest.mark.parametrize("heavy", [0, 2, 99])
 @pytest.mark.parametrize(("block", "each"), [(64, 1), (64, 2), (128, 1)])
 @pytest.mark.parametrize("lengths", [
     [(2000, 2000)], [(700, 1000)] * 3, [(1, 1)], [(300, 300), (1, 4097), (0, 900), (2500, 2500), (1300, 3011), (7, 7)],
 ], ids=["one", "even", "smallest", "ragged"])  # fmt: skip
-def test_every_row_is_done_once(lengths, block, each, heavy, resident, plain):
-    found = tasks(lengths, 4, block, heavy, resident, len(set(lengths)) > 1, each)
+def test_every_row_is_done_once(lengths, block, each, heavy, abreast, plain):
+    found = tasks(lengths, 4, block, heavy, abreast, len(set(lengths)) > 1, each)
     expected = {
         (z, head, row)
         for z, (q, k) in enumerate(lengths) if q
@@ -174,9 +173,14 @@ def test_a_tile_lies_in_the_ring_of_those_who_keep_it(plain):
 
 
 def test_heavy_rows_of_all_heads_start_first(plain):
-    found = tasks([(2000, 2000)], 4, 128, 2, 5, False)
+    found = tasks([(2000, 2000)], 4, 128, 2, 2, False)
     assert {row for _, _, row in found[:8]} == {15, 14}
     assert found[-1][2] == 0
+
+
+def test_heads_whose_keys_fit_the_cache_go_side_by_side(plain):
+    found = tasks([(2000, 2000)], 4, 128, 1, 2, False)[4:]
+    assert found == [(0, first + head, row) for first in (0, 2) for row in range(14, -1, -1) for head in range(2)]
 
 
 @pytest.mark.parametrize(("changed", "reason"), [

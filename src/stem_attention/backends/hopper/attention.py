@@ -31,6 +31,8 @@ class Launch:
         return self.rows * block_size // 64
 
 
+IN_L2 = 32 << 20  # bytes of keys and values that the cache of 50 MB holds beside what passes through it
+
 # By block size and dimension of keys, measured on an H200; keys of 192 and tasks of two rows on an H100.
 LAUNCHES = {
     (128, 64): Launch(tile=128, slots=4),
@@ -64,11 +66,10 @@ def attend(
     q4, k4, v4, o4 = (x[None] if x.dim() == 3 else x for x in (q, call.k, call.v, out))
     batch, heads, dim, rows, page = layout.batch, layout.heads, layout.value_dim, layout.rows, layout.page
     choice, rest = LAUNCHES[block_size, layout.dim], layout.dim - dim
-    tasks, heavy = (-(-n // choice.rows) for n in (rows, min(heavy, rows)))
-    # Heads of a group read the same keys: as many rows of each as run at once.
+    # Nobody says of lists from elsewhere which rows are long. The last ones of a head see the most keys.
+    tasks, heavy = (-(-n // choice.rows) for n in (rows, min(max(heavy, 1), rows)))
+    tickets = batch * heads * tasks
     resident = multiprocessors(q.device) * choice.programs
-    band = max(1, min(resident // layout.group, tasks - heavy))
-    tickets = batch * heads * (heavy + -(-(tasks - heavy) // band) * band)
     # The copy engine fetches a tile in boxes that lie in one page and in one block.
     box = next(box for box in (128, 64, LEAST_BOX) if page % box == 0 and box <= choice.tile)
     queue = _queue(q.device)
@@ -83,12 +84,21 @@ def attend(
         kernel, (min(tickets, resident),),
         tiles(q4, 64, rest or dim), tiles(k4, box, rest or columns), tiles(v4, box, columns), tiles(o4, 64, dim), out, lse,
         call.sinks, indices, counts, layout.cu_q, layout.cu_k, layout.page_table, queue, *o4.stride()[1:3],
-        *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy, band,
-        indices.shape[3], tickets, layout.group, *in_base_two(scale, call.softcap),
+        *lse_strides(call, lse), layout.table_stride, k4.shape[0], layout.q_len, layout.kv_len, batch, heads, rows, heavy,
+        max(1, tasks - heavy), _abreast(layout, block_size), indices.shape[3], tickets, layout.group,
+        *in_base_two(scale, call.softcap),
         D=dim, SLOTS=choice.slots, PAGE=page, RAGGED=layout.packed, LSE=call.return_lse, BOX=box, **shape,
         **compiler_options(choice.warpgroups(block_size), choice.programs),
     )  # fmt: skip
     return out, lse
+
+
+def _abreast(layout: Layout, block_size: int) -> int:
+    """Count the heads, whole groups and a divisor of all, whose keys and values lie in the L2 cache together."""
+    of_head = layout.blocks * block_size * (layout.dim + layout.value_dim) * 2
+    groups = layout.batch * layout.kv_heads
+    most = min(max(1, IN_L2 // of_head), groups)
+    return layout.group * next(n for n in range(most, 0, -1) if groups % n == 0)
 
 
 @cache

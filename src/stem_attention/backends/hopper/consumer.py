@@ -12,11 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from stem_attention.backends.hopper.gluon_api import async_store, pinned, rescaled
-from stem_attention.backends.hopper.schedule import next_ticket, open_task, steps_of
-
-# Weights are relative to a maximum that may be this old, in base 2: they stay far below what 16 bits hold, and as exact.
-SLACK: gl.constexpr = gl.constexpr(8.0)
+from stem_attention.backends.hopper.gluon_api import along, async_store, moved, pinned, rescaled, tops_of
+from stem_attention.backends.hopper.schedule import told
 
 
 @gluon.jit
@@ -37,16 +34,29 @@ def sums_of(p):
 
 
 @gluon.jit
-def _weights(scores, scale, m, LAZY: gl.constexpr = False):
-    """Weights of a tile, the running maximum (in base 2), what older weights shrink by, and the tile's sums per thread.
-
-    Where ``LAZY``, the maximum stays until it is behind by ``SLACK``: results then seldom have to shrink.
-    """
-    new_m = gl.max(scores, 1) * scale
-    new_m = gl.where(new_m > m + SLACK, new_m, m) if LAZY else gl.maximum(m, new_m)
+def _weights(scores, scale, m):
+    """Weights of a tile, the running maximum (in base 2), what older weights shrink by, and the tile's sums per thread."""
+    new_m = gl.maximum(m, gl.max(scores, 1) * scale)
     p = gl.exp2(scores * scale - new_m[:, None])
-    sums = sums_of(p)
-    return p, new_m, gl.exp2(m - new_m), sums
+    return p, new_m, gl.exp2(m - new_m), sums_of(p)
+
+
+@gluon.jit
+def exponents(scores, scale, m):
+    """Exponents of a tile's weights in base 2, the maximum, which moves late, and what older weights shrink by."""
+    m, shrink = moved(tops_of(scores), m, scale)
+    return scores * scale - along(m, scores), m, shrink
+
+
+@gluon.jit
+def queries_read(empty):
+    """Tell the producer that queries are in registers, when products of them have ended.
+
+    A load from shared memory that has been issued has not been done. Neither a barrier of the warpgroup nor an arrival waits
+    for it, and the copy engine, whose accesses are of another proxy, may overwrite what it has yet to read.
+    """
+    fence_async_shared()
+    mbarrier.arrive(empty, count=1)
 
 
 @gluon.jit
@@ -86,26 +96,13 @@ def clear_tail(s, parity, v_s, v_full, present, BN: gl.constexpr):
 
 
 @gluon.jit
-def _store_rows(staging, out, stride_s, stride_h, z, head, q_first, first, q_len, D: gl.constexpr, RAGGED: gl.constexpr):
-    """Those of 64 result rows from ``first`` on that are rows of the sequence."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    dims = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    # Results are contiguous: a rectangular batch is packed too.
-    base = q_first.to(gl.int64) if RAGGED else z.to(gl.int64) * q_len
-    out_rows = out + (base + rows) * stride_s + head.to(gl.int64) * stride_h
-    gl.store(out_rows[:, None] + dims[None, :], staging.load(layout), mask=((rows >= 0) & (rows < q_len))[:, None])
-    fence_async_shared()
-
-
-@gluon.jit
-def write(acc, total, m, sink, read, staging, o_tiles, results, z, head, position, start, q_first, kv_len, D: gl.constexpr,
-          RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
+def _results(acc, total, m, sink, read, results, z, head, position, start, q_first, kv_len, D: gl.constexpr,
+             RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
     """Results of the 64 rows from ``position`` on, when their last weighted values are there, of which ``read`` is told.
 
-    They leave through the queries' shared memory, which this task needs no more.
+    Writes their log-sum-exp.
     """
-    out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h, sinks = results
+    _, _, _, lse, lse_stride_b, lse_stride_h, sinks = results
     out_rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
     row_layout: gl.constexpr = m.type.layout
     row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
@@ -122,8 +119,28 @@ def write(acc, total, m, sink, read, staging, o_tiles, results, z, head, positio
     inverse = gl.convert_layout(1.0 / row_total, out_rows)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(read, count=1)
-    dtype: gl.constexpr = staging.dtype
-    staging.store((acc * inverse[:, None]).to(dtype))
+    return acc * inverse[:, None]
+
+
+@gluon.jit
+def _store(values, out, stride_s, stride_h, z, head, q_first, first, q_len, RAGGED: gl.constexpr):
+    """Those of 64 result rows from ``first`` on that are rows of the sequence."""
+    layout: gl.constexpr = values.type.layout
+    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    dims = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, layout))
+    # Results are contiguous: a rectangular batch is packed too.
+    base = q_first.to(gl.int64) if RAGGED else z.to(gl.int64) * q_len
+    out_rows = out + (base + rows) * stride_s + head.to(gl.int64) * stride_h
+    gl.store(out_rows[:, None] + dims[None, :], values, mask=((rows >= 0) & (rows < q_len))[:, None])
+
+
+@gluon.jit
+def _write(acc, total, m, sink, read, staging, o_tiles, results, z, head, position, start, q_first, kv_len, D: gl.constexpr,
+           RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
+    """Write 64 rows through the queries' shared memory, which this task needs no more."""
+    acc = _results(acc, total, m, sink, read, results, z, head, position, start, q_first, kv_len, D, RAGGED, LSE)
+    out, o_stride_s, o_stride_h, _, _, _, _ = results
+    staging.store(acc.to(staging.dtype))
     first = position - start
     # The copy engine drops rows behind a tensor's end. Rows before its beginning are an error to it.
     whole = first >= 0
@@ -132,10 +149,40 @@ def write(acc, total, m, sink, read, staging, o_tiles, results, z, head, positio
     if whole:
         fence_async_shared()
         o_z = 0 if RAGGED else z
-        async_store(o_tiles, [o_z, q_first + first, head, 0], staging._reinterpret(dtype, [1, 64, 1, D], o_tiles.layout))
+        to = staging._reinterpret(staging.dtype, [1, 64, 1, D], o_tiles.layout)
+        async_store(o_tiles, [o_z, q_first + first, head, 0], to)
         tma.store_wait(0)
     else:
-        _store_rows(staging, out, o_stride_s, o_stride_h, z, head, q_first, first, kv_len - start, D, RAGGED)
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        _store(staging.load(layout), out, o_stride_s, o_stride_h, z, head, q_first, first, kv_len - start, RAGGED)
+        fence_async_shared()
+
+
+@gluon.constexpr_function
+def _exchanged(D, times):
+    """The layout of 64 rows of products when neighbouring threads have exchanged numbers once, or twice: eight of a thread's
+    columns then lie together.
+    """
+    own = [[0, 1], [0, 2], [8, 0], [0, 16]] if times == 1 else [[0, 1], [0, 2], [0, 4], [8, 0]]
+    far = [[0, 32], [0, 64], [0, 128]][: (D // 32).bit_length() - 1]
+    lanes = [[0, 8], [0, 4] if times == 1 else [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(own + far, lanes, [[16, 0], [32, 0]], [], [64, D])
+
+
+@gluon.jit
+def write_registers(acc, total, m, sink, read, results, z, head, position, start, q_first, kv_len, D: gl.constexpr,
+                    RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
+    """Write 64 rows straight from registers: nothing waits for them, and the queries' shared memory is free meanwhile.
+
+    Four threads that have a row exchange numbers until each has 16 bytes in one piece, and the four together 64.
+    """
+    acc = _results(acc, total, m, sink, read, results, z, head, position, start, q_first, kv_len, D, RAGGED, LSE)
+    out, o_stride_s, o_stride_h, _, _, _, _ = results
+    values = gl.convert_layout(acc.to(out.dtype.element_ty), _exchanged(D, 1))
+    # Triton would make one exchange of two, through shared memory.
+    values = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=values.dtype, is_pure=True, pack=2)
+    values = gl.convert_layout(values, _exchanged(D, 2))
+    _store(values, out, o_stride_s, o_stride_h, z, head, q_first, position - start, kv_len - start, RAGGED)
 
 
 @gluon.jit
@@ -150,8 +197,6 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     scale, steepness = scales
     scores_layout: gl.constexpr = blank.type.layout
     out_layout: gl.constexpr = acc.type.layout
-    # With one consumer of 64 columns there is little beside softmax: what it need not do counts.
-    LAZY: gl.constexpr = WGS == 1 and D == 64
     before = (t - 1) % SLOTS
     s = t % SLOTS
     mbarrier.wait(k_full.index(s), (t // SLOTS) & 1)
@@ -168,7 +213,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     scores = bounded(scores, steepness)
     if SUB > 0:
         scores = masked(scores, SUB * BN, w, BN, scores_layout)
-    p, m, shrink, sums = _weights(scores, scale, m, LAZY)
+    p, m, shrink, sums = _weights(scores, scale, m)
     total = grown(total, shrink, sums)
     if SUB == 0:
         total = pinned(total)
@@ -176,8 +221,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
         clear_tail(t % SLOTS, (t // SLOTS) & 1, v_s, v_full, present, BN)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(before), count=1)
-    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))
-    acc = rescaled(acc, shrink[:, None]) if LAZY else acc * shrink[:, None]
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
     return p, m, total, acc
 
 
@@ -189,8 +233,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
     SUB: gl.constexpr = B // BN
     _, _, _, o_tiles = tiles
     scale, steepness = scales
-    q_s, _, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns, q_rest, _ = shared
-    _, counts, width, tickets, _ = lists
+    q_s, _, v_s, task_s, k_full, v_full, k_empty, v_empty, q_bars, task_bars, turns, q_rest, _ = shared
     _, _, _, _, _, _, sinks = results
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -198,43 +241,69 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     dtype: gl.constexpr = q_s.dtype
+    # With one consumer of 64 columns there is little beside softmax: what it need not do counts.
+    LATE: gl.constexpr = WGS == 1 and D == 64
     blank = gl.zeros([64, BN], gl.float32, scores_layout)
     t = 0
     n = 0
     served = 0
-    ticket = gl.program_id(0)
-    while ticket < tickets:
-        z, head, block, row, start, q_first, _, kv_len = open_task(ticket, batch, B, RAGGED)
-        if row >= 0:
-            _, _, _, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
-            mbarrier.wait(q_bars.index(0), n & 1)
-            q = (q_s.index(w), q_rest.index(w))
-            if QREG:
-                q = (q_s.index(w).load(q_layout), q_rest.index(w).load(q_layout))
-            n += 1
-            acc = gl.zeros([64, D], gl.float32, out_layout)
-            # A sink is a score without a value: the maximum begins with it, and its weight joins the sum at the end.
-            sink = -float("inf")
-            if sinks is not None:
-                sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
-            m = gl.full([64], sink, gl.float32, row_layout)
+    z, head, block, _row, start, q_first, kv_len, steps = told(1, served, task_s, task_bars)
+    while z >= 0:
+        mbarrier.wait(q_bars.index(0), n & 1)
+        q = (q_s.index(w), q_rest.index(w))
+        if QREG:
+            q = (q_s.index(w).load(q_layout), q_rest.index(w).load(q_layout))
+        n += 1
+        acc = gl.zeros([64, D], gl.float32, out_layout)
+        # A sink is a score without a value: the maximum begins with it, and its weight joins the sum at the end.
+        sink = -float("inf")
+        if sinks is not None:
+            sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
+        m = tops_of(blank) + sink if LATE else gl.full([64], sink, gl.float32, row_layout)
 
-            # The diagonal block, peeled: its first tile has no values before it to weigh.
-            s = t % SLOTS
-            mbarrier.wait(k_full.index(s), (t // SLOTS) & 1)
-            if WGS == 2:
-                mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
-            scores = _products(q, s, blank, shared, REST)
-            if WGS == 2:
-                mbarrier.arrive(turns.index(1 - w), count=1)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(k_empty.index(s), count=1)
-            scores = bounded(scores, steepness)
+        # The diagonal block, peeled: its first tile has no values before it to weigh.
+        s = t % SLOTS
+        mbarrier.wait(k_full.index(s), (t // SLOTS) & 1)
+        if WGS == 2:
+            mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
+        scores = _products(q, s, blank, shared, REST)
+        if WGS == 2:
+            mbarrier.arrive(turns.index(1 - w), count=1)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(s), count=1)
+        if QREG:
+            queries_read(q_bars.index(1))
+        scores = bounded(scores, steepness)
+        if LATE:
+            x, m, shrink = exponents(masked(scores, 0, w, BN, scores_layout), scale, m)
+            total = sums_of(blank)
+        else:
             p, m, _, total = _weights(masked(scores, 0, w, BN, scores_layout), scale, m)
-            present = kv_len - block * B
-            if RAGGED:
-                clear_tail(t % SLOTS, (t // SLOTS) & 1, v_s, v_full, present, BN)
-            t += 1
+        present = kv_len - block * B
+        if RAGGED:
+            clear_tail(t % SLOTS, (t // SLOTS) & 1, v_s, v_full, present, BN)
+        t += 1
+        if LATE:
+            for _ in range(1, steps):
+                s = t % SLOTS
+                mbarrier.wait(k_full.index(s), (t // SLOTS) & 1)
+                scores = _products(q, s, blank, shared, REST)
+                before = (t - 1) % SLOTS
+                p = gl.exp2(x)
+                total = total * along(shrink, total) + sums_of(p)
+                weights = gl.convert_layout(p.to(dtype), p_layout)
+                mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
+                acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                mbarrier.arrive(k_empty.index(s), count=1)
+                x, m, shrink = exponents(bounded(scores, steepness), scale, m)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(v_empty.index(before), count=1)
+                acc = rescaled(acc, along(shrink, acc))
+                t += 1
+            p = gl.exp2(x)
+            total = total * along(shrink, total) + sums_of(p)
+        else:
             for sub in gl.static_range(1, SUB):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present - sub * BN,
                                          w, sub, WGS, BN, D, SLOTS, RAGGED, REST)  # fmt: skip
@@ -244,15 +313,21 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
                                          w, 0, WGS, BN, D, SLOTS, RAGGED, REST)  # fmt: skip
                 t += 1
 
-            before = (t - 1) % SLOTS
-            weights = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
-            acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
-            write(acc, total, m, sink, v_empty.index(before), q_s.index(w), o_tiles, results, z, head, block * B + w * 64,
-                  start, q_first, kv_len, D, RAGGED, LSE)  # fmt: skip
+        before = (t - 1) % SLOTS
+        weights = gl.convert_layout(p.to(dtype), p_layout)
+        mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
+        acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
+        if LATE:
+            m = gl.convert_layout(gl.max(m, 1), row_layout)
+        if QREG:
+            write_registers(acc, total, m, sink, v_empty.index(before), results, z, head, block * B + w * 64, start, q_first,
+                            kv_len, D, RAGGED, LSE)  # fmt: skip
+        else:
+            _write(acc, total, m, sink, v_empty.index(before), q_s.index(w), o_tiles, results, z, head, block * B + w * 64,
+                   start, q_first, kv_len, D, RAGGED, LSE)  # fmt: skip
             mbarrier.arrive(q_bars.index(1), count=1)
-        ticket = next_ticket(served, ticket_s, ticket_bars)
         served += 1
+        z, head, block, _row, start, q_first, kv_len, steps = told(1, served, task_s, task_bars)
 
 
 @gluon.jit

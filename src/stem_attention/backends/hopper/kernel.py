@@ -16,17 +16,18 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from stem_attention.backends.hopper.consumer import first_consumer, second_consumer
 from stem_attention.backends.hopper.gluon_api import barriers
 from stem_attention.backends.hopper.producer import producer
+from stem_attention.backends.hopper.schedule import task_barriers, task_memory
 
 
 # Lengths differ from call to call: no kernel of its own for one that is 1 or a multiple of 16.
 @gluon.jit(
-    do_not_specialize=["q_len", "kv_len", "sequences", "heads", "rows", "heavy", "band", "width", "tickets", "group",
-                       "page_count", "table_stride", "lse_stride_b", "lse_stride_h"]
+    do_not_specialize=["q_len", "kv_len", "sequences", "heads", "rows", "heavy", "light", "abreast", "width", "tickets",
+                       "group", "page_count", "table_stride", "lse_stride_b", "lse_stride_h"]
 )  # fmt: skip
 def attention_kernel(
     q_tiles, k_tiles, v_tiles, o_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table, queue,
     o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, page_count,
-    q_len, kv_len, sequences, heads, rows, heavy, band, width, tickets, group, scale, steepness,
+    q_len, kv_len, sequences, heads, rows, heavy, light, abreast, width, tickets, group, scale, steepness,
     WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
     LSE: gl.constexpr, BOX: gl.constexpr, QREG: gl.constexpr, REST: gl.constexpr,
 ):  # fmt: skip
@@ -39,7 +40,7 @@ def attention_kernel(
     q_rest = gl.allocate_shared_memory(dtype, [WGS, 64, REST], tile_layout) if REST else q_s
     k_rest = gl.allocate_shared_memory(dtype, [SLOTS, BN, REST], tile_layout) if REST else k_s
     v_s = gl.allocate_shared_memory(dtype, [SLOTS, BN, D], tile_layout)
-    ticket_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    task_s = task_memory()
     k_full = barriers(SLOTS, 1)
     v_full = barriers(SLOTS, 1)
     k_empty = barriers(SLOTS, WGS)
@@ -47,18 +48,15 @@ def attention_kernel(
     q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_bars.index(0), count=1)
     mbarrier.init(q_bars.index(1), count=WGS)
-    ticket_bars = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(ticket_bars.index(i), count=1)
-        mbarrier.init(ticket_bars.index(2 + i), count=WGS)
+    task_bars = task_barriers(WGS)
     # A barrier that nothing waits for must not be there: Triton sees its memory unused and puts the atomic's ticket there,
     # which PTX forbids without mbarrier.inval. The ticket was lost now and then, and with it a row.
     turns = barriers(2, 1) if WGS == 2 else q_bars
     fence_async_shared()
 
     tiles = (q_tiles, k_tiles, v_tiles, o_tiles)
-    shared = (q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, turns, q_rest, k_rest)
-    batch = (cu_q, cu_k, q_len, kv_len, sequences, heads, rows, heavy, band)
+    shared = (q_s, k_s, v_s, task_s, k_full, v_full, k_empty, v_empty, q_bars, task_bars, turns, q_rest, k_rest)
+    batch = (cu_q, cu_k, q_len, kv_len, sequences, heads, rows, heavy, light, abreast)
     lists = (indices, counts, width, tickets, group)
     pages = (page_table, table_stride, page_count)
     scales = (scale, steepness)

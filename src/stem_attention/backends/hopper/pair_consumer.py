@@ -6,9 +6,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from stem_attention.backends.hopper.consumer import SLACK, bounded, clear_tail, grown, masked, sums_of, write
-from stem_attention.backends.hopper.gluon_api import rescaled
-from stem_attention.backends.hopper.schedule import list_of, next_ticket, open_task, slot_of
+from stem_attention.backends.hopper.consumer import (
+    bounded,
+    clear_tail,
+    exponents,
+    masked,
+    queries_read,
+    sums_of,
+    write_registers,
+)
+from stem_attention.backends.hopper.gluon_api import along, rescaled, tops_of
+from stem_attention.backends.hopper.schedule import slot_of, told
 
 
 @gluon.jit
@@ -34,28 +42,17 @@ def _next_tile(w: gl.constexpr, more, mine, both, plans, before, own, plan_s, pl
 
 
 @gluon.jit
-def _exponents(scores, scale, m):
-    """Exponents of a tile's weights in base 2, the running maximum, and what older weights shrink by."""
-    top = gl.max(scores, 1) * scale
-    new_m = gl.where(top > m + SLACK, top, m)
-    return scores * scale - new_m[:, None], new_m, gl.exp2(m - new_m)
-
-
-@gluon.jit
-def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.constexpr, SLOTS: gl.constexpr,
+def _row(w: gl.constexpr, shared, results, scales, D: gl.constexpr, SLOTS: gl.constexpr,
          PLANS: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
     """Row ``w`` of every pair; 1 is the later one, which every pair has."""
-    _, _, _, o_tiles = tiles
     scale, steepness = scales
-    q_s, k_s, v_s, ticket_s, plan_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, plan_bars = shared
-    _, counts, width, tickets, _ = lists
+    q_s, k_s, v_s, task_s, plan_s, k_full, v_full, k_empty, v_empty, q_bars, task_bars, plan_bars = shared
     _, _, _, _, _, _, sinks = results
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
     dtype: gl.constexpr = q_s.dtype
     blank = gl.zeros([64, 64], gl.float32, scores_layout)
     both_read = 0
@@ -65,13 +62,11 @@ def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.co
     both = 0
     n = 0
     served = 0
-    ticket = gl.program_id(0)
-    while ticket < tickets:
-        z, head, later, later_row, start, q_first, _first, kv_len = open_task(ticket, batch, 64, RAGGED, 2)
+    z, head, later, later_row, start, q_first, kv_len, entries = told(w, served, task_s, task_bars)
+    while z >= 0:
         block = later - 1 + w
         row = later_row - 1 + w
         if row >= 0:
-            _offset, entries, _whole = list_of(z, head, block, row, batch, counts, width, 64)
             mbarrier.wait(q_bars.index(w), n & 1)
             q = q_s.index(w).load(q_layout)
             n += 1
@@ -80,7 +75,7 @@ def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.co
             sink = -float("inf")
             if sinks is not None:
                 sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
-            m = gl.full([64], sink, gl.float32, row_layout)
+            m = tops_of(blank) + sink
 
             # The diagonal block, peeled: there are no weights beside its scores.
             slot, parity, mine, both, plans, both_read, own = _next_tile(w, entries > 0, mine, both, plans, both_read, own,
@@ -91,10 +86,11 @@ def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.co
             scores = warpgroup_mma(q, k_s.index(now).permute((1, 0)), blank, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(now), count=1)
+            queries_read(q_bars.index(2 + w))
             scores = masked(bounded(scores, steepness), 0, 0, 64, scores_layout)
             if RAGGED:
                 clear_tail(now, now_parity, v_s, v_full, kv_len - block * 64, 64)
-            x, m, shrink = _exponents(scores, scale, m)
+            x, m, shrink = exponents(scores, scale, m)
             total = sums_of(blank)
             slot, parity, mine, both, plans, both_read, own = _next_tile(w, entries > 1, mine, both, plans, both_read, own,
                                                                          plan_s, plan_bars, SLOTS, PLANS)  # fmt: skip
@@ -106,40 +102,40 @@ def _row(w: gl.constexpr, tiles, shared, batch, lists, results, scales, D: gl.co
                 slot, parity, mine, both, plans, both_read, own = _next_tile(w, i + 1 < entries, mine, both, plans, both_read,
                                                                              own, plan_s, plan_bars, SLOTS, PLANS)  # fmt: skip
                 p = gl.exp2(x)
-                total = grown(total, shrink, sums_of(p))
+                total = total * along(shrink, total) + sums_of(p)
                 weights = gl.convert_layout(p.to(dtype), p_layout)
                 mbarrier.wait(v_full.index(now), now_parity)
                 acc = warpgroup_mma(weights, v_s.index(now), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, deps=[scores])
                 mbarrier.arrive(k_empty.index(ahead), count=1)
-                x, m, shrink = _exponents(bounded(scores, steepness), scale, m)
+                x, m, shrink = exponents(bounded(scores, steepness), scale, m)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(v_empty.index(now), count=1)
-                acc = rescaled(acc, gl.convert_layout(shrink, out_rows)[:, None])
+                acc = rescaled(acc, along(shrink, acc))
                 now = ahead
                 now_parity = ahead_parity
 
             p = gl.exp2(x)
-            total = grown(total, shrink, sums_of(p))
+            total = total * along(shrink, total) + sums_of(p)
             weights = gl.convert_layout(p.to(dtype), p_layout)
             mbarrier.wait(v_full.index(now), now_parity)
             acc = warpgroup_mma(weights, v_s.index(now), acc, is_async=True)
-            write(acc, total, m, sink, v_empty.index(now), q_s.index(w), o_tiles, results, z, head, block * 64, start, q_first,
-                  kv_len, D, RAGGED, LSE)  # fmt: skip
-            mbarrier.arrive(q_bars.index(2 + w), count=1)
-        ticket = next_ticket(served, ticket_s, ticket_bars)
+            m = gl.convert_layout(gl.max(m, 1), row_layout)
+            write_registers(acc, total, m, sink, v_empty.index(now), results, z, head, block * 64, start, q_first, kv_len, D,
+                            RAGGED, LSE)  # fmt: skip
         served += 1
+        z, head, later, later_row, start, q_first, kv_len, entries = told(w, served, task_s, task_bars)
 
 
 @gluon.jit
-def first_of_pair(tiles, shared, batch, lists, results, scales, D: gl.constexpr, SLOTS: gl.constexpr, PLANS: gl.constexpr,
+def first_of_pair(shared, results, scales, D: gl.constexpr, SLOTS: gl.constexpr, PLANS: gl.constexpr,
                   RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
     """The earlier row; the first row of an odd number has none before it."""
-    _row(0, tiles, shared, batch, lists, results, scales, D, SLOTS, PLANS, RAGGED, LSE)
+    _row(0, shared, results, scales, D, SLOTS, PLANS, RAGGED, LSE)
 
 
 @gluon.jit
-def second_of_pair(tiles, shared, batch, lists, results, scales, D: gl.constexpr, SLOTS: gl.constexpr, PLANS: gl.constexpr,
+def second_of_pair(shared, results, scales, D: gl.constexpr, SLOTS: gl.constexpr, PLANS: gl.constexpr,
                    RAGGED: gl.constexpr, LSE: gl.constexpr):  # fmt: skip
     """The later row."""
-    _row(1, tiles, shared, batch, lists, results, scales, D, SLOTS, PLANS, RAGGED, LSE)
+    _row(1, shared, results, scales, D, SLOTS, PLANS, RAGGED, LSE)

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from stem_attention.backends.hopper.gluon_api import barriers
 from stem_attention.backends.hopper.pair_consumer import first_of_pair, second_of_pair
 from stem_attention.backends.hopper.pair_producer import pair_producer
+from stem_attention.backends.hopper.schedule import task_barriers, task_memory
 
 PLANS: gl.constexpr = gl.constexpr(4)  # of a row that may wait to be read
 
@@ -33,13 +34,13 @@ def _empty_barriers(SLOTS: gl.constexpr):
 
 # Lengths differ from call to call: no kernel of its own for one that is 1 or a multiple of 16.
 @gluon.jit(
-    do_not_specialize=["q_len", "kv_len", "sequences", "heads", "rows", "heavy", "band", "width", "tickets", "group",
-                       "page_count", "table_stride", "lse_stride_b", "lse_stride_h"]
+    do_not_specialize=["q_len", "kv_len", "sequences", "heads", "rows", "heavy", "light", "abreast", "width", "tickets",
+                       "group", "page_count", "table_stride", "lse_stride_b", "lse_stride_h"]
 )  # fmt: skip
 def pair_kernel(
     q_tiles, k_tiles, v_tiles, o_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table, queue,
     o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, page_count,
-    q_len, kv_len, sequences, heads, rows, heavy, band, width, tickets, group, scale, steepness,
+    q_len, kv_len, sequences, heads, rows, heavy, light, abreast, width, tickets, group, scale, steepness,
     D: gl.constexpr, SLOTS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """The arguments are those of ``kernel.py``'s. ``SLOTS`` are those of every ring, at least two."""
@@ -49,7 +50,7 @@ def pair_kernel(
     k_s = gl.allocate_shared_memory(dtype, [3 * SLOTS, 64, D], tile_layout)
     v_s = gl.allocate_shared_memory(dtype, [3 * SLOTS, 64, D], tile_layout)
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    ticket_s = gl.allocate_shared_memory(gl.int32, [2, 1], word)
+    task_s = task_memory()
     plan_s = gl.allocate_shared_memory(gl.int32, [4 * PLANS, 1], word)
     k_full = barriers(3 * SLOTS, 1)
     v_full = barriers(3 * SLOTS, 1)
@@ -58,20 +59,18 @@ def pair_kernel(
     # Of two rows each: "full" and "empty".
     q_bars = barriers(4, 1)
     plan_bars = barriers(4 * PLANS, 1)
-    ticket_bars = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
-        mbarrier.init(ticket_bars.index(i), count=1 if i < 2 else 2)
+    task_bars = task_barriers(2)
     fence_async_shared()
 
-    tiles = (q_tiles, k_tiles, v_tiles, o_tiles)
-    shared = (q_s, k_s, v_s, ticket_s, plan_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, plan_bars)
-    batch = (cu_q, cu_k, q_len, kv_len, sequences, heads, rows, heavy, band)
+    tiles = (q_tiles, k_tiles, v_tiles)
+    shared = (q_s, k_s, v_s, task_s, plan_s, k_full, v_full, k_empty, v_empty, q_bars, task_bars, plan_bars)
+    batch = (cu_q, cu_k, q_len, kv_len, sequences, heads, rows, heavy, light, abreast)
     lists = (indices, counts, width, tickets, group)
     pages = (page_table, table_stride, page_count)
     scales = (scale, steepness)
     results = (out, o_stride_s, o_stride_h, lse, lse_stride_b, lse_stride_h, sinks)
     gl.warp_specialize([
-        (first_of_pair, (tiles, shared, batch, lists, results, scales, D, SLOTS, PLANS, RAGGED, LSE)),
-        (second_of_pair, (tiles, shared, batch, lists, results, scales, D, SLOTS, PLANS, RAGGED, LSE)),
+        (first_of_pair, (shared, results, scales, D, SLOTS, PLANS, RAGGED, LSE)),
+        (second_of_pair, (shared, results, scales, D, SLOTS, PLANS, RAGGED, LSE)),
         (pair_producer, (tiles, shared, batch, lists, pages, queue, D, SLOTS, PLANS, PAGE, RAGGED, BOX)),
     ], [4, 1], [224, 56])  # fmt: skip

@@ -8,7 +8,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from stem_attention.backends.hopper.gluon_api import async_load, bits_set, lowest_bit
 from stem_attention.backends.hopper.producer import copy_tile
-from stem_attention.backends.hopper.schedule import blocks_before, hand_out, list_of, mask_of, open_task, slot_of
+from stem_attention.backends.hopper.schedule import (
+    blocks_before,
+    drawn,
+    list_of,
+    mask_of,
+    open_task,
+    slot_of,
+    tell,
+    ticket_of,
+)
 
 
 @gluon.jit
@@ -36,14 +45,14 @@ def _publish(w: gl.constexpr, mine, both, plans, plan_s, plan_bars, PLANS: gl.co
 @gluon.jit
 def pair_producer(tiles, shared, batch, lists, pages, queue, D: gl.constexpr, SLOTS: gl.constexpr, PLANS: gl.constexpr,
                   PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr):  # fmt: skip
-    """Fill the rings for one task after another; consumers learn of a task through two slots of tickets.
+    """Fill the rings for one task after another; consumers learn of a task through two slots.
 
     Nothing waits in a circle. Tiles are fetched in the order of both lists together, values one tile behind keys, and plans are
     told before their tiles. A consumer takes its tiles in that order and holds at most two tiles' values and one tile's keys,
     so with two slots a ring what the producer waits for never waits for what it has yet to fetch or tell.
     """
-    q_tiles, k_tiles, v_tiles, _ = tiles
-    q_s, k_s, v_s, ticket_s, plan_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, plan_bars = shared
+    q_tiles, k_tiles, v_tiles = tiles
+    q_s, k_s, v_s, task_s, plan_s, k_full, v_full, k_empty, v_empty, q_bars, task_bars, plan_bars = shared
     indices, counts, width, tickets, group = lists
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     both_read = 0
@@ -61,6 +70,8 @@ def pair_producer(tiles, shared, batch, lists, pages, queue, D: gl.constexpr, SL
             kv_head = head // group
             offset1, left1, whole1 = list_of(z, head, block, row, batch, counts, width, 64)
             offset0, left0, whole0 = list_of(z, head, block - 1, row - 1, batch, counts, width, 64)
+            tell(served, task_s, task_bars, z, head, block, row, start, q_first, kv_len, left0, left1)
+            served += 1
             entries1 = left1
             entries0 = left0
             q_z = 0 if RAGGED else z
@@ -105,7 +116,11 @@ def pair_producer(tiles, shared, batch, lists, pages, queue, D: gl.constexpr, SL
                     before = at
                     before_slot = slot
                     before_parity = parity
+            # Asked for behind the last keys, and there when the last values' slot is free.
+            number = drawn(queue)
             copy_tile(v_tiles, v_s, v_s, v_full, v_empty, before_slot, before_parity, z, kv_head, before, k_first, kv_len,
                       pages, 64, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
-        ticket = hand_out(queue, tickets, served, ticket_s, ticket_bars)
-        served += 1
+        else:
+            number = drawn(queue)
+        ticket = ticket_of(number, queue, tickets)
+    tell(served, task_s, task_bars, -1, 0, 0, 0, 0, 0, 0, 0, 0)

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from stem_attention.backends.hopper.gluon_api import async_load
-from stem_attention.backends.hopper.schedule import hand_out, keys_of, open_task, steps_of
+from stem_attention.backends.hopper.schedule import drawn, keys_of, open_task, steps_of, tell, ticket_of
 
 
 @gluon.jit
@@ -58,10 +58,10 @@ def _copy_rows(tiles, ring, rest, full, empty, t, z, head, position, k_first, kv
 @gluon.jit
 def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
              SLOTS: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, BOX: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """Fill the rings for one task after another; consumers learn of a task through two slots of tickets."""
+    """Fill the rings for one task after another; consumers learn of a task through two slots."""
     B: gl.constexpr = 64 * WGS
     q_tiles, k_tiles, v_tiles, _ = tiles
-    q_s, k_s, v_s, ticket_s, k_full, v_full, k_empty, v_empty, q_bars, ticket_bars, _, q_rest, k_rest = shared
+    q_s, k_s, v_s, task_s, k_full, v_full, k_empty, v_empty, q_bars, task_bars, _, q_rest, k_rest = shared
     indices, counts, width, tickets, group = lists
     t = 0
     n = 0
@@ -72,6 +72,8 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
         if row >= 0:
             kv_head = head // group
             offset, entries, whole, steps = steps_of(z, head, block, row, batch, counts, width, B, BN)
+            tell(served, task_s, task_bars, z, head, block, row, start, q_first, kv_len, 0, steps)
+            served += 1
             mbarrier.wait(q_bars.index(1), (n & 1) ^ 1)
             mbarrier.expect(q_bars.index(0), B * (D + REST) * 2)
             q_z = 0 if RAGGED else z
@@ -99,7 +101,11 @@ def producer(tiles, shared, batch, lists, pages, queue, WGS: gl.constexpr, BN: g
                                SLOTS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
                 before = position
                 t += 1
+            # Asked for behind the last keys, and there when the last values' slot is free.
+            number = drawn(queue)
             _copy_rows(v_tiles, v_s, v_s, v_full, v_empty, t - 1, z, kv_head, before, k_first, kv_len, pages,
                        SLOTS, BN, D, PAGE, RAGGED, BOX, 0)  # fmt: skip
-        ticket = hand_out(queue, tickets, served, ticket_s, ticket_bars)
-        served += 1
+        else:
+            number = drawn(queue)
+        ticket = ticket_of(number, queue, tickets)
+    tell(served, task_s, task_bars, -1, 0, 0, 0, 0, 0, 0, 0, 0)
