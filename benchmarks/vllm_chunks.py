@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_chunks.py --out evidence/vllm-chunks-cpu.json
 
 Prints the numbers of docs/vllm.md. SmolLM2 reads one window of source code. Every budget starts three engines: on vLLM's own
-attention, with Stem, and with Stem where the runner does not tell how long prompts are, as in vLLM 0.26's second one.
+attention, with Stem, and with Stem where the runner does not tell how long prompts are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plug-in in vLLM's own processes: an engine process and two tensor-parallel workers."""
+"""The plug-in in vLLM's own processes: an engine process and two workers, tensor-parallel or two stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def metrics():
 
 def main():
     given = json.load(open(sys.argv[1]))
-    budget = {"max_num_batched_tokens": 333, "tensor_parallel_size": 2}
-    llm = vllm.LLM(given["model"], attention_backend=NAME, **budget, **given["options"])
+    options = {"max_num_batched_tokens": 333, **given["options"], **given["workers"]}
+    llm = vllm.LLM(given["model"], attention_backend=NAME, **options)
     prompts = [{"prompt_token_ids": prompt} for prompt in given["prompts"]]
     greedy = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     tokens = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy, use_tqdm=False)]
@@ -53,7 +53,7 @@ def test_worker_processes_give_one_process_tokens_each_with_the_factors_of_its_o
     result, log = run_script(
         SCRIPT,
         tmp_path,
-        {"model": str(llama), "prompts": PROMPTS},
+        {"model": str(llama), "prompts": PROMPTS, "workers": {"tensor_parallel_size": 2}},
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_WORKER_MULTIPROCESSING_METHOD="spawn",  # as on a GPU: the config is pickled, and read before plug-ins are
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
@@ -74,3 +74,22 @@ def test_worker_processes_give_one_process_tokens_each_with_the_factors_of_its_o
     assert result["metrics"] == sums, "Prometheus has the blocks of all workers"
     assert 1300 < first["sparse_tokens"] <= sum(map(len, PROMPTS))
     assert result["here"]["sparse_rows"] == 0, "workers count, the process that asks them does not"
+
+
+def test_two_stages_of_a_pipeline_give_the_tokens_of_vllms_own_attention(llama, tmp_path, engine):
+    # In eager mode the CPU build skips the warm-up that makes room for what one stage hands to the next.
+    compiled = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+    result, log = run_script(
+        SCRIPT,
+        tmp_path,
+        {"model": str(llama), "prompts": PROMPTS, "workers": {"pipeline_parallel_size": 2, **compiled}},
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_WORKER_MULTIPROCESSING_METHOD="spawn",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+        STEM_ATTENTION_SETTINGS=json.dumps({"policy": "mass:tail_blocks=1000", "dense_below": 0, "min_query_len": 32}),
+    )
+    assert result["tokens"] == generate(engine(llama), PROMPTS, tokens=8)
+    assert log.count("Stem is on in 1 of 1 attention layers") == 2, "each stage has a layer"
+    for stage in result["counters"]:
+        assert stage["density"] == 1
+        assert 1300 < stage["sparse_tokens"] <= sum(map(len, PROMPTS)), "stages have the same rows"

@@ -60,6 +60,15 @@ def queries_read(empty):
 
 
 @gluon.jit
+def sink_of(sinks, head):
+    """A head's sink in base 2: a score without a value. The maximum begins with it, and its weight joins the sum at the end."""
+    sink = -float("inf")
+    if sinks is not None:
+        sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
+    return sink
+
+
+@gluon.jit
 def bounded(scores, steepness):
     """Scores under a soft cap, which is the scale then: products become their hyperbolic tangent."""
     return scores if steepness is None else 1.0 - 2.0 / (gl.exp2(scores * (steepness * 2.8853900817779268)) + 1.0)
@@ -93,6 +102,39 @@ def clear_tail(s, parity, v_s, v_full, present, BN: gl.constexpr):
             values = part.load(layout)
             part.store(gl.where(rows[:, None] < present, values, gl.zeros_like(values)))
         fence_async_shared()
+
+
+@gluon.jit
+def late_weights(x, shrink, total):
+    """Weights of a tile, of which ``x`` are the exponents, where the maximum moves late; and the sums with them."""
+    p = gl.exp2(x)
+    return p, total * along(shrink, total) + sums_of(p)
+
+
+@gluon.jit
+def weighted(p, acc, s, lap, v_s, v_full):
+    """Results with the values in slot ``s`` by their weights, issued. Of ``lap``, times round the ring, the parity counts."""
+    weights = gl.convert_layout(p.to(v_s.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+    mbarrier.wait(v_full.index(s), lap & 1)
+    return warpgroup_mma(weights, v_s.index(s), acc, is_async=True)
+
+
+@gluon.jit
+def late_step(x, m, shrink, total, acc, scores, s, before, lap, rings, scales):
+    """Exponentials of the tile in slot ``before`` beside the next one's scores, of slot ``s``, which have been issued.
+
+    Then the next one's exponents beside the weighted values of this one. ``lap`` is that of ``before``.
+    """
+    v_s, v_full, k_empty, v_empty = rings
+    scale, steepness = scales
+    p, total = late_weights(x, shrink, total)
+    acc = weighted(p, acc, before, lap, v_s, v_full)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(k_empty.index(s), count=1)
+    x, m, shrink = exponents(bounded(scores, steepness), scale, m)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    return x, m, shrink, total, rescaled(acc, along(shrink, acc))
 
 
 @gluon.jit
@@ -203,9 +245,7 @@ def _step(t, q, p, m, total, acc, blank, shared, scales, present, w: gl.constexp
     if WGS == 2:
         mbarrier.wait(turns.index(w), (t & 1) ^ (1 - w))
     scores = _products(q, s, blank, shared, REST)
-    weights = gl.convert_layout(p.to(v_s.dtype), gl.DotOperandLayout(0, out_layout, 2))
-    mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
-    acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
+    acc = weighted(p, acc, before, (t - 1) // SLOTS, v_s, v_full)
     if WGS == 2:
         mbarrier.arrive(turns.index(1 - w), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
@@ -235,12 +275,11 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
     scale, steepness = scales
     q_s, _, v_s, task_s, k_full, v_full, k_empty, v_empty, q_bars, task_bars, turns, q_rest, _ = shared
     _, _, _, _, _, _, sinks = results
+    rings = v_s, v_full, k_empty, v_empty
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    dtype: gl.constexpr = q_s.dtype
     # With one consumer of 64 columns there is little beside softmax: what it need not do counts.
     LATE: gl.constexpr = WGS == 1 and D == 64
     blank = gl.zeros([64, BN], gl.float32, scores_layout)
@@ -255,10 +294,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             q = (q_s.index(w).load(q_layout), q_rest.index(w).load(q_layout))
         n += 1
         acc = gl.zeros([64, D], gl.float32, out_layout)
-        # A sink is a score without a value: the maximum begins with it, and its weight joins the sum at the end.
-        sink = -float("inf")
-        if sinks is not None:
-            sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
+        sink = sink_of(sinks, head)
         m = tops_of(blank) + sink if LATE else gl.full([64], sink, gl.float32, row_layout)
 
         # The diagonal block, peeled: its first tile has no values before it to weigh.
@@ -287,22 +323,10 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
             for _ in range(1, steps):
                 s = t % SLOTS
                 mbarrier.wait(k_full.index(s), (t // SLOTS) & 1)
-                scores = _products(q, s, blank, shared, REST)
-                before = (t - 1) % SLOTS
-                p = gl.exp2(x)
-                total = total * along(shrink, total) + sums_of(p)
-                weights = gl.convert_layout(p.to(dtype), p_layout)
-                mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
-                acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
-                scores = warpgroup_mma_wait(1, deps=[scores])
-                mbarrier.arrive(k_empty.index(s), count=1)
-                x, m, shrink = exponents(bounded(scores, steepness), scale, m)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(v_empty.index(before), count=1)
-                acc = rescaled(acc, along(shrink, acc))
+                x, m, shrink, total, acc = late_step(x, m, shrink, total, acc, _products(q, s, blank, shared, REST), s,
+                                                     (t - 1) % SLOTS, (t - 1) // SLOTS, rings, scales)  # fmt: skip
                 t += 1
-            p = gl.exp2(x)
-            total = total * along(shrink, total) + sums_of(p)
+            p, total = late_weights(x, shrink, total)
         else:
             for sub in gl.static_range(1, SUB):
                 p, m, total, acc = _step(t, q, p, m, total, acc, blank, shared, scales, present - sub * BN,
@@ -314,9 +338,7 @@ def _consumer(w: gl.constexpr, tiles, shared, batch, lists, results, scales, WGS
                 t += 1
 
         before = (t - 1) % SLOTS
-        weights = gl.convert_layout(p.to(dtype), p_layout)
-        mbarrier.wait(v_full.index(before), ((t - 1) // SLOTS) & 1)
-        acc = warpgroup_mma(weights, v_s.index(before), acc, is_async=True)
+        acc = weighted(p, acc, before, (t - 1) // SLOTS, v_s, v_full)
         if LATE:
             m = gl.convert_layout(gl.max(m, 1), row_layout)
         if QREG:

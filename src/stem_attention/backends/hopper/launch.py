@@ -4,6 +4,11 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Arguments of both attention kernels that differ from call to call: none gets a kernel of its own for 1 or multiples of 16.
+VARYING = (
+    "q_len", "kv_len", "sequences", "heads", "rows", "heavy", "light", "abreast", "width", "tickets", "group", "page_count",
+    "table_stride", "lse_stride_b", "lse_stride_h",
+)  # fmt: skip
 _LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
 
 

@@ -10,12 +10,16 @@ from stem_attention.backends.hopper.consumer import (
     bounded,
     clear_tail,
     exponents,
+    late_step,
+    late_weights,
     masked,
     queries_read,
+    sink_of,
     sums_of,
+    weighted,
     write_registers,
 )
-from stem_attention.backends.hopper.gluon_api import along, rescaled, tops_of
+from stem_attention.backends.hopper.gluon_api import tops_of
 from stem_attention.backends.hopper.schedule import slot_of, told
 
 
@@ -48,12 +52,11 @@ def _row(w: gl.constexpr, shared, results, scales, D: gl.constexpr, SLOTS: gl.co
     scale, steepness = scales
     q_s, k_s, v_s, task_s, plan_s, k_full, v_full, k_empty, v_empty, q_bars, task_bars, plan_bars = shared
     _, _, _, _, _, _, sinks = results
+    rings = v_s, v_full, k_empty, v_empty
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    dtype: gl.constexpr = q_s.dtype
     blank = gl.zeros([64, 64], gl.float32, scores_layout)
     both_read = 0
     own = 0
@@ -71,10 +74,7 @@ def _row(w: gl.constexpr, shared, results, scales, D: gl.constexpr, SLOTS: gl.co
             q = q_s.index(w).load(q_layout)
             n += 1
             acc = gl.zeros([64, D], gl.float32, out_layout)
-            # A sink is a score without a value: the maximum begins with it, and its weight joins the sum at the end.
-            sink = -float("inf")
-            if sinks is not None:
-                sink = gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
+            sink = sink_of(sinks, head)
             m = tops_of(blank) + sink
 
             # The diagonal block, peeled: there are no weights beside its scores.
@@ -96,30 +96,17 @@ def _row(w: gl.constexpr, shared, results, scales, D: gl.constexpr, SLOTS: gl.co
                                                                          plan_s, plan_bars, SLOTS, PLANS)  # fmt: skip
             for i in range(1, entries):
                 mbarrier.wait(k_full.index(slot), parity)
-                scores = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), blank, use_acc=False, is_async=True)
+                issued = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), blank, use_acc=False, is_async=True)
                 ahead = slot
                 ahead_parity = parity
                 slot, parity, mine, both, plans, both_read, own = _next_tile(w, i + 1 < entries, mine, both, plans, both_read,
                                                                              own, plan_s, plan_bars, SLOTS, PLANS)  # fmt: skip
-                p = gl.exp2(x)
-                total = total * along(shrink, total) + sums_of(p)
-                weights = gl.convert_layout(p.to(dtype), p_layout)
-                mbarrier.wait(v_full.index(now), now_parity)
-                acc = warpgroup_mma(weights, v_s.index(now), acc, is_async=True)
-                scores = warpgroup_mma_wait(1, deps=[scores])
-                mbarrier.arrive(k_empty.index(ahead), count=1)
-                x, m, shrink = exponents(bounded(scores, steepness), scale, m)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(v_empty.index(now), count=1)
-                acc = rescaled(acc, along(shrink, acc))
+                x, m, shrink, total, acc = late_step(x, m, shrink, total, acc, issued, ahead, now, now_parity, rings, scales)
                 now = ahead
                 now_parity = ahead_parity
 
-            p = gl.exp2(x)
-            total = total * along(shrink, total) + sums_of(p)
-            weights = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(v_full.index(now), now_parity)
-            acc = warpgroup_mma(weights, v_s.index(now), acc, is_async=True)
+            p, total = late_weights(x, shrink, total)
+            acc = weighted(p, acc, now, now_parity, v_s, v_full)
             m = gl.convert_layout(gl.max(m, 1), row_layout)
             write_registers(acc, total, m, sink, v_empty.index(now), results, z, head, block * 64, start, q_first, kv_len, D,
                             RAGGED, LSE)  # fmt: skip

@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from stem_attention.backends.hopper.gluon_api import barriers
+from stem_attention.backends.hopper.launch import VARYING
 from stem_attention.backends.hopper.pair_consumer import first_of_pair, second_of_pair
 from stem_attention.backends.hopper.pair_producer import pair_producer
 from stem_attention.backends.hopper.schedule import task_barriers, task_memory
@@ -32,11 +33,7 @@ def _empty_barriers(SLOTS: gl.constexpr):
     return bars
 
 
-# Lengths differ from call to call: no kernel of its own for one that is 1 or a multiple of 16.
-@gluon.jit(
-    do_not_specialize=["q_len", "kv_len", "sequences", "heads", "rows", "heavy", "light", "abreast", "width", "tickets",
-                       "group", "page_count", "table_stride", "lse_stride_b", "lse_stride_h"]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=VARYING)
 def pair_kernel(
     q_tiles, k_tiles, v_tiles, o_tiles, out, lse, sinks, indices, counts, cu_q, cu_k, page_table, queue,
     o_stride_s, o_stride_h, lse_stride_b, lse_stride_h, table_stride, page_count,
