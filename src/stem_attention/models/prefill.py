@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,12 +160,13 @@ def read(
             "is too narrow for them; try float32, or fetch it again"
         )
     end = getattr(model.generation_config, "eos_token_id", None)
+    cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # until transformers 5.23
     while len(reading.tokens) < max_new_tokens and token not in ([end] if isinstance(end, int) else end or []):
         reading.tokens.append(token)
         on_token()
         if len(reading.tokens) == max_new_tokens or is_done(reading.tokens):
             break
-        output = model(torch.tensor([[token]], device=model.device), past_key_values=output.past_key_values, use_cache=True)
+        output = model(torch.tensor([[token]], device=model.device), use_cache=True, **{cache: output[cache]})
         token = int(output.logits[0, -1].argmax())
     return reading
 
