@@ -202,8 +202,9 @@ def _write(acc, total, m, sink, read, staging, o_tiles, results, z, head, positi
 
 @gluon.constexpr_function
 def _exchanged(D, times):
-    """The layout of 64 rows of products when neighbouring threads have exchanged numbers once, or twice: eight of a thread's
-    columns then lie together.
+    """The layout of 64 rows of products when neighbouring threads have exchanged numbers once, or twice.
+
+    After the second time eight of a thread's columns lie together.
     """
     own = [[0, 1], [0, 2], [8, 0], [0, 16]] if times == 1 else [[0, 1], [0, 2], [0, 4], [8, 0]]
     far = [[0, 32], [0, 64], [0, 128]][: (D // 32).bit_length() - 1]
