@@ -27,9 +27,11 @@ def open_model(
     name: str | None, device: torch.device, dtype: torch.dtype, console: Console
 ) -> tuple[ModelSource, Model, Tokenizer]:
     """Find and load a model, try whether it reads, and put it on Stem's attention function."""
-    need("transformers", "gguf", "accelerate", purpose="a model")
+    need("transformers", purpose="a model")
     with blaming("--"):
         source = find_model(name)
+        if source.gguf is not None:
+            need("gguf", "accelerate", purpose="a GGUF file")
         fetched = "" if Path(source.location).is_dir() else ": from the cache, or fetched from the hub, which can take minutes"
         with console.status(f"loading {source}{fetched}"):
             model, tokenizer = load_model(source, device, dtype)
