@@ -65,6 +65,8 @@ def test_command_line_that_does_not_parse_exits_2(arguments, complaint):
         (["run", "--context", "600", "--policy", "uniform@0.01"], ["--policy: uniform@0.01: no density within 5%"]),
         (["run", "--prompt-file", "long.txt"], ["prompt of 5000 tokens", "context of 4096 tokens"]),
         (["run", "--context", "20"], ["--context: expected at least"]),
+        (["run", "--context", "600", "--max-new-tokens", "9000"], ["9000", "4096", "lower --context or --max-new-tokens"]),
+        (["run", "--max-new-tokens", "9000"], ["that --max-new-tokens leaves to the prompt: expected at least"]),
         (["inspect", "--context", "9000"], ["9000", "4096"]),
         (["inspect", "--layer", "2"], ["--layer: expected 0 to"]),
         (["inspect", "--layer", "-1"], ["--layer: expected 0 to"]),

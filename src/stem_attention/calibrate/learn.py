@@ -71,8 +71,8 @@ def needle_lessons(tokenizer: Tokenizer, haystack: str | None, tokens: int, coun
     lessons = []
     for i in range(count):
         prompt = planted_prompt(
-            tokenizer, tokens - _ANSWER_ROOM, seed=f"{seed} {i}", depth=(i + 0.5) / count, kind="multikey",
-            count=_COMPETING, haystack=haystack,
+            tokenizer, tokens, seed=f"{seed} {i}", depth=(i + 0.5) / count, kind="multikey", count=_COMPETING,
+            haystack=haystack, answer=_ANSWER_ROOM,
         )  # fmt: skip
         lessons.append(Lesson(prompt.ids, list(tokenizer(f" {prompt.answers[0]}", add_special_tokens=False).input_ids)))
     return lessons
@@ -99,7 +99,7 @@ def _check_reachable(density: float, least: float, fix: str) -> None:
 
 def learn(model: Model, lessons: Sequence[Lesson], policy: Mass, seed: int, tick: Callable[[], None]) -> Curves:
     """Read the lessons backwards, one after the other; ``tick`` is called after each. Takes models of full attention alone."""
-    check_full_attention(model, "calibrate")
+    check_full_attention(model, "calibrate", max(len(lesson.ids) + len(lesson.answer) for lesson in lessons))
     _check_plain_scores(model)
     text = model.config.get_text_config()
     sums = torch.zeros(3, text.num_hidden_layers, text.num_attention_heads, len(SHARES), dtype=torch.float64)
