@@ -153,6 +153,10 @@ _read_name = lru_cache(maxsize=256)(_sized)
 
 
 def _build(name: str, given: Mapping[str, Any], trusted: bool = True) -> Policy:
+    own = name.partition(":")[0]
+    if own in _NAMED and own != name:
+        fix = f'write the fields beside it: {{"policy": "{own}", ...}}'
+        raise bad_argument("policy", "a name without fields", repr(name), fix)
     make = _imported(name, trusted) if ":" in name else _NAMED.get(name)
     if make is None:
         fix = nearest(name, _NAMED, "name one of these, a .json file, or module:Class")
