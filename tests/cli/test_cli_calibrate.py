@@ -2,6 +2,7 @@
 
 import json
 import re
+from shutil import rmtree
 
 import pytest
 import torch
@@ -157,6 +158,18 @@ def test_a_file_that_was_there_survives_a_mistake(tiny_llama, tmp_path):
     (tmp_path / "heads.json").write_text("mine")
     assert main(command(tiny_llama, tmp_path, "--length", "5000")) == 1
     assert (tmp_path / "heads.json").read_text() == "mine"
+
+
+def test_a_policy_whose_folder_went_away_is_printed(tiny_llama, tmp_path, monkeypatch, capsys):
+    away = tmp_path / "away"
+    away.mkdir()
+    monkeypatch.setattr(calibrate.learning, "loss_rises", lambda *given: rmtree(away, True) or first_is_best(*given))
+    assert main(command(tiny_llama, tmp_path, "--out", str(away / "heads.json"))) == 1
+    captured = capsys.readouterr()
+    assert policy_from_json(captured.out).head_factors is not None
+    last = captured.err.splitlines()[-1]
+    assert last.startswith(f"stem-attention: --out: cannot write {away / 'heads.json'}: No such file")
+    assert "standard output" in last
 
 
 def test_the_least_length_that_is_named_is_enough(tiny_llama, tmp_path, monkeypatch, complaint):
