@@ -232,6 +232,8 @@ def test_set_policy_wants_a_model_on_stem():
     model = small_llama("sdpa")
     with pytest.raises(UnsupportedError, match='LlamaForCausalLM runs attn_implementation="sdpa"'):
         hosts.set_policy(model, KEEP_ALL)
+    with pytest.raises(ValueError, match="^model: expected .*, got OptimizedModule; .* pass the one inside"):
+        hosts.set_policy(torch.compile(model), KEEP_ALL)
 
 
 @pytest.mark.parametrize(
