@@ -150,6 +150,14 @@ def test_a_bad_spec_says_what_there_is(text, told):
     assert told in message
 
 
+def test_a_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "heads.json").write_text(Mass(share=8).to_json())
+    assert read_policy("~/heads.json") == Mass(share=8)
+    assert "a readable JSON file" in said(read_policy, "~nobody-of-this-name/heads.json")
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

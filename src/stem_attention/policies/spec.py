@@ -192,8 +192,8 @@ def _imported(name: str, trusted: bool) -> Callable[..., Policy]:
 
 def _file(path: str) -> dict[str, Any]:
     try:
-        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}
-    except (OSError, ValueError, RecursionError, TypeError) as error:  # TypeError: no object
+        return {**json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))}  # no shell sees a server's settings
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # TypeError: no object; RuntimeError: too deep
         fix = "name a JSON file of a policy, such as stem-attention calibrate writes"
         raise bad_argument("policy", "a readable JSON file", f"{path!r} ({error})", fix) from None
 
