@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stem_attention.cli.errors import UserError, blaming, need
@@ -33,7 +34,7 @@ def open_model(
         if source.gguf is not None:
             need("gguf", "accelerate", purpose="a GGUF file")
         fetched = "" if Path(source.location).is_dir() else ": from the cache, or fetched from the hub, which can take minutes"
-        with console.status(f"loading {source}{fetched}"):
+        with console.status(escape(f"loading {source}{fetched}")):  # rich takes what is in brackets for a style
             model, tokenizer = load_model(source, device, dtype)
             _try(model, tokenizer)
     with blaming(f"--model: {source} holds bad stem_attention settings: "):
