@@ -20,18 +20,17 @@ from rich.text import Text
 
 from stem_attention.integrations.transformers import use_policy  # importing it registers "stem"
 from stem_attention.models.load import EMBEDDED_INSTALL, embedded_gguf, find_model, load_model, take_stem
+from stem_attention.models.prompts import chat_ids
 
 TOKENS = int(os.environ.get("TOKENS", "2500"))
 console = Console(highlight=False)
 
 
 def ask(model, tokenizer, document, question):
-    """The prompt as token ids: the document's first tokens, then the question, in the model's chat format."""
+    """The prompt as token ids: the document's first tokens, then the question, in the model's chat format if it has one."""
     start = tokenizer.decode(tokenizer(document).input_ids[:TOKENS])
-    chat = [{"role": "user", "content": f"{start}\n\nAnswer from the text above: {question}"}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(
-        model.device
-    )
+    ids = torch.tensor([chat_ids(tokenizer, f"{start}\n\nAnswer from the text above: {question}")], device=model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class Clock:

@@ -132,11 +132,12 @@ class Needle:
         asked = settings["count"] if kind in ("multivalue", "multiquery") else 1
         return planted_prompt(
             self._tokenizer,
-            case.tokens - ANSWER_TOKENS * asked,
+            case.tokens,
             seed=f"{settings['seed']} {case.key}",
             depth=case.about["depth"],
             kind=kind,
             count=settings["count"],
             haystack=None if self._haystack is None else self._haystack.content,
             use_template=settings["use_template"],
+            answer=ANSWER_TOKENS * asked,
         )

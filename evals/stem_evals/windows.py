@@ -36,7 +36,7 @@ class Windows:
         windows: int,
     ) -> None:  # fmt: skip
         if self.looks_into_layers:
-            check_full_attention(model, self.name)
+            check_full_attention(model, self.name, max(lengths))
         self._model = model
         self._texts = tokenized(tokenizer, texts)
         self._cases = [

@@ -6,11 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests.toys import CONTEXT, toy
 
-from stem_attention import Mass
+from stem_attention import Mass, UnsupportedError
 from stem_attention.calibrate import learn as calibrate
 from stem_attention.calibrate.curves import SHARES
 from stem_attention.calibrate.learn import Curves, Lesson, allocate, learn, needle_lessons, text_lessons, tuned
+from stem_attention.integrations.transformers import set_policy
 from stem_attention.models.prefill import read
 from stem_attention.models.texts import Text
 
@@ -201,7 +203,20 @@ def test_long_texts_are_looked_at_in_part(model, lessons, monkeypatch):
     seen = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
     learn(model, lessons, POLICY, 0, lambda: None)
-    assert seen == [32] * 4  # two passes for each of two lessons
+    assert seen == [1] + [32] * 4  # a sparse prefill, then two passes for each of two lessons
+
+
+def test_a_model_that_reads_in_both_directions_is_refused_before_anything_is_learnt(lessons):
+    model = toy("bert", max_position_embeddings=CONTEXT)
+    with pytest.raises(UnsupportedError, match=r"layers all run sparse; BertLMHeadModel runs some dense \(not causal\)"):
+        learn(model, lessons, POLICY, 0, lambda: pytest.fail("a lesson was read"))
+
+
+def test_layers_that_a_model_keeps_dense_count_as_sparse_ones(model, lessons):
+    found = tuned(model, lessons, POLICY, 0.5, lambda: None)
+    model.set_attn_implementation("stem")
+    set_policy(model, dense_layers=1)
+    assert tuned(model, lessons, POLICY, 0.5, lambda: None) == found
 
 
 @pytest.mark.parametrize("density", [0.35, 0.5, 0.7])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from shutil import rmtree
 
 import pytest
 import torch
@@ -159,8 +160,32 @@ def test_a_file_that_was_there_survives_a_mistake(tiny_llama, tmp_path):
     assert (tmp_path / "heads.json").read_text() == "mine"
 
 
-def test_model_with_windows_is_refused(tmp_path, capsys):
-    windows = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
-    assert main(command(save(toy("qwen2", **windows), tmp_path / "windows"), tmp_path)) == 1
+def test_a_policy_whose_folder_went_away_is_printed(tiny_llama, tmp_path, monkeypatch, capsys):
+    away = tmp_path / "away"
+    away.mkdir()
+    monkeypatch.setattr(calibrate.learning, "loss_rises", lambda *given: rmtree(away, True) or first_is_best(*given))
+    assert main(command(tiny_llama, tmp_path, "--out", str(away / "heads.json"))) == 1
+    captured = capsys.readouterr()
+    assert policy_from_json(captured.out).head_factors is not None
+    last = captured.err.splitlines()[-1]
+    assert last.startswith(f"stem-attention: --out: cannot write {away / 'heads.json'}: No such file")
+    assert "standard output" in last
+
+
+def test_the_least_length_that_is_named_is_enough(tiny_llama, tmp_path, monkeypatch, complaint):
+    monkeypatch.setattr(calibrate.learning, "check_density", lambda *arguments: 1 / 0)  # what comes next
+    line = complaint(main, command(tiny_llama, tmp_path, "--length", "60"), 1)
+    needed = int(re.search(r"--length: expected at least (\d+) .* got 60;", line)[1])
+    with pytest.raises(ZeroDivisionError):
+        main(command(tiny_llama, tmp_path, "--length", str(needed)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "windows"),
+    [("qwen2", {"use_sliding_window": True, "max_window_layers": 1}), ("mistral", {})],
+    ids=["of-some-layers", "of-all-layers"],
+)
+def test_model_with_windows_is_refused(kind, windows, tmp_path, capsys):
+    assert main(command(save(toy(kind, sliding_window=64, **windows), tmp_path / "windows"), tmp_path)) == 1
     assert "calibrate takes models of full causal attention alone" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "heads.json").exists()

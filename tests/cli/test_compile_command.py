@@ -46,6 +46,8 @@ def test_another_process_finds_everything_compiled(tmp_path, monkeypatch, capsys
         (["--page-size", "0"], 2, "--page-size: "),
         (["--lengths", "12x"], 2, "--lengths: expected numbers of tokens"),
         (["--lengths", "0"], 2, "--lengths: expected numbers of tokens"),
+        (["--lengths", "8192,2147483648"], 2, "--lengths: expected numbers of tokens below 2^31"),
+        (["--lengths", "9" * 5000], 2, "--lengths: expected numbers of tokens below 2^31"),
         (["--model", "magic"], 1, "--model: expected one of llama-3.1-8b"),
     ],
 )

@@ -1,9 +1,11 @@
 """Every mistake of the user ends as one line on stderr that names it; nothing on stdout, no traceback."""
 
 import json
+import subprocess
+import sys
 
 import pytest
-from tests.toys import save, toy
+from tests.toys import save, toy, without
 
 from stem_attention.cli import main
 
@@ -63,6 +65,8 @@ def test_command_line_that_does_not_parse_exits_2(arguments, complaint):
         (["run", "--context", "600", "--policy", "uniform@0.01"], ["--policy: uniform@0.01: no density within 5%"]),
         (["run", "--prompt-file", "long.txt"], ["prompt of 5000 tokens", "context of 4096 tokens"]),
         (["run", "--context", "20"], ["--context: expected at least"]),
+        (["run", "--context", "600", "--max-new-tokens", "9000"], ["9000", "4096", "lower --context or --max-new-tokens"]),
+        (["run", "--max-new-tokens", "9000"], ["that --max-new-tokens leaves to the prompt: expected at least"]),
         (["inspect", "--context", "9000"], ["9000", "4096"]),
         (["inspect", "--layer", "2"], ["--layer: expected 0 to"]),
         (["inspect", "--layer", "-1"], ["--layer: expected 0 to"]),
@@ -100,10 +104,24 @@ def test_what_is_no_model(name, says, tmp_path, monkeypatch, complaint):
 
 
 @pytest.mark.parametrize(
-    ("package", "command"), [("transformers", ["run"]), ("gguf", ["inspect"]), ("matplotlib", ["run", "--plot", "picture.png"])]
+    ("package", "command"),
+    [
+        ("transformers", ["run"]),
+        *[(package, ["inspect", "--model", "model.gguf"]) for package in ("gguf", "accelerate")],
+        ("matplotlib", ["run", "--plot", "picture.png"]),
+    ],
 )
-def test_missing_package_names_the_install_command(package, command, monkeypatch, complaint):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+def test_missing_package_names_the_install_command(package, command, tmp_path, monkeypatch, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setitem(sys.modules, package, None)
     line = complaint(main, command, 1)
     assert package in line
     assert "pip install 'stem-attention[" in line
+
+
+def test_a_folder_of_safetensors_needs_no_package_for_gguf(tiny_llama):
+    asked = ["inspect", "--model", str(tiny_llama), "--context", "600", "--json"]
+    code = f"{without(('gguf', 'accelerate'))}\nfrom stem_attention.cli import main\nsys.exit(main({asked!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr

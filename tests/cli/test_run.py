@@ -35,6 +35,17 @@ def test_run_prints_answers_times_density_and_agreement(tiny_llama, capsys):
     assert "policy mass" in out
 
 
+def test_brackets_in_the_names_of_folders_and_policies_are_shown(tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my[").mkdir()
+    (tmp_path / "my[" / "b]").symlink_to(tiny_llama)
+    (tmp_path / "q[red].json").write_text(Mass().to_json())
+    assert main(["run", "--model", "my[/b]", "--policy", "q[red].json", "--context", "600", "--max-new-tokens", "1"]) == 3
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "my[/b]"
+    assert sum("q[red].json" in line for line in rest) == 3  # beside the prompt, over the table, under it
+
+
 def test_run_json_is_alone_on_stdout_and_complete_beside_a_picture(tiny_llama, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     shown = ["--plot", str(tmp_path / "picture.png"), "--layer", "1", "--head", "3", "--max-new-tokens", "4"]

@@ -1,5 +1,6 @@
 """Environments: terminals of any encoding and width, no extras, and what doctor says; and a command that starts fast."""
 
+import errno
 import io
 import json
 import os
@@ -96,6 +97,23 @@ def test_terminals_of_any_encoding(encoding, french, monkeypatch):
     assert "?" not in "".join(picture), "blocks are drawn with what the terminal has"
     assert any(line.strip() for line in picture)
     assert json.loads(shown("run", *french, "--json"))["prompt_tokens"] == 40 * len("Où est l'été ? ".encode())
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    def full(report):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("stem_attention.cli.doctor.print_json", full)
+    assert main(["doctor", "--json"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stem-attention: ")
+    assert "No space left on device; look after" in line
+
+
+def test_a_closed_standard_error_leaves_json_alone(tiny_llama, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["inspect", "--model", str(tiny_llama), "--context", "600", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] <= 600
 
 
 @pytest.mark.parametrize("columns", [None, "60", "200"])

@@ -96,6 +96,12 @@ def test_a_place_that_holds_no_settings_and_two_places_that_speak(monkeypatch):
         read_settings({"stem_attention": {}})
 
 
+@pytest.mark.parametrize("name", ["stem-attention", "stem", "StemAttention"])
+def test_a_slip_in_our_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"^--additional-config: expected .* under 'stem_attention', got '{name}'; rename it"):
+        read_settings({name: "paper", "other": 1})
+
+
 def test_what_serves_a_model_is_explained_or_refused():
     assert Settings(dense_below=77).explain("cpu", torch.float32, 64).dense_below == 77
     assert Settings().explain("cpu", torch.bfloat16, 64).chosen == "torch"

@@ -217,10 +217,23 @@ def test_factors_of_another_model_are_refused_when_stored_and_at_load(factors, l
             step()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_factors_of_a_deeper_model_are_refused_at_the_call(compiled, llama):
+    policy = replace(BY_MASS, head_factors=FACTORS * 10)
+    run = torch.compile(llama, backend="eager") if compiled else llama
+    with pytest.raises(ValueError, match="head_factors: expected 3 x 4 of them"), hosts.use_policy(policy, dense_below=0):
+        plain(run)
+    hosts.register(policy, dense_below=0)
+    with pytest.raises(ValueError, match="head_factors: expected 3 x 4 of them"):
+        plain(run)
+
+
 def test_set_policy_wants_a_model_on_stem():
     model = small_llama("sdpa")
     with pytest.raises(UnsupportedError, match='LlamaForCausalLM runs attn_implementation="sdpa"'):
         hosts.set_policy(model, KEEP_ALL)
+    with pytest.raises(ValueError, match="^model: expected .*, got OptimizedModule; .* pass the one inside"):
+        hosts.set_policy(torch.compile(model), KEEP_ALL)
 
 
 @pytest.mark.parametrize(

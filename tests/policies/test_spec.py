@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -149,6 +150,14 @@ def test_a_bad_spec_says_what_there_is(text, told):
     assert told in message
 
 
+def test_a_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "heads.json").write_text(Mass(share=8).to_json())
+    assert read_policy("~/heads.json") == Mass(share=8)
+    assert "a readable JSON file" in said(read_policy, "~nobody-of-this-name/heads.json")
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -172,6 +181,8 @@ def test_a_file_of_something_else_is_refused(content, told, tmp_path):
         (policy_from_dict, [("policy", "mass")], "a mapping"),
         (policy_from_dict, {}, 'the key "policy"'),
         (policy_from_dict, {"policy": "mass", "shar": 8}, "did you mean share?"),
+        (policy_from_dict, {"policy": "mass:share=8"}, 'write the fields beside it: {"policy": "mass", ...}'),
+        (partial(policy_from_dict, trusted=False), {"policy": "mass:share=8"}, "write the fields beside it"),
         (policy_from_dict, {"policy": "mass", 1: 2}, "got 1; "),
         (policy_from_dict, {"policy": "mass", "share": "8"}, "share: expected"),
         (policy_from_json, '{"policy": "mass", "share": NaN}', "share: expected"),

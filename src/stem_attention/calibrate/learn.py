@@ -71,8 +71,8 @@ def needle_lessons(tokenizer: Tokenizer, haystack: str | None, tokens: int, coun
     lessons = []
     for i in range(count):
         prompt = planted_prompt(
-            tokenizer, tokens - _ANSWER_ROOM, seed=f"{seed} {i}", depth=(i + 0.5) / count, kind="multikey",
-            count=_COMPETING, haystack=haystack,
+            tokenizer, tokens, seed=f"{seed} {i}", depth=(i + 0.5) / count, kind="multikey", count=_COMPETING,
+            haystack=haystack, answer=_ANSWER_ROOM,
         )  # fmt: skip
         lessons.append(Lesson(prompt.ids, list(tokenizer(f" {prompt.answers[0]}", add_special_tokens=False).input_ids)))
     return lessons
@@ -99,8 +99,9 @@ def _check_reachable(density: float, least: float, fix: str) -> None:
 
 def learn(model: Model, lessons: Sequence[Lesson], policy: Mass, seed: int, tick: Callable[[], None]) -> Curves:
     """Read the lessons backwards, one after the other; ``tick`` is called after each. Takes models of full attention alone."""
-    check_full_attention(model, "calibrate")
+    check_full_attention(model, "calibrate", max(len(lesson.ids) + len(lesson.answer) for lesson in lessons))
     _check_plain_scores(model)
+    _density(model, lessons[0], replace(policy, head_factors=None))  # to be refused now where it would be after hours
     text = model.config.get_text_config()
     sums = torch.zeros(3, text.num_hidden_layers, text.num_attention_heads, len(SHARES), dtype=torch.float64)
     pass_of = _FIRST_ORDER
@@ -172,6 +173,15 @@ def allocate(curves: Sequence[tuple[Curves, float]], density: float) -> Tensor:
     return torch.tensor(SHARES, dtype=torch.float64)[choices(high)[..., 0]]
 
 
+def _density(model: Model, lesson: Lesson, policy: Mass) -> float:
+    """Read a prompt sparsely and return what is kept of it; an UnsupportedError where a layer runs dense, as none is to."""
+    reading = read(model, lesson.ids, policy, dense_below=0, dense_layers=0, positions=1)
+    if reading.dense_reasons:
+        ran = f"{type(model).__name__} runs some dense ({reading.dense_reasons})"
+        raise UnsupportedError(f"calibrate takes models whose layers all run sparse; {ran}")
+    return reading.density
+
+
 def tuned(
     model: Model, lessons: Sequence[Lesson], policy: Mass, density: float, tick: Callable[[], None]
 ) -> tuple[Mass, float]:
@@ -182,7 +192,7 @@ def tuned(
     share, tries = policy.share, list[tuple[float, float]]()
     for _ in range(_TRIES):
         tried = replace(policy, share=share)
-        kept = sum(read(model, lesson.ids, tried, dense_below=0, positions=1).density for lesson in lessons) / len(lessons)
+        kept = fmean(_density(model, lesson, tried) for lesson in lessons)
         tries.append((share, kept))
         tick()
         if abs(kept / density - 1) < _NEAR:

@@ -82,6 +82,10 @@ def calibrate(
         say(f"other prompts with {name}: loss {of_text:+.4f} nats a token of a text{answers}")
     best = min(costs, key=costs.__getitem__)
     found, kept = tried[best]
-    out.write_text(found.to_json() + "\n", encoding="utf-8")
+    try:
+        out.write_text(found.to_json() + "\n", encoding="utf-8")
+    except OSError as error:  # after what may have taken hours
+        print(found.to_json())
+        raise UserError(f"--out: cannot write {out}: {error.strerror}; what belongs there is on standard output") from error
     say(f"wrote {out}: {best}, which loses least there; density {kept:.3f} on these prompts, share {found.share:.3g}")
     return 0

@@ -72,6 +72,8 @@ def run_app(app: typer.Typer, name: str, arguments: list[str]) -> int:
         code, message = 1, str(error)
     except torch.OutOfMemoryError as error:
         code, message = 1, f"out of memory: {error}; read a shorter prompt or use a smaller dtype"
+    except OSError as error:  # a disk that filled up, a folder that went away
+        code, message = 1, f"{error}; look after the disk and the paths"
     except (KeyboardInterrupt, typer.Abort):
         code, message = 130, "interrupted"
     print(f"{name}:", " ".join(message.split()), file=sys.stderr)

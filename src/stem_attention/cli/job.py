@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stem_attention.cli.errors import UserError, blaming, need
@@ -27,11 +28,13 @@ def open_model(
     name: str | None, device: torch.device, dtype: torch.dtype, console: Console
 ) -> tuple[ModelSource, Model, Tokenizer]:
     """Find and load a model, try whether it reads, and put it on Stem's attention function."""
-    need("transformers", "gguf", "accelerate", purpose="a model")
+    need("transformers", purpose="a model")
     with blaming("--"):
         source = find_model(name)
+        if source.gguf is not None:
+            need("gguf", "accelerate", purpose="a GGUF file")
         fetched = "" if Path(source.location).is_dir() else ": from the cache, or fetched from the hub, which can take minutes"
-        with console.status(f"loading {source}{fetched}"):
+        with console.status(escape(f"loading {source}{fetched}")):  # rich takes what is in brackets for a style
             model, tokenizer = load_model(source, device, dtype)
             _try(model, tokenizer)
     with blaming(f"--model: {source} holds bad stem_attention settings: "):
@@ -104,19 +107,21 @@ def prepare(
 
     def check(tokens: int, fix: str) -> None:
         if limit is not None and tokens > room:
-            beside = f" with {answer} more for the answer" if answer else ""
-            raise UserError(f"prompt of {tokens} tokens{beside} is longer than the model's context of {limit} tokens; {fix}")
+            beside, also = (f" with {answer} more for the answer", " or --max-new-tokens") if answer else ("", "")
+            said = f"prompt of {tokens} tokens{beside} is longer than the model's context of {limit} tokens"
+            raise UserError(f"{said}; lower {fix}{also}")
 
-    with blaming("", tokens="--context"):
+    named = "--context" if context is not None or not answer else "tokens that --max-new-tokens leaves to the prompt"
+    with blaming("", tokens=named):
         if text is None:
             length = min(room - _MARGIN, LONGEST_DEFAULT) if context is None else context
-            check(length, "lower --context")
+            check(length, "--context")
             prompt = planted_prompt(tokenizer, length, seed=seed, depth=depth, use_template=use_template)
         else:
             prompt = Prompt(chat_ids(tokenizer, text, use_template=use_template))
     if not prompt.ids:
         raise UserError("--prompt-file: the tokenizer makes no tokens of this text; write some words into it")
-    check(len(prompt.ids), "shorten the prompt")
+    check(len(prompt.ids), "the length of the prompt")
     config = model.config.get_text_config()
     with blaming("--policy: "):
         policy = spec.at(len(prompt.ids))

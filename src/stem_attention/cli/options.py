@@ -116,8 +116,8 @@ def _named_text(path: str) -> Text:
 
 def _lengths(text: str) -> TokenCounts:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise typer.BadParameter(f"expected numbers of tokens such as 8192,32768, got {text!r}; correct it")
+    if not all(part.isdecimal() and len(part) < 11 and 0 < int(part) < 2**31 for part in parts):
+        raise typer.BadParameter(f"expected numbers of tokens below 2^31 such as 8192,32768, got {text!r:.60}; correct it")
     return TokenCounts(map(int, parts))
 
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -57,7 +58,7 @@ def run(
         print_json(report)
     else:
         label = job.spec if len(job.spec) <= _LONGEST_LABEL else job.policy.name
-        _print(report, label, sparse.dense_reasons, verbose)
+        _print(report, escape(label), sparse.dense_reasons, verbose)
     if plot is not None:
         with progress.status("drawing"):
             save_picture(job, sparse, recorder, file=plot)

@@ -17,8 +17,8 @@ def output() -> Console:
 
 
 def progress_console() -> Console:
-    """Open the console for progress: stderr as it is now, whatever is redirected later."""
-    return Console(file=sys.stderr, highlight=False)
+    """Open the console for progress: stderr as it is now, whatever is redirected later; silent where that is closed."""
+    return Console(file=sys.stderr, highlight=False, quiet=sys.stderr is None)
 
 
 def print_json(value: Any) -> None:

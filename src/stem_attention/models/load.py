@@ -153,9 +153,12 @@ def context_length(model: Model) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def check_full_attention(model: Model, purpose: str) -> None:
-    """Raise an UnsupportedError that names the purpose unless every layer of a model attends to all earlier tokens."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if kinds - {"full_attention"}:
-        others = ", ".join(sorted(kinds))
+def check_full_attention(model: Model, purpose: str, tokens: int) -> None:
+    """Raise an UnsupportedError that names the purpose unless every layer attends to all earlier ones of ``tokens`` tokens."""
+    config = model.config.get_text_config()
+    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    others = ", ".join(sorted(kinds)) if kinds - {"full_attention"} else ""
+    if not kinds and isinstance(window, int) and window < tokens:  # as in Mistral, where it is that of every layer
+        others = f"a sliding window of {window} tokens"
+    if others:
         raise UnsupportedError(f"{purpose} takes models of full causal attention alone; {type(model).__name__} has {others}")

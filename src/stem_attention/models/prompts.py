@@ -113,6 +113,7 @@ def planted_prompt(
     count: int = 1,  # facts in all, for every kind but "single"
     haystack: str | None = None,  # text whose sentences lie around the facts; None for made-up prose
     use_template: bool = True,  # that of the tokenizer for chats, if it has one
+    answer: int = 0,  # tokens of these that are left to the answer
 ) -> Prompt:
     """Make a prompt of at most ``tokens`` tokens (and close to it) that hides numbers and asks for one or all of them."""
     facts, asked = make_riddle(kind, seed, depth, count)
@@ -129,16 +130,17 @@ def planted_prompt(
             planted.insert(round(place * len(sentences)), f"One of the special magic numbers for {name} is: {number}.")
         return chat_ids(tokenizer, f"{opening}\n{' '.join(planted)}\n{question}", prefix, use_template)
 
-    least = len(build([]))
-    if least > tokens:
-        raise bad_argument("tokens", f"at least {least} for the question alone", tokens, "ask for a longer prompt")
+    least, room = len(build([])), tokens - answer
+    if least > room:
+        beside = f" and {answer} tokens of answer" if answer else ""
+        raise bad_argument("tokens", f"at least {least + answer} for the question alone{beside}", tokens, "give it more")
     sentences, used = [], least
     for sentence in haystack_sentences(seed) if haystack is None else file_sentences(haystack, seed):
         used += len(tokenizer(f" {sentence}", add_special_tokens=False).input_ids)
-        if used > tokens:
+        if used > room:
             break
         sentences.append(sentence)
-    while len(ids := build(sentences)) > tokens:  # tokens merge differently inside the whole text
+    while len(ids := build(sentences)) > room:  # tokens merge differently inside the whole text
         sentences.pop()
     _, numbers, places = zip(*facts[:asked], strict=True)
     return Prompt(ids, numbers, prefix, places)

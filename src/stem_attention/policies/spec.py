@@ -153,6 +153,10 @@ _read_name = lru_cache(maxsize=256)(_sized)
 
 
 def _build(name: str, given: Mapping[str, Any], trusted: bool = True) -> Policy:
+    own = name.partition(":")[0]
+    if own in _NAMED and own != name:
+        fix = f'write the fields beside it: {{"policy": "{own}", ...}}'
+        raise bad_argument("policy", "a name without fields", repr(name), fix)
     make = _imported(name, trusted) if ":" in name else _NAMED.get(name)
     if make is None:
         fix = nearest(name, _NAMED, "name one of these, a .json file, or module:Class")
@@ -188,8 +192,8 @@ def _imported(name: str, trusted: bool) -> Callable[..., Policy]:
 
 def _file(path: str) -> dict[str, Any]:
     try:
-        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}
-    except (OSError, ValueError, RecursionError, TypeError) as error:  # TypeError: no object
+        return {**json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))}  # no shell sees a server's settings
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # TypeError: no object; RuntimeError: too deep
         fix = "name a JSON file of a policy, such as stem-attention calibrate writes"
         raise bad_argument("policy", "a readable JSON file", f"{path!r} ({error})", fix) from None
 

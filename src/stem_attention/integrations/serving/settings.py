@@ -72,8 +72,14 @@ def read_settings(additional_config: object = None) -> Settings:
     ``additional_config``, if that is a mapping, or in the environment variable ``STEM_ATTENTION_SETTINGS``.
 
     Raises:
-        ValueError: Both places speak, or the JSON or a field is bad; the message names the place and the field.
+        ValueError: Both places speak, a name in ``additional_config`` is close to ours, or the JSON or a field is bad; the
+            message names the place and the field.
     """
+    names = list(additional_config) if isinstance(additional_config, Mapping) else []
+    for name in names:  # other plug-ins have names there of which we know nothing
+        if str(name).lower().startswith("stem") and name != ADDITIONAL_CONFIG:
+            expected = f"the settings of Stem under {ADDITIONAL_CONFIG!r}"
+            raise bad_argument("--additional-config", expected, repr(name), "rename it")
     given = additional_config.get(ADDITIONAL_CONFIG) if isinstance(additional_config, Mapping) else None
     text = os.environ.get(ENVIRONMENT, "").strip()
     if given is not None:

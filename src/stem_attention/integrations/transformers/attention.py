@@ -14,7 +14,7 @@ from stem_attention.backends import Request, get_backend
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.transformers.dense import OURS, HostCall, Output, autocast, host_attention, needs_eager
 from stem_attention.integrations.transformers.mask import CausalMask
-from stem_attention.integrations.transformers.settings import LayerCall, Now, goes_backward, settings_now
+from stem_attention.integrations.transformers.settings import LayerCall, Now, check_fit, goes_backward, settings_now
 from stem_attention.policies import Policy
 
 MIN_QUERY_LEN = 32
@@ -133,6 +133,7 @@ def _sparse(call: HostCall, now: Now, limit: int | None) -> Tensor:
     """Run every row of the batch on its own tokens, neighbours with equal padding together."""
     if call.extra.get("dropout", 0.0) > 0:  # while it trains: without a gradient such a layer runs dense
         raise UnsupportedError("dropout: sparse attention has none; train with attention_dropout=0 in the model's config")
+    check_fit(now.policy, getattr(call.module, "config", None))  # a block of use_policy does not know the model
     policy, kv_len = now.policy.for_layer(call.layer), call.kv_len
     q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
     if call.borders is not None:

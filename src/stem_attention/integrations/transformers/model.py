@@ -116,7 +116,8 @@ def check_model(model: PreTrainedModel) -> PreTrainedConfig:
         UnsupportedError: Its class keeps its own attention or has none, or it was loaded with another attention function.
     """
     if not isinstance(model, PreTrainedModel):
-        raise bad_argument("model", "a model of transformers", type(model).__name__, "load one with from_pretrained")
+        fix = "load one with from_pretrained, or pass the one inside if this wraps it, as peft, torch.compile and DDP do"
+        raise bad_argument("model", "a model of transformers", type(model).__name__, fix)
     text = _text_config(model.config)
     owners = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text] or [model]
     for owner in owners:

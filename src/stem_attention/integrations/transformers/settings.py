@@ -225,11 +225,16 @@ def settings_now(config: Any) -> Now:
 def store(config: Any, given: object) -> Settings:
     """Check settings, or the mapping that JSON makes of them, for a model, and put them into its (text) config."""
     settings = given if isinstance(given, Settings) else _parse(given)
-    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
-    if isinstance(layers, int) and isinstance(heads, int):
-        settings.policy.check_model(layers, heads)
+    check_fit(settings.policy, config)
     setattr(config, KEY, Stored(settings))
     return settings
+
+
+def check_fit(policy: Policy, config: Any) -> None:
+    """Raise a ValueError if a policy was made for another model than that of a (text) config."""
+    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    if isinstance(layers, int) and isinstance(heads, int):
+        policy.check_model(layers, heads)
 
 
 def _parse(given: object) -> Settings:
