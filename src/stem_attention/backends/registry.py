@@ -58,12 +58,17 @@ class Explanation:
         return "\n".join(lines)
 
 
+def check_known(backend: str) -> None:
+    """Raise a ValueError unless there is a backend of that name."""
+    if backend not in backend_names():
+        raise bad_argument("backend", f"one of {', '.join(backend_names())}", repr(backend), 'use "auto" unless you compare')
+
+
 def explain_request(
     request: Request, backend: str = AUTO, policy: Policy | None = None, dense_below: int | None = None
 ) -> Explanation:
     """Say which backend ``backend`` resolves to for ``request``, and why; ValueError where that is no known name."""
-    if backend not in backend_names():
-        raise bad_argument("backend", f"one of {', '.join(backend_names())}", repr(backend), 'use "auto" unless you compare')
+    check_known(backend)
     chosen, reasons = None, {}
     for name, candidate in _backends().items():
         if (obstacle := candidate.why_not(request)) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shutil import copy
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
@@ -20,9 +22,11 @@ from stem_attention.integrations.vllm import layers
     ],
     ids=["value", "backend"],
 )
-def test_bad_settings(settings, message, llama, engine):
+def test_bad_settings_are_refused_before_weights_are_read(settings, message, llama, engine, tmp_path):
+    """Those take minutes; here there are none."""
+    copy(llama / "config.json", tmp_path)
     with pytest.raises(ValueError, match=message):
-        engine(llama, settings)
+        engine(tmp_path, settings)
 
 
 def test_a_bad_environment_stops_vllm_before_anything_is_loaded(monkeypatch):

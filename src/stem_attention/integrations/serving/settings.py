@@ -10,6 +10,7 @@ import torch
 
 from stem_attention.api import explain
 from stem_attention.backends import Explanation
+from stem_attention.backends.registry import check_known
 from stem_attention.checks import check_backend, check_dense_below
 from stem_attention.errors import UnsupportedError, bad_argument
 from stem_attention.policies import Mass, Policy, policy_from_dict, read_policy
@@ -42,7 +43,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_dense_below(self.dense_below)
         check_integers(self, dense_layers=0, min_query_len=2)
-        check_backend(self.backend)
+        check_known(check_backend(self.backend))
 
     def __str__(self) -> str:
         """Describe them for a log; of ``head_factors``, which are thousands of numbers, say how many there are."""

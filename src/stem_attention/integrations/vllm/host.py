@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
@@ -32,8 +32,7 @@ from stem_attention.call import Call, PackedBatch, to_device
 from stem_attention.integrations.serving.counters import COUNTERS
 from stem_attention.integrations.serving.report import report, report_now_and_then
 from stem_attention.integrations.serving.rows import Index, Row, SparseRows, first_reason, index_rows, split
-from stem_attention.integrations.serving.settings import read_settings
-from stem_attention.integrations.vllm.layers import check_engine, layer_policy, layer_reasons, start_line
+from stem_attention.integrations.vllm.layers import engine_settings, layer_policy, layer_reasons, start_line
 from stem_attention.integrations.vllm.plugin import NAME
 from stem_attention.integrations.vllm.runner import PromptLens, prompt_lengths, watch_runners
 from stem_attention.policies import Policy
@@ -60,8 +59,7 @@ class StemBuilder(AttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device, **kw: Any):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)
-        check_engine(vllm_config)
-        self._settings = settings = read_settings(vllm_config.additional_config)
+        self._settings = settings = engine_settings(vllm_config)
         self._prompt_lens: PromptLens | None = prompt_lengths()
         self._dense_below: int | None = None
         self._capturing = False
@@ -149,6 +147,7 @@ class StemImpl(AttentionImpl):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        engine_settings(get_current_vllm_config())  # to be refused now, not after the minutes that weights take to load
         watch_runners()  # now: a runner that builds layers has been loaded, and has not yet built its metadata builders
         given = signature(super().__init__).bind(*args, **options).arguments
         self.stem_sinks, self.stem_softcap = given.get("sinks"), given.get("logits_soft_cap") or None

@@ -16,16 +16,17 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from stem_attention.backends import Explanation
 from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.serving.rows import first_reason
-from stem_attention.integrations.serving.settings import Settings
+from stem_attention.integrations.serving.settings import Settings, read_settings
 from stem_attention.integrations.vllm.plugin import NAME
 from stem_attention.policies import Policy
 
 
-def check_engine(config: VllmConfig) -> None:
-    """Refuse what would change the meaning of a step's rows, or hides them.
+def engine_settings(config: VllmConfig) -> Settings:
+    """Read the settings of an engine, and refuse what would change the meaning of a step's rows, or hides them.
 
     Raises:
         UnsupportedError: The message names the option, or what this vLLM lacks.
+        ValueError: The settings are bad; the message names the place and the field.
     """
     known = {field.name for field in fields(CommonAttentionMetadata)}
     missing = [name for name in ("is_prefilling", "seq_lens_cpu_upper_bound", "mm_req_doc_ranges") if name not in known]
@@ -42,6 +43,7 @@ def check_engine(config: VllmConfig) -> None:
     }
     if (option := first_reason(options)) is not None:
         raise UnsupportedError(f"Stem does not run with {option}; turn it off, or start without --attention-backend {NAME}")
+    return read_settings(config.additional_config)
 
 
 def layer_reasons(config: VllmConfig, settings: Settings) -> dict[str, str | None]:

@@ -21,9 +21,8 @@ from stem_attention.errors import UnsupportedError
 from stem_attention.integrations.serving.counters import COUNTERS
 from stem_attention.integrations.serving.report import report_now_and_then
 from stem_attention.integrations.serving.rows import Index, Row, SparseRows, index_rows, split
-from stem_attention.integrations.serving.settings import read_settings
 from stem_attention.integrations.vllm.host import announce, logger
-from stem_attention.integrations.vllm.layers import check_engine
+from stem_attention.integrations.vllm.layers import engine_settings
 
 EARLIER = "earlier chunks"
 
@@ -55,8 +54,7 @@ class StemMLAPrefill(_Host):
         super().__init__(*args, vllm_config=vllm_config, **sizes)
         if vllm_config.attention_config.mla_prefill_backend is not MLAPrefillBackendEnum.CUSTOM:
             return
-        check_engine(vllm_config)
-        settings = self._settings = read_settings(vllm_config.additional_config)
+        settings = self._settings = engine_settings(vllm_config)
         policy = settings.policy
         if settings.dense_layers > 0 or policy.for_layer(0) is not policy:
             what = "dense_layers" if settings.dense_layers > 0 else "a policy with numbers for every layer"
