@@ -129,7 +129,7 @@ def _word(words, at: gl.constexpr):
 
 @gluon.jit
 def told(w: gl.constexpr, served, task_s, task_bars):
-    """What :func:`tell` says of the next task, of steps those of row ``w``; the part of a consumer of four warps."""
+    """Read what :func:`tell` says of the next task, of steps those of row ``w``; the part of a consumer of four warps."""
     slot = served % 2
     mbarrier.wait(task_bars.index(slot), (served // 2) & 1)
     words = task_s.index(slot).load(gl.BlockedLayout([WORDS], [32], [4], [0]))
